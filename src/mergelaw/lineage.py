@@ -1,0 +1,266 @@
+"""Artifacts: folders that are whole or absent, and say where they come from.
+
+An artifact is a folder with a ``lineage.json`` that is written last: what it is, the digest of its
+files, the recipe, the inputs with their digests, versions, times. It is made in a hidden folder
+beside its place, under a lock, and put there by one rename, so that a kill at any moment leaves
+either nothing or all of it. Paths are kept relative to the results folder, host names nowhere.
+"""
+
+import hashlib
+import importlib.metadata
+import json
+import os
+import resource
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from datetime import UTC, datetime
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from mergelaw.errors import MergelawError
+from mergelaw.keys import STAGES
+
+LINEAGE = "lineage.json"
+SCHEMA = 1  # of lineage.json itself
+PACKAGES = (
+    "mergelaw",
+    "torch",
+    "transformers",
+    "trl",
+    "datasets",
+    "tokenizers",
+    "safetensors",
+    "numpy",
+    "scipy",
+    "pandas",
+    "pyarrow",
+)
+
+
+def file_digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def content(folder: Path) -> dict[str, str]:
+    """SHA-256 of every file of an artifact but its lineage, by relative path."""
+    return {
+        path.relative_to(folder).as_posix(): file_digest(path)
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.name != LINEAGE
+    }
+
+
+def content_digest(files: Mapping[str, str]) -> str:
+    lines = "".join(f"{digest}  {name}\n" for name, digest in sorted(files.items()))
+    return hashlib.sha256(lines.encode()).hexdigest()
+
+
+def read(artifact: Path) -> dict[str, Any]:
+    """The lineage of an artifact. Raises MergelawError where there is none or a newer one."""
+    path = artifact / LINEAGE
+    try:
+        lineage = json.loads(path.read_text(encoding="utf-8"))
+        schema = lineage["schema"]
+    except FileNotFoundError:
+        raise MergelawError(f"{artifact}: no artifact here (no {LINEAGE}); make it first") from None
+    except (ValueError, KeyError, TypeError):
+        raise MergelawError(
+            f"{path}: damaged; delete the folder {artifact} and run again"
+        ) from None
+    if schema != SCHEMA:
+        raise MergelawError(
+            f"{path}: written by another version of mergelaw (lineage schema {schema}, this one "
+            f"reads {SCHEMA}); use another results folder or that version"
+        )
+    return lineage
+
+
+def verified(artifact: Path, stage: str | None = None) -> dict[str, Any]:
+    """The lineage, after the files were found to be what it says. Names a damaged file."""
+    lineage = read(artifact)
+    if stage is not None and lineage["stage"] != stage:
+        raise MergelawError(f"{artifact}: is a {lineage['stage']}, not a {stage}; give a {stage}")
+    for problem in problems(artifact, lineage):
+        raise MergelawError(f"{problem}; delete the folder {artifact} and run again")
+    return lineage
+
+
+def problems(artifact: Path, lineage: dict[str, Any]) -> Iterator[str]:
+    """What is wrong with an artifact's files, a line each."""
+    found, known = content(artifact), lineage["files"]
+    if content_digest(known) != lineage["digest"]:
+        yield f"{artifact / LINEAGE}: its digest is not that of the files it lists"
+    for name in sorted(known.keys() | found.keys()):
+        if name not in found:
+            yield f"{artifact / name}: is missing"
+        elif name not in known:
+            if not name.startswith(".snakemake"):
+                yield f"{artifact / name}: does not belong to the artifact"
+        elif found[name] != known[name]:
+            yield f"{artifact / name}: is not what was written (digest differs)"
+
+
+@cache
+def _versions() -> dict[str, str]:
+    versions = {"python": ".".join(map(str, sys.version_info[:3]))}
+    for package in PACKAGES:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return versions
+
+
+@cache
+def git_commit() -> str | None:
+    """Commit of mergelaw's own checkout ("-dirty" where files differ), None outside of one."""
+    here = Path(__file__).parent
+    try:
+        describe = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+        run = subprocess.run(describe, cwd=here, capture_output=True, text=True, timeout=20)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return run.stdout.strip() or None if run.returncode == 0 else None
+
+
+def peak_memory() -> int:
+    """Peak resident bytes of this process (mapped files included)."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def make(
+    output: Path,
+    stage: str,
+    recipe: dict[str, Any],
+    inputs: Mapping[str, Path],
+    work: Callable[[Path, Path], dict[str, Any] | None],
+) -> bool:
+    """Make the artifact ``output`` unless it is there; return whether it was made.
+
+    ``work(folder, state)`` writes the artifact's files into ``folder`` and may keep in ``state``
+    what lets it go on after a kill. What it returns is added to the lineage. Inputs are artifacts
+    and are verified first. A second process that makes the same artifact waits for the first.
+    """
+    from filelock import FileLock
+
+    output = Path(os.path.normpath(output))
+    output.parent.mkdir(parents=True, exist_ok=True)
+    scratch = output.parent / f".{output.name}.work"
+    with FileLock(output.parent / f".{output.name}.lock"):
+        if (output / LINEAGE).exists():
+            return False
+        started, clock, cpu = datetime.now(UTC), time.perf_counter(), time.process_time()
+        sources = {name: verified(path) for name, path in inputs.items()}
+        folder, state = scratch / "artifact", scratch / "state"
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        state.mkdir(exist_ok=True)
+        try:
+            facts = work(folder, state) or {}
+            files = content(folder)
+            lineage = {
+                "schema": SCHEMA,
+                "stage": stage,
+                "version": STAGES[stage],
+                "artifact": output.name,
+                "digest": content_digest(files),
+                "files": files,
+                "recipe": recipe,
+                "inputs": {
+                    name: {
+                        "path": Path(os.path.relpath(path, output)).as_posix(),
+                        "digest": sources[name]["digest"],
+                    }
+                    for name, path in inputs.items()
+                },
+                "facts": facts,
+                "versions": _versions(),
+                "git_commit": git_commit(),
+                "started": started.isoformat(timespec="seconds"),
+                "ended": datetime.now(UTC).isoformat(timespec="seconds"),
+                "wall_seconds": round(time.perf_counter() - clock, 3),
+                "cpu_seconds": round(time.process_time() - cpu, 3),
+                "peak_memory": peak_memory(),
+            }
+            write_json(folder / LINEAGE, lineage)
+            for path in folder.rglob("*"):
+                if path.is_file() and not path.is_symlink():
+                    sync(path)
+            if output.exists():  # an empty or half folder without a lineage: not an artifact
+                shutil.rmtree(output)
+            folder.rename(output)
+            sync(output.parent)
+        except BaseException:
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
+        shutil.rmtree(scratch, ignore_errors=True)
+    return True
+
+
+def write_json(path: Path, value: Any) -> None:
+    text = json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False, allow_nan=False)
+    path.write_text(text + "\n", encoding="utf-8")
+
+
+def sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def find(path: Path) -> Path:
+    """The artifact that a path is or lies in."""
+    for folder in (path, *path.parents):
+        if (folder / LINEAGE).is_file():
+            return folder
+    raise MergelawError(f"{path}: no artifact here or above; name a folder below results/")
+
+
+def tree(artifact: Path, verify: bool = False) -> tuple[list[str], list[str]]:
+    """The lineage back to the sources as indented lines, and the problems found on the way."""
+    lines: list[str] = []
+    wrong: list[str] = []
+    seen: set[Path] = set()
+
+    def visit(folder: Path, name: str, depth: int, expected: str | None) -> None:
+        indent = "  " * depth
+        try:
+            lineage = read(folder)
+        except MergelawError as error:
+            lines.append(f"{indent}{name}: {error}")
+            wrong.append(str(error))
+            return
+        known = f"{indent}{name}: {lineage['artifact']}  {lineage['digest'][:12]}"
+        if folder in seen:
+            lines.append(f"{known}  (above)")
+            return
+        seen.add(folder)
+        commit = (lineage["git_commit"] or "no checkout")[:12]
+        version = lineage["versions"].get("mergelaw", "?")
+        lines.append(
+            f"{known}  {lineage['stage']} v{lineage['version']}, mergelaw {version} ({commit}), "
+            f"{lineage['ended']}, {lineage['wall_seconds']:.1f} s"
+        )
+        for source in lineage["facts"].get("sources", []):
+            lines.append(f"{indent}  source: {source}")
+        if expected is not None and expected != lineage["digest"]:
+            wrong.append(
+                f"{folder}: is not the one that was used (digest {lineage['digest'][:12]}, "
+                f"used {expected[:12]})"
+            )
+        if verify:
+            wrong.extend(problems(folder, lineage))
+        for child, entry in sorted(lineage["inputs"].items()):
+            below = Path(os.path.normpath(folder / entry["path"]))
+            visit(below, child, depth + 1, entry["digest"])
+
+    visit(Path(os.path.abspath(artifact)), "artifact", 0, None)
+    return lines, wrong

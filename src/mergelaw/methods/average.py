@@ -1,0 +1,29 @@
+"""Average: theta_0 + mean of the task vectors ("model soup", Wortsman et al. 2022).
+
+As mergekit's ``linear`` over the experts, with their weights normalised.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Literal
+
+from mergelaw.methods.base import Method, normalized, weighted_sum
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class Average(Method):
+    """theta = theta_0 + sum_i w_i v_i / sum_i w_i."""
+
+    method: Literal["average"] = "average"
+
+    def combine(self, vectors: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
+        return weighted_sum(vectors, normalized(weights))
+
+    def keeps_single(self) -> bool:
+        return True
+
+    def mergekit(self) -> dict[str, Any]:
+        return {"merge_method": "linear", "parameters": {"normalize": True}}
