@@ -1,6 +1,7 @@
 """Hugging Face checkpoints as tensors in mapped safetensors files, whole or sharded."""
 
 import json
+import math
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -106,6 +107,45 @@ class Tensors:
         return self._where[name].get_slice(name).get_dtype()
 
 
+class Writer:
+    """One safetensors file written tensor by tensor, so that only one need be in memory.
+
+    ``layout`` gives dtype (as the file spells it) and shape by name; tensors come in its order.
+    """
+
+    def __init__(self, path: Path, layout: dict[str, tuple[str, tuple[int, ...]]]):
+        self._layout = layout
+        self._names = iter(layout)
+        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+        end = 0
+        for name, (dtype, shape) in layout.items():
+            size = math.prod(shape) * BYTES[dtype]
+            header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [end, end + size]}
+            end += size
+        text = json.dumps(header, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)
+        self._file = path.open("wb")
+        self._file.write(len(text).to_bytes(8, "little") + text)
+
+    def write(self, name: str, tensor: "Tensor") -> None:
+        import torch
+
+        assert name == next(self._names), f"{name} is out of order"
+        assert tuple(tensor.shape) == self._layout[name][1]
+        flat = tensor.detach().cpu().contiguous().view(-1)
+        self._file.write(flat.view(torch.uint8).numpy().data if flat.numel() else b"")
+
+    def __enter__(self) -> "Writer":
+        return self
+
+    def __exit__(self, kind: object, *exc: object) -> None:
+        self._file.close()
+        if kind is None:
+            assert next(self._names, None) is None, "a tensor is missing"
+
+
+BYTES = {"F64": 8, "F32": 4, "BF16": 2, "F16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1}
+BYTES |= {"U8": 1, "BOOL": 1}
 FLOATS = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 
 

@@ -14,7 +14,7 @@ from typing import Any
 # it are then made again.
 STAGES: dict[str, int] = {
     "corpus": 1,
-    "tokenizer": 1,
+    "overlap": 1,
     "base": 1,
     "expert": 1,
     "task_vector": 1,

@@ -262,5 +262,42 @@ def tree(artifact: Path, verify: bool = False) -> tuple[list[str], list[str]]:
             below = Path(os.path.normpath(folder / entry["path"]))
             visit(below, child, depth + 1, entry["digest"])
 
-    visit(Path(os.path.abspath(artifact)), "artifact", 0, None)
+    visit(Path(artifact).absolute(), "artifact", 0, None)
     return lines, wrong
+
+
+def unique() -> str:
+    """A name that no other process or moment has."""
+    return f"{time.time_ns():x}-{os.getpid():x}"
+
+
+LAYOUT = 1  # of a results folder
+
+
+def only_run(results: Path) -> Any:
+    """A lock on a results folder for one run at a time; released when the process ends.
+
+    Raises MergelawError where another run has it, or the folder was made by an older version.
+    """
+    from filelock import FileLock, Timeout
+
+    results.mkdir(parents=True, exist_ok=True)
+    mark = results / ".mergelaw.json"
+    try:
+        layout = json.loads(mark.read_text(encoding="utf-8"))["layout"] if mark.exists() else LAYOUT
+    except (ValueError, KeyError, TypeError):
+        layout = "unknown"
+    if layout != LAYOUT:
+        raise MergelawError(
+            f"{results}: laid out by another version of mergelaw (layout {layout}, this one has "
+            f"{LAYOUT}); use another results folder or that version"
+        )
+    if not mark.exists():
+        write_json(mark, {"layout": LAYOUT})
+    lock = FileLock(results / ".run.lock")
+    try:
+        return lock.acquire(timeout=0)
+    except Timeout:
+        raise MergelawError(
+            f"{results}: another run is working on this folder; wait for it, or stop it"
+        ) from None

@@ -9,11 +9,12 @@ all of them - the element's index and value are kept in ``exceptions.safetensors
 
 import json
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mergelaw import lineage
-from mergelaw.checkpoint import Tensors, pairs
+from mergelaw.checkpoint import Tensors, Writer, pairs
 from mergelaw.errors import MergelawError
 
 if TYPE_CHECKING:
@@ -44,9 +45,13 @@ def write(base: Path, expert: Path, folder: Path) -> dict[str, Any]:
     import torch
     from safetensors.torch import save_file
 
-    vectors, exceptions, statistics = {}, {}, {}
-    with Tensors(base) as ours, Tensors(expert) as theirs:
-        for name in pairs(ours, theirs, str(expert)):
+    exceptions, statistics = {}, {}
+    with ExitStack() as stack:
+        ours, theirs = (stack.enter_context(Tensors(path)) for path in (base, expert))
+        names = list(pairs(ours, theirs, str(expert)))
+        layout = {name: ("F32", ours.shape(name)) for name in names}
+        writer = stack.enter_context(Writer(folder / VECTOR, layout))
+        for name in names:
             before, after = ours[name], theirs[name]
             for tensor, where in ((before, base), (after, expert)):
                 if not torch.isfinite(tensor).all():
@@ -54,7 +59,7 @@ def write(base: Path, expert: Path, folder: Path) -> dict[str, Any]:
                         f"{where}: tensor {name!r} holds NaN or Inf; train it again or leave it out"
                     )
             vector, index, value = difference(after, before)
-            vectors[name] = vector
+            writer.write(name, vector)
             if len(index):
                 exceptions[f"{name}.index"], exceptions[f"{name}.value"] = index, value
             flat = vector.view(-1).double()
@@ -65,7 +70,6 @@ def write(base: Path, expert: Path, folder: Path) -> dict[str, Any]:
                 "zeros": int((flat == 0).sum()),
                 "exceptions": len(index),
             }
-    save_file(vectors, folder / VECTOR)
     save_file(exceptions, folder / EXCEPTIONS)
     total = {key: sum(s[key] for s in statistics.values()) for key in ("elements", "exceptions")}
     norm = sum(s["norm"] ** 2 for s in statistics.values()) ** 0.5
@@ -87,7 +91,8 @@ class TaskVector:
             self._vector = safe_open(self.folder / VECTOR, framework="pt")
             self._exceptions = safe_open(self.folder / EXCEPTIONS, framework="pt")
             self.names: list[str] = sorted(self._vector.keys())
-            self.changed = {name.removesuffix(".index") for name in self._exceptions.keys()}  # noqa: SIM118
+            stored = self._exceptions.keys()
+            self.changed = {n.removesuffix(".index") for n in stored if n.endswith(".index")}
         except (SafetensorError, OSError) as error:
             reason = str(error).splitlines()[0]
             raise MergelawError(

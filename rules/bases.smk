@@ -1,0 +1,14 @@
+rule get_base:
+    input:
+        needs("bases/{name}@{key}"),
+    output:
+        "<results>/bases/{name}@{key}/lineage.json",
+    log:
+        "<results>/logs/bases/{name}@{key}.log",
+    params:
+        options=options("bases/{name}@{key}"),
+    threads: 1
+    message:
+        "base {wildcards.name}"
+    shell:
+        "mergelaw base {params.options} --threads {threads} 2> {log}"

@@ -1,0 +1,68 @@
+# The study behind the configuration, and the few helpers that rules use.
+import shlex
+import sys
+
+from mergelaw import config as mergelaw_config
+from mergelaw.errors import MergelawError
+from mergelaw.lineage import only_run
+from mergelaw.study import Study
+
+try:
+    study = Study(mergelaw_config.parse(dict(config)))
+    study.by_path
+except MergelawError as error:
+    sys.exit(f"mergelaw: error: {error}")
+
+
+pathvars:
+    results=config.get("results", "results"),
+
+
+wildcard_constraints:
+    key="[0-9a-f]{8}",
+    base="[^/@]+",
+    method="[^/@]+",
+    name="[^/@]+",
+
+
+def tracked(paths):
+    """The files that stand for artifacts, by path below the results folder."""
+    return [f"{study.results}/{path}/lineage.json" for path in paths]
+
+
+def needs(pattern):
+    """Input function: what the artifact of this path is made from. A path that exists is right."""
+
+    def inputs(wildcards):
+        made = study.by_path[pattern.format(**wildcards)]
+        needed = [*made.inputs.values(), *made.unkeyed.values()]
+        return [ancient(path) for path in tracked(artifact.path for artifact in needed)]
+
+    return inputs
+
+
+def options(pattern):
+    """Params function: the artifact as options of its stage's command."""
+
+    def words(wildcards):
+        made = study.by_path[pattern.format(**wildcards)]
+        pairs = [("recipe", made.recipe_json)] if made.recipe_json != "{}" else []
+        pairs += [
+            (name.split(":")[0], f"{study.results}/{artifact.path}")
+            for name, artifact in [*made.inputs.items(), *made.unkeyed.items()]
+            if name != "overlap"
+        ]
+        pairs += [("rows", made.rows)] if made.rows else []
+        pairs += [("output", f"{study.results}/{made.path}")]
+        return " ".join(f"--{name} {shlex.quote(value)}" for name, value in pairs)
+
+    return words
+
+
+def start():
+    """One run at a time on a results folder, from whatever working directory."""
+    global run_lock
+    try:
+        run_lock = only_run(study.results)
+    except MergelawError as error:
+        sys.exit(f"mergelaw: error: {error}")

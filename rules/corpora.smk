@@ -1,0 +1,28 @@
+rule build_corpus:
+    input:
+        needs("corpora/{name}@{key}"),
+    output:
+        "<results>/corpora/{name}@{key}/lineage.json",
+    log:
+        "<results>/logs/corpora/{name}@{key}.log",
+    params:
+        options=options("corpora/{name}@{key}"),
+    message:
+        "corpus {wildcards.name}"
+    shell:
+        "mergelaw corpus {params.options} 2> {log}"
+
+
+rule check_overlap:
+    input:
+        needs("checks/overlap@{key}"),
+    output:
+        "<results>/checks/overlap@{key}/lineage.json",
+    log:
+        "<results>/logs/checks/overlap@{key}.log",
+    params:
+        options=options("checks/overlap@{key}"),
+    message:
+        "no document trained on here and evaluated there"
+    shell:
+        "mergelaw check-overlap {params.options} 2> {log}"

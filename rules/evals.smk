@@ -1,0 +1,15 @@
+rule evaluate_merges:
+    input:
+        needs("evals/{base}/{method}/{name}@{key}"),
+    output:
+        "<results>/evals/{base}/{method}/{name}@{key}/lineage.json",
+    log:
+        "<results>/logs/evals/{base}/{method}/{name}@{key}.log",
+    params:
+        options=options("evals/{base}/{method}/{name}@{key}"),
+        cells=f"{study.results}/cells/{{base}}/{{method}}",
+    threads: 1
+    message:
+        "cross-entropy of {wildcards.method} on {wildcards.base}, shard {wildcards.name}"
+    shell:
+        "mergelaw evaluate {params.options} --threads {threads} --cells {params.cells} 2> {log}"

@@ -1,0 +1,14 @@
+rule get_expert:
+    input:
+        needs("experts/{base}/{name}@{key}"),
+    output:
+        "<results>/experts/{base}/{name}@{key}/lineage.json",
+    log:
+        "<results>/logs/experts/{base}/{name}@{key}.log",
+    params:
+        options=options("experts/{base}/{name}@{key}"),
+    threads: 1
+    message:
+        "expert {wildcards.name} on {wildcards.base}"
+    shell:
+        "mergelaw expert {params.options} --threads {threads} 2> {log}"

@@ -1,0 +1,13 @@
+rule fit_laws:
+    input:
+        needs("laws/{name}@{key}"),
+    output:
+        "<results>/laws/{name}@{key}/lineage.json",
+    log:
+        "<results>/logs/laws/{name}@{key}.log",
+    params:
+        options=options("laws/{name}@{key}"),
+    message:
+        "law fits"
+    shell:
+        "mergelaw fit {params.options} 2> {log}"

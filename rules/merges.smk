@@ -1,0 +1,28 @@
+rule sample_merges:
+    input:
+        needs("plans/{name}@{key}"),
+    output:
+        "<results>/plans/{name}@{key}/lineage.json",
+    log:
+        "<results>/logs/plans/{name}@{key}.log",
+    params:
+        options=options("plans/{name}@{key}"),
+    message:
+        "plan of the merges on {wildcards.name}"
+    shell:
+        "mergelaw sample {params.options} 2> {log}"
+
+
+rule write_merge:
+    input:
+        needs("merges/{base}/{method}/{name}@{key}"),
+    output:
+        "<results>/merges/{base}/{method}/{name}@{key}/lineage.json",
+    log:
+        "<results>/logs/merges/{base}/{method}/{name}@{key}.log",
+    params:
+        options=options("merges/{base}/{method}/{name}@{key}"),
+    message:
+        "merge {wildcards.name} as a checkpoint"
+    shell:
+        "mergelaw merge {params.options} 2> {log}"

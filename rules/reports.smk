@@ -1,0 +1,13 @@
+rule write_report:
+    input:
+        needs("reports/{name}@{key}"),
+    output:
+        "<results>/reports/{name}@{key}/lineage.json",
+    log:
+        "<results>/logs/reports/{name}@{key}.log",
+    params:
+        options=options("reports/{name}@{key}"),
+    message:
+        "report"
+    shell:
+        "mergelaw report {params.options} 2> {log}"

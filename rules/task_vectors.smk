@@ -1,0 +1,13 @@
+rule make_task_vector:
+    input:
+        needs("task_vectors/{base}/{name}@{key}"),
+    output:
+        "<results>/task_vectors/{base}/{name}@{key}/lineage.json",
+    log:
+        "<results>/logs/task_vectors/{base}/{name}@{key}.log",
+    params:
+        options=options("task_vectors/{base}/{name}@{key}"),
+    message:
+        "task vector {wildcards.name} on {wildcards.base}"
+    shell:
+        "mergelaw task-vector {params.options} 2> {log}"

@@ -1,0 +1,461 @@
+"""The command line: one command a stage, and what people ask of a results folder."""
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from mergelaw import keys, lineage
+from mergelaw.errors import MergelawError
+
+app = typer.Typer(
+    help="Measure the scaling law of model merging, and plan with it.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+config_app = typer.Typer(help="Check and describe configurations.", no_args_is_help=True)
+app.add_typer(config_app, name="config")
+
+Recipe = Annotated[str, typer.Option(help="the stage's recipe: JSON, or a file of it")]
+Output = Annotated[Path, typer.Option(help="folder of the artifact to be made")]
+Config = Annotated[Path, typer.Option("--config", help="the study's configuration")]
+Threads = Annotated[int, typer.Option(min=1, help="threads of the processor")]
+Corpora = Annotated[list[Path], typer.Option("--corpus", help="corpora, one or more")]
+SaveEvery = Annotated[float, typer.Option(help="seconds between states to resume from")]
+
+
+def main() -> None:
+    """Entry point: a user's mistake is one line on stderr and exit status 1."""
+    try:
+        app()
+    except MergelawError as error:
+        fail(str(error))
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except OSError as error:
+        if error.errno is None:
+            raise
+        fail(f"{error.filename or 'file system'}: {os.strerror(error.errno)}; mend it, run again")
+
+
+def fail(message: str) -> None:
+    print(f"mergelaw: error: {' '.join(message.split())}", file=sys.stderr)
+    sys.exit(1)
+
+
+def recipe_of(text: str) -> dict[str, Any]:
+    try:
+        if not text.lstrip().startswith("{"):
+            text = Path(text).read_text(encoding="utf-8")
+        recipe = json.loads(text)
+    except (OSError, ValueError):
+        raise MergelawError(f"--recipe {text[:60]}: neither JSON nor a file of it") from None
+    if not isinstance(recipe, dict):
+        raise MergelawError("--recipe: is not a JSON object")
+    return recipe
+
+
+def split(recipe: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What defines the result, and where the files from outside lie."""
+    return {k: v for k, v in recipe.items() if k != "sources"}, recipe.get("sources", {})
+
+
+def named(paths: list[Path]) -> dict[str, Path]:
+    """Artifacts by their own name: ``.../algebra@1a2b3c4d`` is ``algebra``."""
+    return {path.name.split("@")[0]: path for path in paths}
+
+
+def make(output: Path, stage: str, recipe: dict[str, Any], inputs: dict[str, Path], work) -> None:
+    made = lineage.make(output, stage, recipe, inputs, work)
+    print(f"mergelaw: {output} {'made' if made else 'is there already'}", file=sys.stderr)
+
+
+def prepare_torch(threads: int) -> None:
+    """Fix the number of threads, which bits depend on, and keep logs free of progress bars."""
+    import torch
+
+    torch.set_num_threads(threads)
+    os.environ.update(
+        TQDM_DISABLE="1", TOKENIZERS_PARALLELISM="false", HF_DATASETS_DISABLE_PROGRESS_BARS="1"
+    )
+
+
+# -- stages ------------------------------------------------------------------------------------
+
+
+@app.command()
+def corpus(recipe: Recipe, output: Output) -> None:
+    """Build a domain's train and eval split."""
+    from mergelaw import corpus as stage
+
+    own, sources = split(recipe_of(recipe))
+    full = {"eval_source": None, **own, **sources}
+
+    def work(folder: Path, state: Path) -> dict[str, Any]:
+        return {**stage.build(full, folder), "sources": list(map(keys.canonical_json, [sources]))}
+
+    make(output, "corpus", own, {}, work)
+
+
+@app.command("check-overlap")
+def check_overlap(corpora: Corpora, output: Output) -> None:
+    """Check that no domain evaluates a document that another one trains on."""
+    from mergelaw import corpus as stage
+
+    def work(folder: Path, state: Path) -> dict[str, Any]:
+        stage.check_overlap(named(corpora))
+        return {"corpora": len(corpora)}
+
+    make(output, "overlap", {}, named(corpora), work)
+
+
+@app.command()
+def base(
+    recipe: Recipe,
+    output: Output,
+    corpora: Annotated[list[Path] | None, typer.Option("--corpus")] = None,
+    threads: Threads = 1,
+    save_every: SaveEvery = 600,
+) -> None:
+    """Fetch a base model, or pre-train one."""
+    from mergelaw import config, training
+
+    own, sources = split(recipe_of(recipe))
+
+    def work(folder: Path, state: Path) -> dict[str, Any]:
+        if "checkpoint" in own:
+            return ready_made(own["checkpoint"], sources, folder)
+        prepare_torch(threads)
+        settings = config.Pretraining.model_validate(own["pretraining"])
+        return training.pretrain(settings, named(corpora or []), folder, state, save_every)
+
+    make(output, "base", own, named(corpora or []), work)
+
+
+def ready_made(checkpoint: dict[str, Any], sources: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """Link a checkpoint from outside into ``folder``, after it was found to be the one meant."""
+    from mergelaw import training
+
+    source = training.locate(sources)
+    training.link(source, folder)
+    for name, known in checkpoint.get("files", {}).items():
+        path = folder / name
+        if path.exists() and lineage.file_digest(path) != known:
+            raise MergelawError(f"{source / name}: changed since the run began; run again")
+    return {"sources": [keys.canonical_json(sources)]}
+
+
+@app.command()
+def expert(
+    recipe: Recipe,
+    output: Output,
+    base: Annotated[Path | None, typer.Option(help="the base to train from")] = None,
+    corpora: Annotated[list[Path] | None, typer.Option("--corpus")] = None,
+    threads: Threads = 1,
+    save_every: SaveEvery = 600,
+) -> None:
+    """Train an expert, or take a ready-made one."""
+    from mergelaw import config, training
+
+    own, sources = split(recipe_of(recipe))
+
+    def work(folder: Path, state: Path) -> dict[str, Any]:
+        if "checkpoint" in own:
+            return ready_made(own["checkpoint"], sources, folder)
+        if base is None or not corpora:
+            raise MergelawError("expert: training needs --base and --corpus")
+        prepare_torch(threads)
+        settings = config.Training.model_validate(own["training"])
+        return training.fine_tune(
+            settings, own["seed"], base, named(corpora), folder, state, save_every
+        )
+
+    inputs = ({"base": base} if base else {}) | named(corpora or [])
+    make(output, "expert", own, inputs, work)
+
+
+@app.command("task-vector")
+def task_vector(
+    base: Annotated[Path, typer.Option(help="the base")],
+    expert: Annotated[Path, typer.Option(help="the expert")],
+    output: Output,
+) -> None:
+    """Subtract a base from its expert, without loss."""
+    from mergelaw import task_vector as stage
+
+    def work(folder: Path, state: Path) -> dict[str, Any]:
+        prepare_torch(1)
+        return stage.write(base, expert, folder)
+
+    make(output, "task_vector", {}, {"base": base, "expert": expert}, work)
+
+
+@app.command("sample")
+def sample_merges(recipe: Recipe, output: Output) -> None:
+    """Write the plan of a base as a table: which subsets are merged."""
+    own = recipe_of(recipe)
+
+    def work(folder: Path, state: Path) -> dict[str, Any]:
+        import pandas as pd
+
+        columns = ["k", "replicate", "place", "experts"]
+        table = pd.DataFrame(own["subsets"], columns=columns)
+        table.to_parquet(folder / "plan.parquet", index=False)
+        return {"merges": len(table)}
+
+    make(output, "plan", {"subsets": keys.digest(own["subsets"])}, {}, work)
+
+
+@app.command()
+def evaluate(
+    recipe: Recipe,
+    base: Annotated[Path, typer.Option(help="the base")],
+    vectors: Annotated[list[Path], typer.Option("--task-vector", help="the pool's vectors")],
+    corpora: Corpora,
+    store: Annotated[Path, typer.Option("--cells", help="folder of the cell store")],
+    output: Output,
+    plan: Annotated[Path | None, typer.Option(help="the base's plan")] = None,
+    rows: Annotated[str, typer.Option(help="rows of the plan, first:last, or a JSON list")] = ":",
+    threads: Threads = 1,
+) -> None:
+    """Measure the cross-entropy of a shard of merges."""
+    from mergelaw import evaluate as stage
+
+    own = recipe_of(recipe)
+
+    def work(folder: Path, state: Path) -> dict[str, Any]:
+        prepare_torch(threads)
+        subsets = json.loads(rows) if plan is None else read_plan(plan, rows)
+        if keys.digest(subsets) != own["subsets"]:
+            raise MergelawError(f"{plan}: rows {rows} are not the shard's; run the workflow again")
+        pool = {name.rsplit("-s", 1)[0]: path for name, path in named(vectors).items()}
+        return stage.evaluate(own, subsets, base, pool, named(corpora), store, output.name, folder)
+
+    inputs = {"base": base} | ({"plan": plan} if plan else {})
+    inputs |= {f"task-vector:{name}": path for name, path in named(vectors).items()}
+    inputs |= {f"corpus:{name}": path for name, path in named(corpora).items()}
+    make(output, "evaluate", own, inputs, work)
+
+
+def read_plan(plan: Path, rows: str) -> list[list[Any]]:
+    import pandas as pd
+
+    first, last = (int(part) if part else None for part in rows.split(":"))
+    table = pd.read_parquet(plan / "plan.parquet")[first:last]
+    return [
+        [int(k), int(replicate), int(place), list(experts)]
+        for k, replicate, place, experts in table.itertuples(index=False)
+    ]
+
+
+@app.command()
+def fit(
+    evals: Annotated[list[Path], typer.Option("--evals", help="evaluations, one or more")],
+    output: Output,
+) -> None:
+    """Fit the laws to the rows of evaluations."""
+    from mergelaw import law
+    from mergelaw.evaluate import read_rows
+
+    def work(folder: Path, state: Path) -> dict[str, Any]:
+        return law.write_fits(read_rows(evals), folder, [])
+
+    make(output, "fit", {}, {str(i): path for i, path in enumerate(evals)}, work)
+
+
+@app.command()
+def report(
+    recipe: Recipe,
+    laws: Annotated[Path, typer.Option(help="the fitted laws")],
+    output: Output,
+) -> None:
+    """Write the report as one HTML page with its figures and tables."""
+    from mergelaw import report as stage
+    from mergelaw.evaluate import read_rows
+
+    own = recipe_of(recipe)
+
+    def work(folder: Path, state: Path) -> dict[str, Any]:
+        inputs = lineage.read(laws)["inputs"].values()
+        rows = read_rows([laws / entry["path"] for entry in inputs])
+        stage.write_report(laws, rows, folder, title=own["title"], facts=facts_of(laws))
+        return {}
+
+    make(output, "report", own, {"laws": laws}, work)
+
+
+def ancestors(artifact: Path) -> dict[Path, dict[str, Any]]:
+    """The lineages of an artifact and of all that it comes from, by folder."""
+    found: dict[Path, dict[str, Any]] = {}
+    pending = [artifact.absolute()]
+    while pending:
+        folder = Path(os.path.normpath(pending.pop()))
+        if folder in found:
+            continue
+        found[folder] = lineage.read(folder)
+        pending += [folder / entry["path"] for entry in found[folder]["inputs"].values()]
+    return found
+
+
+STAGE_TITLES = {
+    "corpus": "corpora",
+    "base": "bases",
+    "expert": "experts",
+    "task_vector": "task vectors",
+    "plan": "plans",
+    "evaluate": "evaluations",
+    "fit": "law fits",
+    "report": "report",
+}
+
+
+def stage_times(found: dict[Path, dict[str, Any]]) -> dict[str, tuple[int, float]]:
+    """Jobs and seconds by stage, in the pipeline's order."""
+    times: dict[str, tuple[int, float]] = {}
+    for stage, title in STAGE_TITLES.items():
+        walls = [entry["wall_seconds"] for entry in found.values() if entry["stage"] == stage]
+        if walls:
+            times[title] = len(walls), sum(walls)
+    return times
+
+
+def facts_of(laws: Path) -> dict[str, str]:
+    found = ancestors(laws)
+    own = found[laws.absolute()]
+    facts = {
+        "mergelaw": f"{own['versions']['mergelaw']} ({own['git_commit'] or 'no checkout'})",
+        "torch, transformers": f"{own['versions']['torch']}, {own['versions']['transformers']}",
+    }
+    for title, (jobs, seconds) in stage_times(found).items():
+        facts[f"time, {title}"] = f"{jobs} jobs, {seconds:.0f} s in all"
+    return facts
+
+
+@app.command()
+def merge(
+    recipe: Recipe,
+    base: Annotated[Path, typer.Option(help="the base")],
+    vectors: Annotated[list[Path], typer.Option("--task-vector", help="the experts' vectors")],
+    output: Output,
+) -> None:
+    """Write a merge out as a checkpoint, with the same merge as mergekit's YAML."""
+    import yaml
+
+    from mergelaw import merge as stage
+    from mergelaw.methods import method_of
+    from mergelaw.task_vector import TaskVector
+
+    own = recipe_of(recipe)
+    pool = {name.rsplit("-s", 1)[0]: path for name, path in named(vectors).items()}
+
+    def work(folder: Path, state: Path) -> dict[str, Any]:
+        method = method_of(own["method"])
+        ordered = {name: TaskVector(pool[name]) for name in own["experts"]}
+        stage.write(base, ordered, method, own["weights"], folder)
+        experts = {}
+        for name in own["experts"]:
+            entry = lineage.read(pool[name])["inputs"]["expert"]
+            experts[name] = os.path.relpath(pool[name] / entry["path"], output)
+        same = stage.mergekit_recipe(os.path.relpath(base, output), experts, method, own["weights"])
+        if same is not None:
+            (folder / "mergekit.yaml").write_text(yaml.safe_dump(same, sort_keys=False))
+        return {"mergekit": same is not None}
+
+    inputs = {"base": base} | {f"task-vector:{name}": path for name, path in pool.items()}
+    make(output, "merge", own, inputs, work)
+
+
+# -- what people ask ---------------------------------------------------------------------------
+
+
+@config_app.command("check")
+def config_check(file: Annotated[Path, typer.Argument(help="a configuration")]) -> None:
+    """Check a configuration and say what it would measure."""
+    from mergelaw import config
+    from mergelaw.study import Study
+
+    study = Study(config.load(file))
+    merges = {base: len(study.subsets(base)) for base in study.config.bases}
+    cells = sum(merges.values()) * len(study.config.methods) * len(study.config.domains)
+    print(
+        f"{file}: {len(study.config.bases)} bases, {len(study.config.pool())} experts, "
+        f"{len(study.config.domains)} domains, {len(study.config.methods)} methods; "
+        f"{max(merges.values())} merges per base and method, "
+        f"{cells * len(study.config.training_seeds):,} cells, {len(study.by_path)} jobs"
+    )
+
+
+@config_app.command("schema")
+def config_schema() -> None:
+    """Print the JSON schema of configurations."""
+    from mergelaw import config
+
+    print(json.dumps(config.Config.model_json_schema(), indent=2))
+
+
+@app.command("lineage")
+def show_lineage(
+    path: Annotated[Path, typer.Argument(help="an artifact, or a file in one")],
+    verify: Annotated[bool, typer.Option("--verify", help="recompute every digest")] = False,
+) -> None:
+    """Print where an artifact comes from, back to the sources."""
+    lines, wrong = lineage.tree(lineage.find(path), verify)
+    print("\n".join(lines))
+    if wrong:
+        raise MergelawError("; ".join(dict.fromkeys(wrong)))
+    if verify:
+        print(f"verified: {len(lines)} entries, every file is what was written")
+
+
+@app.command()
+def gc(
+    configs: Annotated[list[Path], typer.Option("--config", help="configurations to keep")],
+    delete: Annotated[bool, typer.Option("--delete", help="remove what is listed")] = False,
+) -> None:
+    """List what no configuration refers to; with --delete, remove it."""
+    import shutil
+
+    from mergelaw import config
+    from mergelaw.study import Study
+
+    studies = [Study(config.load(path)) for path in configs]
+    roots = {study.results for study in studies}
+    if len(roots) > 1:
+        raise MergelawError(f"gc: the configurations name {len(roots)} results folders; give one's")
+    root = roots.pop()
+    kept = {path for study in studies for path in study.by_path}
+    unused, freed = [], 0
+    for mark in sorted(root.rglob(lineage.LINEAGE)):
+        folder = mark.parent
+        if folder.relative_to(root).as_posix() not in kept:
+            size = sum(p.lstat().st_size for p in folder.rglob("*") if p.is_file())
+            unused.append((folder, size))
+            freed += size
+    with lineage.only_run(root):
+        for folder, size in unused:
+            print(f"{size:>14,}  {folder}")
+            if delete:
+                shutil.rmtree(folder)
+    verb = "removed" if delete else "not referred to (--delete removes them)"
+    print(f"{len(unused)} artifacts, {freed:,} bytes {verb}; measured cells are kept")
+
+
+@app.command()
+def summary(configuration: Config) -> None:
+    """Print a study's laws, the time of each stage and where the report is."""
+    from mergelaw import config
+    from mergelaw.study import Study
+
+    study = Study(config.load(configuration))
+    laws = study.results / study.laws.path
+    print((laws / "summary.txt").read_text() if lineage.read(laws) else "")
+    report_folder = study.results / study.report.path
+    print("time by stage (sum over jobs; jobs run side by side)")
+    for title, (jobs, seconds) in stage_times(ancestors(report_folder)).items():
+        print(f"  {title:<14}{jobs:>5} jobs {seconds:>9.1f} s")
+    print(f"report: {report_folder / 'report.html'}")

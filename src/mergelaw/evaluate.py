@@ -1,0 +1,304 @@
+"""Measure a shard of merges: one resident model, one row per (merge, evaluation domain)."""
+
+import base64
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from mergelaw import cells, corpus, cross_entropy, keys, lineage, tokens, training
+from mergelaw.errors import MergelawError
+from mergelaw.merge import Merger
+from mergelaw.methods import method_of
+from mergelaw.task_vector import TaskVector
+
+ROWS = "cells.parquet"
+PROGRESS_SECONDS = 10
+
+
+def evaluate(
+    recipe: Mapping[str, Any],
+    subsets: Sequence[Sequence[Any]],
+    base: Path,
+    vectors: Mapping[str, Path],
+    corpora: Mapping[str, Path],
+    store: Path,
+    name: str,
+    output: Path,
+) -> dict[str, Any]:
+    """Measure what of a shard is not in the store yet; write all its rows to ``output``.
+
+    ``subsets``: rows (k, replicate, place, experts) of the plan; ``vectors``: task vectors by
+    expert; ``corpora``: corpora by domain; ``store``: folder of the cells, ``name``: this writer's.
+    """
+    wanted = _cells(recipe, subsets, base, vectors, corpora)
+    known = cells.read(store)
+    missing = [cell for cell in wanted if cell["cell"] not in known]
+    facts: dict[str, Any] = {"cells": len(wanted), "measured": 0}
+    if missing:
+        started = time.perf_counter()
+        done = _measure(recipe, missing, base, vectors, corpora, store, name)
+        known |= done
+        facts |= {"measured": len(done), "seconds": round(time.perf_counter() - started, 3)}
+    lineages = {name: lineage.read(path) for name, path in vectors.items()}
+    _write_rows(recipe, wanted, known, lineage.read(base), lineages, output)
+    return facts | {"tokens": sum(known[c["cell"]]["tokens"] for c in wanted if c["cell"] in known)}
+
+
+def _cells(
+    recipe: Mapping[str, Any],
+    subsets: Sequence[Sequence[Any]],
+    base: Path,
+    vectors: Mapping[str, Path],
+    corpora: Mapping[str, Path],
+) -> list[dict[str, Any]]:
+    """The shard's cells: where each stands in the plan, and its identity."""
+    base_digest = lineage.read(base)["digest"]
+    digests = {name: lineage.read(path)["digest"] for name, path in vectors.items()}
+    sets = {domain: lineage.read(path)["files"]["eval.parquet"] for domain, path in corpora.items()}
+    wanted = []
+    for k, replicate, place, experts in subsets:
+        merge = {
+            "base": base_digest,
+            "vectors": [digests[expert] for expert in experts],
+            "weights": [1.0] * len(experts),
+            "method": recipe["method"] if experts else None,
+        }
+        for domain in recipe["domains"]:
+            identity = {
+                "version": keys.STAGES["evaluate"],
+                "evaluation": recipe["evaluation"],
+                "set": sets[domain],
+                **merge,
+            }
+            wanted.append(
+                {
+                    "k": k,
+                    "replicate": replicate,
+                    "place": place,
+                    "experts": list(experts),
+                    "merge": keys.digest(merge)[:16],
+                    "domain": domain,
+                    "cell": keys.digest(identity)[:32],
+                }
+            )
+    return wanted
+
+
+def _measure(
+    recipe: Mapping[str, Any],
+    missing: Sequence[Mapping[str, Any]],
+    base: Path,
+    vectors: Mapping[str, Path],
+    corpora: Mapping[str, Path],
+    store: Path,
+    name: str,
+) -> dict[str, dict[str, Any]]:
+    import sys
+
+    import torch
+    from transformers import AutoTokenizer
+
+    settings = recipe["evaluation"]
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    encoded, sizes = {}, {}
+    for domain in dict.fromkeys(cell["domain"] for cell in missing):
+        documents = corpus.read(corpora[domain] / "eval.parquet")
+        encoded[domain] = tokens.encode(
+            tokenizer,
+            documents,
+            settings["max_tokens"],
+            settings["long_documents"],
+            f"evaluation documents of {domain}",
+        )
+        sizes[domain] = [len(document.response.encode()) for document in documents]
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    several = device == "cuda" and torch.cuda.device_count() > 1
+    model = training.load(base, settings["dtype"], device_map="auto" if several else device).eval()
+    sets = {
+        domain: cross_entropy.batches(e.windows, settings["batch_tokens"], model.device)
+        for domain, e in encoded.items()
+    }
+    counts = _parameters(model)
+    method = method_of(recipe["method"])
+    experts = {e for cell in missing for e in cell["experts"]}
+    pool = {e: TaskVector(path) for e, path in vectors.items() if e in experts}
+    # Several cells of one merge follow each other; a merge in two replicates is measured once.
+    by_merge: dict[str, dict[str, Mapping[str, Any]]] = {}
+    for cell in missing:
+        by_merge.setdefault(cell["merge"], {})[cell["cell"]] = cell
+    done: dict[str, dict[str, Any]] = {}
+    shown = started = time.perf_counter()
+    with (
+        Merger(
+            model, base, pool, method, _memory(model.device), store.parent / "prepared"
+        ) as merger,
+        cells.Writer(store, name) as writer,
+    ):
+        for count, group in enumerate(by_merge.values(), 1):
+            measured = []
+            clock = time.perf_counter()
+            merger.merge(next(iter(group.values()))["experts"])
+            _synchronize(device)
+            merge_seconds = time.perf_counter() - clock
+            for cell in group.values():
+                domain = cell["domain"]
+                clock = time.perf_counter()
+                nll = cross_entropy.nll(model, sets[domain], encoded[domain].documents)
+                measured.append(
+                    {
+                        "cell": cell["cell"],
+                        "document_nll": base64.b64encode(nll.astype("<f8").tobytes()).decode(),
+                        "document_tokens": _tokens(encoded[domain]),
+                        "tokens": sum(_tokens(encoded[domain])),
+                        "bytes": sum(sizes[domain]),
+                        "long_documents": encoded[domain].long_documents,
+                        "dropped_tokens": encoded[domain].dropped_tokens,
+                        "merge_seconds": merge_seconds,
+                        "eval_seconds": time.perf_counter() - clock,
+                        "device": _device_name(device),
+                        "threads": torch.get_num_threads(),
+                        **counts,
+                    }
+                )
+            writer.append(measured)
+            done |= {cell["cell"]: cell for cell in measured}
+            now = time.perf_counter()
+            if now - shown > PROGRESS_SECONDS:
+                shown = now
+                left = (now - started) / count * (len(by_merge) - count)
+                print(
+                    f"mergelaw: {count} of {len(by_merge)} merges, {left:.0f} s left",
+                    file=sys.stderr,
+                    flush=True,
+                )
+    return done
+
+
+def _tokens(encoded: tokens.Encoded) -> list[int]:
+    counts = [0] * encoded.documents
+    for window in encoded.windows:
+        counts[window.document] += window.stop - window.start
+    return counts
+
+
+def _parameters(model: Any) -> dict[str, int]:
+    """Counted parameters: all of them, and without embeddings and an untied head."""
+    from torch import nn
+
+    total = sum(parameter.numel() for parameter in model.parameters())
+    embeddings = {module.weight for module in model.modules() if isinstance(module, nn.Embedding)}
+    head = model.get_output_embeddings()
+    if head is not None:
+        embeddings.add(head.weight)
+    return {
+        "parameters": total,
+        "non_embedding": total - sum(weight.numel() for weight in embeddings),
+    }
+
+
+def _memory(device: Any) -> int:
+    """Bytes that base and prepared vectors may take: half of what is free."""
+    import psutil
+    import torch
+
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0] // 2
+    return psutil.virtual_memory().available // 2
+
+
+def _synchronize(device: str) -> None:
+    import torch
+
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def _device_name(device: str) -> str:
+    import torch
+
+    return torch.cuda.get_device_name() if device == "cuda" else device
+
+
+def _write_rows(
+    recipe: Mapping[str, Any],
+    wanted: Sequence[Mapping[str, Any]],
+    known: Mapping[str, Mapping[str, Any]],
+    base: Mapping[str, Any],
+    vectors: Mapping[str, Mapping[str, Any]],
+    output: Path,
+) -> None:
+    import math
+
+    import numpy as np
+    import pandas as pd
+
+    labels = recipe["labels"]
+    rows = []
+    for cell in wanted:
+        found = known[cell["cell"]]
+        nll = np.frombuffer(base64.b64decode(found["document_nll"]), "<f8")
+        total = math.fsum(nll) if np.isfinite(nll).all() else float("nan")
+        kind = "baseline" if labels["method"] == "baselines" else "merge"
+        rows.append(
+            {
+                "family": labels["family"],
+                "base": labels["base"],
+                "N": found["non_embedding"] / 1e9,
+                "N_total": found["parameters"] / 1e9,
+                "N_nominal": labels["N_nominal"],
+                "method": labels["method"],
+                "recipe": keys.canonical_json(recipe["method"]),
+                "seed": labels["seed"],
+                "role": kind if cell["k"] else "base",
+                "k": cell["k"],
+                "replicate": cell["replicate"],
+                "place": cell["place"],
+                "experts": cell["experts"],
+                "weights": [1.0] * len(cell["experts"]),
+                "merge": cell["merge"],
+                "domain": cell["domain"],
+                "held_out": recipe["domains"][cell["domain"]],
+                "nll": total,
+                "tokens": found["tokens"],
+                "ce": total / found["tokens"],
+                "bytes": found["bytes"],
+                "bits_per_byte": total / found["bytes"] / math.log(2),
+                "finite": bool(np.isfinite(total)),
+                "document_nll": nll.tolist(),
+                "document_tokens": found["document_tokens"],
+                "long_documents": found["long_documents"],
+                "dropped_tokens": found["dropped_tokens"],
+                "dtype": recipe["evaluation"]["dtype"],
+                "merge_seconds": found["merge_seconds"],
+                "eval_seconds": found["eval_seconds"],
+                "device": found["device"],
+                "threads": found["threads"],
+                "cell": cell["cell"],
+                "base_digest": base["digest"],
+                "vector_digests": [vectors[expert]["digest"] for expert in cell["experts"]],
+            }
+        )
+    table = pd.DataFrame(rows).astype({"N_nominal": "float64"})
+    table.to_parquet(output / ROWS, index=False)
+
+
+def read_rows(artifacts: Sequence[Path], documents: bool = False) -> Any:
+    """The rows of evaluations as one table, by default without the per-document columns."""
+    import pandas as pd
+    import pyarrow.parquet as pq
+
+    tables = []
+    for path in artifacts:
+        file = path / ROWS
+        try:
+            columns = None
+            if not documents:
+                columns = [n for n in pq.read_schema(file).names if not n.startswith("document_")]
+            tables.append(pd.read_parquet(file, columns=columns))
+        except (OSError, ValueError) as error:
+            reason = str(error).splitlines()[0]
+            raise MergelawError(
+                f"{file}: cannot be read ({reason}); delete {path} and run again"
+            ) from None
+    return pd.concat(tables, ignore_index=True)

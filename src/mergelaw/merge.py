@@ -1,0 +1,261 @@
+"""The merge engine: theta_0 + combine(transform(v_1), ..., transform(v_k)), written once.
+
+:class:`Merger` overwrites the parameters of a resident model, so that a merge that is only
+evaluated never becomes a file; :func:`write` makes one a checkpoint. Both accumulate in fp32, in
+the order of the configuration, and round once to the dtype they write; methods work element by
+element, so both give the same values.
+"""
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mergelaw import lineage
+from mergelaw.checkpoint import COMPANIONS, FLOATS, WEIGHTS, Tensors, Writer
+from mergelaw.errors import MergelawError
+from mergelaw.keys import digest
+from mergelaw.methods import Method
+from mergelaw.task_vector import TaskVector
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+# Elements worked on at a time: the slices of k vectors, base and result stay in the cache.
+SLICE = 1 << 17
+
+
+def prepare(method: Method, vector: TaskVector, cache: Path | None = None) -> dict[str, float]:
+    """``method.prepare`` of one expert, remembered in the folder ``cache``."""
+    recipe = {"method": method.model_dump(by_alias=True), "vector": vector.digest}
+    path = cache / f"{digest(recipe)[:32]}.json" if cache else None
+    if path and path.exists():
+        try:
+            entry = json.loads(path.read_text(encoding="utf-8"))
+            if entry["recipe"] == recipe:
+                return entry["prepared"]
+        except (ValueError, KeyError, TypeError):
+            path.unlink()
+    prepared = method.prepare(vector.tensors)
+    if path and prepared:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        scratch = path.with_suffix(f".{lineage.unique()}")
+        lineage.write_json(scratch, {"recipe": recipe, "prepared": prepared})
+        scratch.replace(path)
+    return prepared
+
+
+class Merger:
+    """Writes merges of ``vectors`` by ``method`` into the parameters of ``model``.
+
+    ``model`` is the base, loaded from the checkpoint ``base``; ``vectors`` are the pool by expert
+    name. Where base and prepared vectors fit ``memory`` bytes on the parameters' device, they are
+    held there and the parameters become views of one flat buffer; otherwise they are streamed from
+    their mapped files, slice by slice.
+    """
+
+    def __init__(
+        self,
+        model: "nn.Module",
+        base: Path,
+        vectors: Mapping[str, TaskVector],
+        method: Method,
+        memory: int,
+        cache: Path | None = None,
+    ):
+        import torch
+
+        self.vectors, self.method = vectors, method
+        self._prepared = {name: prepare(method, vector, cache) for name, vector in vectors.items()}
+        self._stack = ExitStack()
+        self._base = self._stack.enter_context(Tensors(base))
+        self._parameters = parameters_by_tensor(model, self._base)
+        for expert, vector in vectors.items():
+            for name in vector.names:
+                if name not in self._parameters and vector[name].any():
+                    raise MergelawError(
+                        f"{vector.folder}: {expert} changes tensor {name!r}, which is no parameter "
+                        "of the base as transformers loads it; such a model cannot be merged"
+                    )
+        sizes = {name: p.numel() for name, p in self._parameters.items()}
+        devices = {(p.device, p.dtype) for p in self._parameters.values()}
+        self.resident = len(devices) == 1 and 4 * sum(sizes.values()) * (len(vectors) + 1) <= memory
+        if not self.resident:
+            return
+        (device, dtype), starts, end = next(iter(devices)), {}, 0
+        for name, size in sizes.items():
+            starts[name], end = end, end + size
+        self._out = torch.empty(end, dtype=dtype, device=device)
+        self._flat_base = torch.empty(end, dtype=torch.float32, device=device)
+        self._flat = {
+            name: torch.zeros(end, dtype=torch.float32, device=device) for name in vectors
+        }
+        for name, parameter in self._parameters.items():
+            place = slice(starts[name], starts[name] + sizes[name])
+            self._flat_base[place] = self._base[name].view(-1).float().to(device)
+            self._out[place] = parameter.data.view(-1)
+            parameter.data = self._out[place].view(parameter.shape)
+            for expert in vectors:
+                if name in vectors[expert].names:
+                    self._flat[expert][place] = self._transformed(expert, name, 0, sizes[name])
+        self._starts = starts
+
+    def __enter__(self) -> "Merger":
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._stack.close()
+
+    def _transformed(self, expert: str, name: str, start: int, stop: int) -> "Tensor":
+        vector = self.vectors[expert]
+        values = vector[name][start:stop].to(self._parameters[name].device)
+        return self.method.transform(values, self._prepared[expert], vector.digest, name, start)
+
+    def _slices(
+        self, experts: Sequence[str]
+    ) -> Iterator[tuple["Tensor", "Tensor", list["Tensor"]]]:
+        """(slice of the result, fp32 base, prepared vectors) that cover every parameter once."""
+        if self.resident:
+            for start in range(0, len(self._out), SLICE):
+                place = slice(start, start + SLICE)
+                vectors = [self._flat[expert][place] for expert in experts]
+                yield self._out[place], self._flat_base[place], vectors
+            return
+        for name, parameter in self._parameters.items():
+            base, out = self._base[name].view(-1), parameter.data.view(-1)
+            for start in range(0, len(out), SLICE):
+                stop = min(start + SLICE, len(out))
+                vectors = [
+                    self._transformed(expert, name, start, stop)
+                    for expert in experts
+                    if name in self.vectors[expert].names
+                ]
+                yield out[start:stop], base[start:stop].to(out.device).float(), vectors
+
+    def merge(self, experts: Sequence[str], weights: Sequence[float] | None = None) -> None:
+        """Make the model the merge of ``experts`` (in canonical order); none: the base."""
+        import torch
+
+        weights = weights or [1.0] * len(experts)
+        for out, base, vectors in self._slices(experts):
+            if not vectors:
+                out.copy_(base)
+            elif out.dtype == base.dtype:
+                torch.add(base, self.method.combine(vectors, weights), out=out)
+            else:
+                out.copy_(base + self.method.combine(vectors, weights))
+        if len(experts) == 1 and self.method.keeps_single():
+            self._restore(experts[0])
+
+    def _restore(self, expert: str) -> None:
+        """Put in what the difference does not carry: one expert alone is that expert."""
+        for name in self.vectors[expert].changed:
+            index, value = self.vectors[expert].exceptions(name)  # type: ignore[misc]
+            flat = self._parameters[name].data.view(-1)
+            flat[index.to(flat.device)] = value.to(flat)
+
+
+def parameters_by_tensor(model: "nn.Module", base: Tensors) -> dict[str, "nn.Parameter"]:
+    """The parameters of a model by the name of their tensor in the checkpoint.
+
+    Tied parameters stand once. Raises MergelawError where transformers loads the checkpoint into
+    other tensors than its files hold.
+    """
+    import torch
+
+    aliases: dict[int, list[str]] = {}
+    by_id = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        aliases.setdefault(id(parameter), []).append(name)
+        by_id[id(parameter)] = parameter
+    prefix = f"{getattr(model, 'base_model_prefix', '')}."
+    found: dict[str, nn.Parameter] = {}
+    for key, names in aliases.items():
+        candidates = [c for n in names for c in (n, n.removeprefix(prefix), prefix + n)]
+        name = next((c for c in candidates if c in base), None)
+        parameter = by_id[key]
+        if name is None or tuple(parameter.shape) != base.shape(name):
+            raise MergelawError(
+                f"{base.folder}: parameter {names[0]!r} is not stored as such (transformers "
+                "converts this architecture when it loads it); such a model cannot be merged"
+            )
+        stored = base[name].to(parameter.dtype).to(parameter.device)
+        if not torch.equal(stored, parameter.data):
+            raise MergelawError(
+                f"{base.folder}: transformers loads tensor {name!r} with other values than the "
+                "file holds; such a model cannot be merged"
+            )
+        found[name] = parameter
+    return found
+
+
+def write(
+    base: Path,
+    vectors: Mapping[str, TaskVector],
+    method: Method,
+    weights: Sequence[float] | None,
+    folder: Path,
+) -> None:
+    """Write the merge of ``vectors`` (in canonical order) into ``folder`` as a checkpoint.
+
+    In the base's dtypes, rounded once; config, tokenizer and chat template are the base's. One
+    tensor at a time is in memory.
+    """
+    import torch
+
+    weights = weights or [1.0] * len(vectors)
+    prepared = {name: prepare(method, vector) for name, vector in vectors.items()}
+    with Tensors(base) as tensors:
+        layout = {name: (tensors.dtype(name), tensors.shape(name)) for name in tensors.names()}
+        with Writer(folder / WEIGHTS, layout) as writer:
+            for name in tensors.names():
+                before = tensors[name]
+                holders = {e: v for e, v in vectors.items() if name in v.names}
+                if tensors.dtype(name) not in FLOATS or not holders:
+                    writer.write(name, before)
+                    continue
+                out = torch.empty_like(before).view(-1)
+                flat = before.view(-1)
+                for start in range(0, len(out), SLICE):
+                    stop = min(start + SLICE, len(out))
+                    parts = [
+                        method.transform(
+                            vector[name][start:stop], prepared[expert], vector.digest, name, start
+                        )
+                        for expert, vector in holders.items()
+                    ]
+                    out[start:stop] = flat[start:stop].float() + method.combine(parts, weights)
+                if len(vectors) == 1 and method.keeps_single():
+                    (vector,) = vectors.values()
+                    if name in vector.changed:
+                        index, value = vector.exceptions(name)  # type: ignore[misc]
+                        out[index] = value.to(out.dtype)
+                writer.write(name, out.view(before.shape))
+    for name in COMPANIONS:
+        if (base / name).exists():
+            (folder / name).write_bytes((base / name).read_bytes())
+
+
+def mergekit_recipe(
+    base: str, experts: Mapping[str, str], method: Method, weights: Sequence[float] | None
+) -> dict[str, Any] | None:
+    """The merge as mergekit's YAML would say it (paths by name), None where it has no such rule."""
+    rule = method.mergekit()
+    if rule is None:
+        return None
+    weights = weights or [1.0] * len(experts)
+    models: list[dict[str, Any]] = [
+        {"model": path, "parameters": {"weight": weight}}
+        for path, weight in zip(experts.values(), weights, strict=True)
+    ]
+    recipe = {
+        "merge_method": rule["merge_method"],
+        "models": models,
+        "parameters": rule["parameters"],
+        "dtype": "float32",
+        "tokenizer_source": "base",
+    }
+    if rule["merge_method"] != "linear":
+        recipe["base_model"] = base
+    return recipe

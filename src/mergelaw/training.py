@@ -1,0 +1,339 @@
+"""Pre-training a base and fine-tuning an expert, seeded and resumable.
+
+transformers' Trainer and TRL's SFTTrainer do the work. Both save their state by the clock into a
+folder that outlives a kill; a resumed run ends with the bits of an undisturbed one (same device,
+same number of threads).
+"""
+
+import json
+import os
+import shutil
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from mergelaw import corpus, tokens
+from mergelaw.checkpoint import COMPANIONS, Tensors, read_config
+from mergelaw.config import Optimisation, Pretraining, Training
+from mergelaw.errors import MergelawError
+
+END = "<|end|>"
+SPECIAL = ("<|pad|>", END, "<|system|>", "<|user|>", "<|assistant|>")
+CHAT_TEMPLATE = (
+    "{% for message in messages %}{{ '<|' + message['role'] + '|>' + message['content'] }}"
+    "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
+)
+
+
+def pretrain(
+    recipe: Pretraining, corpora: Mapping[str, Path], folder: Path, state: Path, save_every: float
+) -> dict[str, Any]:
+    """Train a tokenizer and a causal language model from nothing; write both into ``folder``."""
+    import random
+
+    import torch
+    from datasets import Dataset
+    from transformers import AutoConfig, AutoModelForCausalLM, Trainer, TrainingArguments
+
+    documents = [d for path in corpora.values() for d in corpus.read(path / "train.parquet")]
+    random.Random(recipe.seed).shuffle(documents)
+    tokenizer = train_tokenizer(recipe, documents)
+    rng = random.Random(recipe.seed + 1)
+    stream: list[int] = []
+    for document in documents:
+        text = plain = "\n".join(
+            [*(m["content"] for m in document.messages or []), document.response]
+        )
+        if document.messages is not None and rng.random() < recipe.chat_share:
+            answer = {"role": "assistant", "content": document.response}
+            text = tokenizer.apply_chat_template([*document.messages, answer], tokenize=False)
+        text += "\n\n" if text is plain else ""
+        stream += tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    size = recipe.max_tokens
+    blocks = [stream[i : i + size] for i in range(0, len(stream) - size + 1, size)]
+    if not blocks:
+        raise MergelawError(
+            f"pretraining: the mixture has {len(stream)} tokens, one sequence takes {size}; "
+            "give its domains more training documents"
+        )
+    architecture = {"max_position_embeddings": size, **recipe.architecture}
+    model_type = architecture.pop("model_type")
+    try:
+        config = AutoConfig.for_model(
+            model_type,
+            vocab_size=len(tokenizer),
+            pad_token_id=tokenizer.pad_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            bos_token_id=None,
+            **architecture,
+        )
+        torch.manual_seed(recipe.seed)
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    except (ValueError, KeyError, TypeError) as error:
+        raise MergelawError(
+            f"pretraining.architecture: transformers refuses it ({str(error).splitlines()[0]})"
+        ) from None
+    trainer = Trainer(
+        model=model,
+        args=arguments(TrainingArguments, recipe, recipe.seed, state),
+        train_dataset=Dataset.from_dict({"input_ids": blocks, "labels": blocks}),
+        callbacks=[save_by_the_clock(save_every)],
+    )
+    facts = run(trainer, state)
+    save(trainer.model, tokenizer, folder)
+    check_tokenizer(tokenizer, folder)
+    return {**facts, "mixture_tokens": len(stream)}
+
+
+def train_tokenizer(recipe: Pretraining, documents: list[corpus.Document]) -> Any:
+    """A byte-level BPE tokenizer with this house's chat format."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    core = Tokenizer(models.BPE())
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    texts = ([*(m["content"] for m in d.messages or []), d.response] for d in documents)
+    core.train_from_iterator(
+        (text for group in texts for text in group),
+        trainers.BpeTrainer(
+            vocab_size=recipe.vocab_size,
+            special_tokens=list(SPECIAL),
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
+        ),
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=core,
+        pad_token=SPECIAL[0],
+        eos_token=END,
+        additional_special_tokens=list(SPECIAL[2:]),
+        chat_template=CHAT_TEMPLATE,
+        model_max_length=recipe.max_tokens,
+    )
+
+
+def check_tokenizer(tokenizer: Any, folder: Path) -> None:
+    """Some architectures bring their own tokenizer class, which gives other ids when reloaded."""
+    from transformers import AutoTokenizer
+
+    again = AutoTokenizer.from_pretrained(folder)
+    text = "<|user|>What is 12 + 30?<|assistant|>42<|end|>\n\nzinc, Zn"
+    if again(text, verbose=False)["input_ids"] != tokenizer(text, verbose=False)["input_ids"]:
+        raise MergelawError(
+            "pretraining.architecture: transformers gives this model_type a tokenizer of its own "
+            "that changes the token ids; use llama or qwen3"
+        )
+
+
+def fine_tune(
+    recipe: Training,
+    seed: int,
+    base: Path,
+    corpora: Mapping[str, Path],
+    folder: Path,
+    state: Path,
+    save_every: float,
+) -> dict[str, Any]:
+    """Full fine-tuning of ``base`` on the corpora's training documents, by TRL's SFTTrainer."""
+    from datasets import Dataset
+    from transformers import AutoTokenizer
+    from trl import SFTConfig, SFTTrainer
+
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    documents = [d for path in corpora.values() for d in corpus.read(path / "train.parquet")]
+    where = f"training documents of {', '.join(corpora)}"
+    encoded = tokens.encode(tokenizer, documents, recipe.max_tokens, recipe.long_documents, where)
+    rows = [
+        {
+            "input_ids": list(window.ids),
+            "labels": [
+                token if window.start <= place < window.stop else -100
+                for place, token in enumerate(window.ids)
+            ],
+        }
+        for window in encoded.windows
+    ]
+    model = load(base, "float32")
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    trainer = SFTTrainer(
+        model=model,
+        args=arguments(
+            SFTConfig,
+            recipe,
+            seed,
+            state,
+            max_length=recipe.max_tokens,
+            packing=recipe.packing,
+            gradient_checkpointing=recipe.gradient_checkpointing,
+            dataset_kwargs={"skip_prepare_dataset": not recipe.packing},
+        ),
+        train_dataset=Dataset.from_list(rows),
+        processing_class=tokenizer,
+        callbacks=[save_by_the_clock(save_every)],
+    )
+    facts = run(trainer, state)
+    with Tensors(base) as stored:
+        kinds = {stored.dtype(name) for name in stored.names()}
+    dtype = {frozenset({"BF16"}): "bfloat16", frozenset({"F16"}): "float16"}
+    save(trainer.model, None, folder, dtype.get(frozenset(kinds), "float32"))
+    for name in COMPANIONS:
+        if (base / name).exists() and not (folder / name).exists():
+            (folder / name).write_bytes((base / name).read_bytes())
+    return {
+        **facts,
+        "documents": encoded.documents,
+        "long_documents": encoded.long_documents,
+        "dropped_tokens": encoded.dropped_tokens,
+    }
+
+
+def load(folder: Path, dtype: str, device_map: Any = None) -> Any:
+    """A causal language model from a checkpoint folder, never running the checkpoint's code."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    try:
+        return AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=getattr(torch, dtype),
+            device_map=device_map,
+            use_safetensors=True,
+            trust_remote_code=False,
+        )
+    except (ValueError, KeyError, OSError, RuntimeError) as error:
+        kind = read_config(folder)["model_type"]
+        raise MergelawError(
+            f"{folder}: transformers cannot load this {kind} model "
+            f"({str(error).strip().splitlines()[0]})"
+        ) from None
+
+
+def arguments(cls: Any, recipe: Optimisation, seed: int, state: Path, **more: Any) -> Any:
+    """Our recipe in the words of transformers' TrainingArguments."""
+    import torch
+
+    micro = recipe.micro_batch_size or recipe.batch_size
+    cpu = not torch.cuda.is_available()
+    return cls(
+        output_dir=str(state),
+        max_steps=recipe.steps or -1,
+        num_train_epochs=recipe.epochs or 1.0,
+        per_device_train_batch_size=micro,
+        gradient_accumulation_steps=recipe.batch_size // micro,
+        learning_rate=recipe.learning_rate,
+        weight_decay=recipe.weight_decay,
+        adam_beta1=recipe.adam_beta1,
+        adam_beta2=recipe.adam_beta2,
+        max_grad_norm=recipe.max_grad_norm,
+        warmup_steps=recipe.warmup,
+        lr_scheduler_type=recipe.schedule,
+        bf16=recipe.dtype == "bfloat16",
+        seed=seed,
+        data_seed=seed,
+        full_determinism=True,
+        use_cpu=cpu,
+        save_strategy="no",
+        save_total_limit=2,
+        logging_steps=10,
+        report_to=[],
+        disable_tqdm=True,
+        dataloader_pin_memory=not cpu,
+        **more,
+    )
+
+
+def save_by_the_clock(seconds: float) -> Any:
+    """A callback that saves the trainer's state when so many seconds have passed."""
+    from transformers import TrainerCallback
+
+    class SaveByTheClock(TrainerCallback):
+        last = time.monotonic()
+
+        def on_step_end(self, args, state, control, **kwargs):
+            if time.monotonic() - self.last >= seconds and state.global_step < state.max_steps:
+                self.last = time.monotonic()
+                control.should_save = True
+            return control
+
+    return SaveByTheClock()
+
+
+def run(trainer: Any, state: Path) -> dict[str, Any]:
+    """Train from the last whole state on, or from the beginning; check what came out."""
+    import torch
+
+    last = None
+    for path in sorted(state.glob("checkpoint-*"), key=lambda p: int(p.name.split("-")[1])):
+        try:  # written last by the trainer: the state before it is whole
+            json.loads((path / "trainer_state.json").read_text())
+            last = path
+        except (OSError, ValueError):
+            shutil.rmtree(path)
+    result = trainer.train(resume_from_checkpoint=str(last) if last else None)
+    for name, parameter in trainer.model.named_parameters():
+        if not torch.isfinite(parameter).all():
+            raise MergelawError(
+                f"training diverged: parameter {name!r} holds NaN or Inf; lower the learning rate"
+            )
+    return {
+        "steps": trainer.state.global_step,
+        "train_loss": result.training_loss,
+        "resumed_at_step": int(last.name.split("-")[1]) if last else None,
+        "device": str(trainer.args.device),
+        "threads": torch.get_num_threads(),
+        "losses": [
+            [entry["step"], entry["loss"]] for entry in trainer.state.log_history if "loss" in entry
+        ],
+    }
+
+
+def save(model: Any, tokenizer: Any, folder: Path, dtype: str = "float32") -> None:
+    import torch
+
+    model.to(getattr(torch, dtype)).save_pretrained(folder)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
+
+
+def link(source: Path, folder: Path) -> list[str]:
+    """Make ``folder`` a checkpoint by links to the files of ``source``; return their names."""
+    Tensors(source).__exit__()  # whole, and of a kind that we read
+    names = [
+        path.name
+        for path in sorted(source.iterdir())
+        if path.name in COMPANIONS
+        or path.name.endswith((".safetensors", ".safetensors.index.json"))
+    ]
+    for name in names:
+        os.symlink((source / name).resolve(), folder / name)
+    return names
+
+
+def locate(checkpoint: Mapping[str, Any]) -> Path:
+    """The local folder of a checkpoint; a hub id is fetched, or found in the hub's cache."""
+    if checkpoint.get("path") is not None:
+        folder = Path(checkpoint["path"])
+        if not folder.is_dir():
+            raise MergelawError(f"{folder}: no such folder; give a local Hugging Face checkpoint")
+        return folder
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError
+
+    hub, revision = checkpoint["hub"], checkpoint["revision"]
+    patterns = ["*.safetensors", "*.json", "*.jinja", "tokenizer.model", "merges.txt", "vocab.txt"]
+    try:
+        return Path(snapshot_download(hub, revision=revision, allow_patterns=patterns))
+    except GatedRepoError:
+        raise MergelawError(
+            f"{hub}: is gated; accept its licence on its page and log in with 'hf auth login'"
+        ) from None
+    except (LocalEntryNotFoundError, HfHubHTTPError, OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise MergelawError(
+            f"{hub} at {revision}: not in the hub's cache and cannot be fetched ({reason}); "
+            "check id, revision and network, or download it before"
+        ) from None
