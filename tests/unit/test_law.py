@@ -1,0 +1,247 @@
+"""Points and laws: the paper's tables, the finite pool, and what is refused."""
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from mergelaw.errors import MergelawError
+from mergelaw.law import MERGING, MERGING_FIXED_N, Law, fit, fit_study, write_fits
+from mergelaw.points import MACRO, points
+
+TABLES = Path(__file__).parents[1] / "data" / "paper_tables"
+ROWS = [
+    pytest.param(row, id=f"{path.stem.split('_')[1]}-{row['domain']}")
+    for path in sorted(TABLES.glob("table[345]_*.csv"))
+    for row in pd.read_csv(path).to_dict("records")
+]
+SIZES = [0.5, 1.5, 3, 7, 14, 32, 72]
+
+
+def grid(law: Law, parameters, sizes=SIZES, levels=range(1, 10)) -> dict[str, np.ndarray]:
+    N, k = (axis.ravel() for axis in np.meshgrid(sizes, list(levels)))
+    variables = {name: values for name, values in (("N", N), ("k", k)) if name in law.levels}
+    return {"N": N, "k": k, "ce": law.predict(parameters, **variables)}
+
+
+def evaluation_rows(losses, method="average", base="b", N=1.0, replicate=0) -> pd.DataFrame:
+    """Rows of merges: {(members, domain): ce}."""
+    return pd.DataFrame(
+        [
+            {"method": method, "family": "f", "base": base, "N": N, "seed": 0, "k": len(members),
+             "replicate": replicate, "experts": list(members), "merge": "+".join(members),
+             "role": "merge", "domain": domain, "ce": ce, "finite": math.isfinite(ce)}
+            for (members, domain), ce in losses.items()
+        ]
+    )  # fmt: skip
+
+
+# ---- fits
+
+
+@pytest.mark.parametrize("row", ROWS)
+@pytest.mark.parametrize("unit", [1.0, 1e-4])
+def test_a_noise_free_grid_of_the_papers_parameters_is_recovered(row, unit):
+    names = {"L_star": "Lstar", "B": "B", "beta": "beta", "A0": "A0", "gamma": "gamma", "b": "b0"}
+    truth = {name: row[column] for name, column in names.items()}
+    table = grid(MERGING, truth)
+    fitted = fit(MERGING, {**table, "N": table["N"] * unit})
+    assert np.abs(fitted.residuals).max() < 1e-12
+    assert fitted.r2 == pytest.approx(1)
+    for name in ("L_star", "beta", "gamma", "b"):
+        assert fitted.parameters[name] == pytest.approx(truth[name], rel=1e-8, abs=1e-8)
+
+
+@pytest.mark.parametrize("b", [0.0, 0.3, 3.0])
+def test_one_base_is_recovered(b):
+    truth = {"L_inf": 1.2, "A": 0.1, "b": b}
+    fitted = fit(MERGING_FIXED_N, grid(MERGING_FIXED_N, truth, sizes=[2.7e-5]))
+    assert fitted.parameters == pytest.approx(truth, rel=1e-9)
+    assert np.abs(fitted.residuals).max() < 1e-14
+
+
+def test_prediction_broadcasts_and_refuses_other_variables():
+    truth = {"L_star": 1.0, "B": 0.1, "A0": 0.2, "beta": 0.5, "gamma": 0.1, "b": 0.0}
+    fitted = fit(MERGING, grid(MERGING, truth))
+    assert fitted.predict(N=[[1.0], [4.0]], k=[1, 2, 3]).shape == (2, 3)
+    assert fitted.predict(N=4, k=math.inf) == pytest.approx(1.05)
+    with pytest.raises(MergelawError, match="function of N, k"):
+        fitted.predict(k=3)
+
+
+def test_b_below_zero_is_flagged_as_on_its_bound():
+    k = np.arange(1, 10)
+    fitted = fit(MERGING_FIXED_N, {"k": k, "ce": 1 + 0.1 / (k - 0.05)})
+    assert fitted.parameters["b"] == 0
+    assert any("b is on its bound 0" in warning for warning in fitted.warnings)
+
+
+def test_losses_that_do_not_fall_leave_b_without_meaning():
+    fitted = fit(MERGING_FIXED_N, {"k": np.arange(1, 10), "ce": np.full(9, 1.5)})
+    assert fitted.parameters["A"] == 0
+    assert any("b has no effect" in warning for warning in fitted.warnings)
+    assert fitted.to_dict()["r2"] is None
+
+
+def test_a_short_ladder_and_three_points_are_named():
+    truth = {"L_star": 1.0, "B": 1e-3, "A0": 0.1, "beta": 0.6, "gamma": 0.1, "b": 0.2}
+    fitted = fit(MERGING, grid(MERGING, truth, sizes=[2.7e-5, 6e-5, 3.33e-4], levels=[1, 2, 4]))
+    assert any("factor of 12.3" in warning for warning in fitted.warnings)
+    assert any("three sizes" in warning for warning in fitted.warnings)
+    three = fit(MERGING_FIXED_N, {"k": [1, 2, 4], "ce": [1.2, 1.1, 1.06]})
+    assert any("as many parameters as points" in warning for warning in three.warnings)
+
+
+def test_noise_on_a_flat_profile_is_named():
+    k = np.arange(1, 6)
+    ce = 1.5 + 0.01 / k + 0.01 * np.array([1, -1, 1, -1, 1])
+    fitted = fit(MERGING_FIXED_N, {"k": k, "ce": ce})
+    assert any("determined" in w or "bound" in w or "no effect" in w for w in fitted.warnings)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"ce": [1.0, math.nan, 0.9, 0.8]}, "not finite"),
+        ({"ce": [1.0, -0.1, 0.9, 0.8]}, "above 0"),
+        ({"k": [0, 1, 2, 3]}, "above 0"),
+        ({"k": [0.5, 1, 2, 3]}, "k >= 1"),
+        ({"k": [1, 1, 2, 2]}, "3 different values of k"),
+        ({"k": [1, 2, 3], "ce": None}, "column ce"),
+        ({"N": [1.0, 1.0, 1.0, 2.0]}, "one value of N"),
+    ],
+)
+def test_bad_tables_are_one_line(change, message):
+    table = {"k": [1, 2, 3, 4], "ce": [1.2, 1.1, 1.06, 1.05], **change}
+    table = {name: values for name, values in table.items() if values is not None}
+    with pytest.raises(MergelawError, match=message) as error:
+        fit(MERGING_FIXED_N, table)
+    assert "\n" not in str(error.value)
+
+
+def test_too_few_sizes_or_points_for_the_joint_law():
+    truth = {"L_star": 1.0, "B": 0.1, "A0": 0.2, "beta": 0.5, "gamma": 0.1, "b": 0.0}
+    with pytest.raises(MergelawError, match="3 different values of N"):
+        fit(MERGING, grid(MERGING, truth, sizes=[1, 2]))
+    with pytest.raises(MergelawError, match="6 parameters and the table 5"):
+        fit(MERGING, {"N": [1, 2, 3, 1, 1], "k": [1, 1, 1, 2, 3], "ce": [1.3, 1.2, 1.1, 1.2, 1.1]})
+    with pytest.raises(MergelawError, match="above 0"):
+        fit(MERGING, {**grid(MERGING, truth), "N": -grid(MERGING, truth)["N"]})
+
+
+def test_a_law_of_ones_own_takes_a_few_lines():
+    """Also that signed coefficients are found with either sign beside ones that are not."""
+    power = Law(
+        name="power",
+        equation="E[L|k] = L_inf + A k^-a + D log k",
+        levels={"k": 4},
+        linear=("L_inf", "A", "D"),
+        nonlinear={"a": (0.0, 0.5, 1.0, 2.0, 5.0)},
+        basis=lambda k, a: (1.0, k**-a, np.log(k)),
+        signed=("D",),
+    )
+    for sign in (-0.01, 0.01):
+        truth = {"L_inf": 1.0, "A": 0.2, "D": sign, "a": 1.3}
+        fitted = fit(power, grid(power, truth, sizes=[1.0]))
+        assert fitted.parameters == pytest.approx(truth, rel=1e-6)
+
+
+def test_summary_and_dictionary_tell_the_same():
+    fitted = fit(MERGING_FIXED_N, {"k": [1, 2, 3, 4], "ce": [1.2, 1.1, 1.07, 1.05]})
+    told = json.loads(json.dumps(fitted.to_dict(), allow_nan=False))
+    assert told["parameters"] == fitted.parameters
+    assert told["n_points"] == 4
+    assert "R^2" in fitted.summary() and "RMSE" in fitted.summary()
+
+
+# ---- points
+
+
+def test_circles_are_averaged_first_and_macro_is_the_mean_of_domains():
+    one = evaluation_rows(
+        {("abc", "x"): 1.0, ("abd", "x"): 2.0, ("abc", "y"): 4.0, ("abd", "y"): 4.0}
+    )
+    other = evaluation_rows({("abc", "x"): 3.0, ("abc", "y"): 5.0}, replicate=1)
+    table, warnings = points(pd.concat([one, other]))
+    assert warnings == []
+    ce = table.set_index("domain")["ce"]
+    assert ce.to_dict() == {"x": 2.25, "y": 4.5, MACRO: 3.375}
+    assert set(table["subsets"]) == {2} and set(table["replicates"]) == {2}
+
+
+def test_a_point_with_a_loss_that_is_not_finite_is_dropped_and_named():
+    losses = {("a", d): 1.0 for d in "xy"} | {("ab", d): 0.9 for d in "xy"}
+    losses["ab", "y"] = math.nan
+    table, warnings = points(evaluation_rows(losses))
+    assert set(zip(table["k"], table["domain"], strict=True)) == {
+        (1, "x"),
+        (1, "y"),
+        (1, MACRO),
+        (2, "x"),
+    }
+    assert len(warnings) == 2
+    assert "average on b, y: no point at k = 2" in warnings[0]
+    assert "macro" in warnings[1]
+
+
+def test_bases_and_baselines_are_no_points():
+    rows = evaluation_rows({("a", "x"): 1.0})
+    table, _ = points(
+        pd.concat([rows, rows.assign(role="base", k=0), rows.assign(role="baseline")])
+    )
+    assert list(table["k"]) == [1, 1]
+    with pytest.raises(MergelawError, match="role 'merge'"):
+        points(rows.assign(role="base"))
+    with pytest.raises(MergelawError, match="replicate"):
+        points(rows.drop(columns="replicate"))
+
+
+# ---- studies
+
+
+def ladder_rows(sizes) -> pd.DataFrame:
+    parts = []
+    for N in sizes:
+        ring = {
+            (tuple("abcdefghi"[(start + i) % 9] for i in range(k)), domain):
+                scale * (1 + N**-0.3 + 0.1 / k)
+            for k in range(1, 10) for start in range(9) for domain, scale in (("x", 1), ("y", 0.5))
+        }  # fmt: skip
+        parts.append(evaluation_rows(ring, base=f"b{N:g}", N=N))
+    return pd.concat(parts, ignore_index=True)
+
+
+def test_a_study_fits_all_there_is_and_says_why_the_rest_is_not():
+    study = fit_study(ladder_rows([1.0, 4.0]))
+    assert len(study.fits) == 2 * 3
+    assert {refusal["law"] for refusal in study.refused} == {"merging"}
+    assert "2 (1, 4)" in study.refused[0]["reason"]
+
+    study = fit_study(ladder_rows([1.0, 4.0, 200.0]))
+    assert study.refused == ()
+    macro = [f for f in study.fits if f.domain == MACRO and f.base is None]
+    assert len(macro) == 1
+    last = macro[0].floors[-1]
+    assert last["M"] == 9
+    assert last["asymptotic"] == pytest.approx(0.75 * (1 + 200**-0.3))
+    assert last["reachable"] == pytest.approx(0.75 * (1 + 200**-0.3 + 0.1 / 9))
+
+
+def test_what_is_written_is_strict_json_and_reads_back(tmp_path):
+    told = write_fits(ladder_rows([1.0, 4.0]), tmp_path / "laws", missing=["b4/average/0"])
+    assert told == {"points": 54, "fits": 6, "refused": 3, "missing": 1}
+
+    def refuse(token):
+        raise AssertionError(f"{token} is no JSON")
+
+    laws = json.loads((tmp_path / "laws/laws.json").read_text(), parse_constant=refuse)
+    assert laws["missing"] == ["b4/average/0"]
+    table = pd.read_parquet(tmp_path / "laws/parameters.parquet")
+    assert len(table) == 6
+    assert table["L_star"].isna().all() and table["L_inf"].notna().all()
+    assert len(pd.read_parquet(tmp_path / "laws/points.parquet")) == 54
+    summary = (tmp_path / "laws/summary.txt").read_text()
+    assert "b4/average/0" in summary and "reachable" in summary

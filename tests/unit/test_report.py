@@ -1,0 +1,125 @@
+"""The report: complete, self-contained, and honest about what is missing."""
+
+import json
+import re
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from mergelaw.errors import MergelawError
+from mergelaw.law import MERGING, write_fits
+from mergelaw.report import write_report
+
+DOMAINS = [
+    "algebra", "analysis", "geometry", "discrete", "number_theory", "code", "chemistry", "physics",
+    "biology",
+]  # fmt: skip
+SIZES = {"w32": 2.7e-5, "w48": 6e-5, "w64": 1.61e-4, "w96": 3.33e-4}
+METHODS = {"average": 0.1, "task_arithmetic": 0.4, "ties": 1.8, "dare": 0.2}
+
+
+def study_rows(
+    methods=("average", "ties"), domains=tuple(DOMAINS[:3]), sizes=SIZES, replicates=1, noise=0.002
+) -> pd.DataFrame:
+    """Rows as the evaluation stage writes them: the law with noise, on rings of nine experts."""
+    random = np.random.default_rng(3)
+    experts = DOMAINS
+    rows = []
+
+    def add(base, method, k, replicate, members, role, loss):
+        merge = f"{base}.{method}.{'+'.join(members)}" if role == "merge" else f"{base}.{role}"
+        for place, domain in enumerate(domains):
+            ce = loss * (0.7 + 0.07 * place) + noise * random.standard_normal()
+            rows.append(
+                {"base": base, "family": "demo", "N": sizes[base], "N_total": sizes[base] * 1.2,
+                 "method": method, "seed": 1, "k": k, "replicate": replicate, "experts": members,
+                 "merge": merge, "role": role, "domain": domain, "held_out": False,
+                 "nll": ce * 1000, "tokens": 1000, "ce": ce, "bytes": 3000, "finite": True}
+            )  # fmt: skip
+
+    for base, size in sizes.items():
+        for method in methods:
+            law = {"L_star": 0.85, "B": 6e-4, "beta": 0.65, "A0": 0.075, "gamma": 0.05,
+                   "b": METHODS[method]}  # fmt: skip
+            add(base, method, 0, 0, [], "base", 1.35 * MERGING.predict(law, N=size, k=1))
+            for replicate in range(replicates):
+                circle = list(random.permutation(experts))
+                for k in range(1, 10):
+                    for start in range(9):
+                        members = sorted(circle[(start + i) % 9] for i in range(k))
+                        loss = float(MERGING.predict(law, N=size, k=k))
+                        loss *= 1 + 0.02 * (9 - k) / 8 * random.standard_normal()
+                        add(base, method, k, replicate, members, "merge", loss)
+        law["b"] = 0
+        floor = float(MERGING.predict(law, N=size, k=1e9))
+        add(base, "multitask", 9, 0, experts, "baseline", floor - 0.03)
+    return pd.DataFrame(rows)
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory):
+    """A folder with fits, and a report of them with a missing shard."""
+    folder = tmp_path_factory.mktemp("study")
+    rows = study_rows()
+    write_fits(rows, folder / "laws", missing=["w32/average/circle-2"])
+    facts = {"mergelaw": "0.1.0", "note": "<b>plain & simple</b>"}
+    write_report(folder / "laws", rows, folder / "report", title="A small study", facts=facts)
+    return folder / "report"
+
+
+def test_it_holds_every_method_base_and_domain(report):
+    page = (report / "report.html").read_text()
+    for name in ["average", "ties", *SIZES, *DOMAINS[:3]]:
+        assert name in page
+    assert "A small study" in page
+    assert "w32/average/circle-2" in page
+    assert "training budget" in page
+
+
+def test_it_needs_nothing_from_elsewhere(report):
+    page = (report / "report.html").read_text()
+    assert not re.search(r"""(src|href)\s*=\s*["']?(?!#|data:)""", page)
+    assert not re.search(r"url\((?!#)", page)
+    assert "@import" not in page
+    assert "<script" not in page
+
+
+def test_facts_are_text_and_not_markup(report):
+    page = (report / "report.html").read_text()
+    assert "&lt;b&gt;plain &amp; simple&lt;/b&gt;" in page
+
+
+def test_figures_and_tables_are_files_too(report):
+    drawn = {path.stem for path in (report / "figures").glob("*.svg")}
+    assert drawn == {path.stem for path in (report / "figures").glob("*.png")}
+    assert drawn == {"curves", "domains_average", "domains_ties", "floors"}
+    tables = {path.stem: pd.read_csv(path) for path in (report / "tables").glob("*.csv")}
+    assert set(tables) == {"parameters", "floors", "points", "refused"}
+    assert len(tables["parameters"]) == 2 * 4 * (1 + 4)
+
+
+def test_a_study_of_one_size_has_a_report_without_joint_law(tmp_path):
+    rows = study_rows(methods=("average",), domains=("code",), sizes={"w32": 2.7e-5})
+    rows = rows[rows["role"] == "merge"]
+    write_fits(rows, tmp_path / "laws", missing=[])
+    laws = json.loads((tmp_path / "laws/laws.json").read_text())
+    assert {fit["law"] for fit in laws["fits"]} == {"merging_fixed_N"}
+    write_report(tmp_path / "laws", rows, tmp_path / "report", title="One size", facts={})
+    page = (tmp_path / "report/report.html").read_text()
+    assert "needs 3 different values of N" in page
+
+
+def test_two_families_are_drawn_apart(tmp_path):
+    rows = study_rows(methods=("average",), domains=("code",))
+    other = rows.assign(family="other", base=rows["base"] + "-o")
+    rows = pd.concat([rows, other], ignore_index=True)
+    write_fits(rows, tmp_path / "laws", missing=[])
+    write_report(tmp_path / "laws", rows, tmp_path / "report", title="Two", facts={})
+    drawn = {path.stem for path in (tmp_path / "report/figures").glob("*.svg")}
+    assert {"demo_curves", "other_curves"} <= drawn
+
+
+def test_a_folder_without_laws_is_one_line(tmp_path):
+    with pytest.raises(MergelawError, match=r"laws\.json"):
+        write_report(tmp_path, study_rows(), tmp_path / "report", title="None", facts={})
