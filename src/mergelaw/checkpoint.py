@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 INDEX = "model.safetensors.index.json"
 WEIGHTS = "model.safetensors"
+HEAD = "lm_head.weight"
 # Everything else that makes a folder usable as a model.
 COMPANIONS = (
     "config.json",
@@ -53,15 +54,16 @@ class Tensors:
         if index.exists():
             try:
                 listed = dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
-            except (ValueError, KeyError, TypeError):
+                outside = [file for file in listed.values() if Path(file).name != file]
+            except (OSError, ValueError, KeyError, TypeError, RecursionError):
                 raise MergelawError(f"{index}: not an index of weights; copy it again") from None
+            if outside:
+                raise MergelawError(f"{index}: {outside[0]!r} leaves the folder; mend the index")
             files = sorted(set(listed.values()))
         else:
             files = [WEIGHTS]
         for file in files:
             path = self.folder / file
-            if Path(file).name != file:
-                raise MergelawError(f"{index}: {file!r} leaves the folder; mend the index")
             if not path.is_file():
                 others = sorted(p.name for p in self.folder.glob("*.bin"))
                 hint = f"; only safetensors are read, not {others[0]}" if others else ""
@@ -74,15 +76,22 @@ class Tensors:
                     f"{path}: corrupt or half-copied ({reason}); copy it again"
                 ) from None
             for name in opened.keys():  # noqa: SIM118 - not a dict
+                if listed is not None and listed.get(name, file) != file:
+                    raise MergelawError(
+                        f"{path}: has tensor {name!r}, which {index.name} lists in "
+                        f"{listed[name]}; copy the checkpoint again"
+                    )
                 self._where[name] = opened
         if listed is not None and listed.keys() - self._where.keys():
             missing = min(listed.keys() - self._where.keys())
             raise MergelawError(f"{index}: lists tensor {missing!r}, no file has it; copy it again")
-        if self.config.get("tie_word_embeddings") and "lm_head.weight" in self._where:
-            # Some trainers save the tied head a second time.
-            embedding = next((n for n in self._where if n.endswith("embed_tokens.weight")), None)
-            if embedding and same_bits(self["lm_head.weight"], self[embedding]):
-                del self._where["lm_head.weight"]
+        if self.config.get("tie_word_embeddings", True) and HEAD in self._where:
+            # Some trainers save the tied head a second time. A configuration that does not say
+            # whether it is tied leaves that to the architecture.
+            shape = self.shape(HEAD)
+            twins = [n for n in self._where if n != HEAD and self.shape(n) == shape]
+            if any(same_bits(self[HEAD], self[n]) for n in twins):
+                del self._where[HEAD]
 
     def __enter__(self) -> "Tensors":
         return self
@@ -97,7 +106,15 @@ class Tensors:
         return name in self._where
 
     def __getitem__(self, name: str) -> "Tensor":
-        return self._where[name].get_tensor(name)
+        from safetensors import SafetensorError
+
+        try:
+            return self._where[name].get_tensor(name)
+        except (SafetensorError, AttributeError, TypeError, ValueError, RuntimeError) as error:
+            reason = str(error).splitlines()[0]
+            raise MergelawError(
+                f"{self.folder}: tensor {name!r} cannot be read ({reason}); copy it again"
+            ) from None
 
     def shape(self, name: str) -> tuple[int, ...]:
         return tuple(self._where[name].get_slice(name).get_shape())
@@ -119,6 +136,10 @@ class Writer:
         header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
         end = 0
         for name, (dtype, shape) in layout.items():
+            if dtype not in BYTES:
+                raise MergelawError(
+                    f"tensor {name!r} is {dtype}; only {', '.join(BYTES)} can be written"
+                )
             size = math.prod(shape) * BYTES[dtype]
             header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [end, end + size]}
             end += size
@@ -145,7 +166,7 @@ class Writer:
 
 
 BYTES = {"F64": 8, "F32": 4, "BF16": 2, "F16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1}
-BYTES |= {"U8": 1, "BOOL": 1}
+BYTES |= {"U64": 8, "U32": 4, "U16": 2, "U8": 1, "BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1}
 FLOATS = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 
 
@@ -155,7 +176,7 @@ def read_config(folder: Path) -> dict[str, Any]:
         config = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise MergelawError(f"{path}: no such file; give a Hugging Face checkpoint") from None
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         raise MergelawError(f"{path}: not JSON; copy the checkpoint again") from None
     if not isinstance(config, dict) or "model_type" not in config:
         raise MergelawError(f"{path}: names no 'model_type'; give a Hugging Face checkpoint")
@@ -167,7 +188,8 @@ def same_bits(left: "Tensor", right: "Tensor") -> bool:
 
     if left.shape != right.shape or left.dtype != right.dtype:
         return False
-    return torch.equal(left.contiguous().view(torch.uint8), right.contiguous().view(torch.uint8))
+    left, right = (tensor.contiguous().view(-1).view(torch.uint8) for tensor in (left, right))
+    return torch.equal(left, right)
 
 
 def pairs(base: Tensors, expert: Tensors, where: str) -> Iterator[str]:

@@ -145,7 +145,7 @@ class Merger:
                 torch.add(base, self.method.combine(vectors, weights), out=out)
             else:
                 out.copy_(base + self.method.combine(vectors, weights))
-        if len(experts) == 1 and self.method.keeps_single():
+        if len(experts) == 1 and self.method.keeps_single(weights[0]):
             self._restore(experts[0])
 
     def _restore(self, expert: str) -> None:
@@ -166,8 +166,8 @@ def parameters_by_tensor(model: "nn.Module", base: Tensors) -> dict[str, "nn.Par
 
     aliases: dict[int, list[str]] = {}
     by_id = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        aliases.setdefault(id(parameter), []).append(name)
+    for alias, parameter in model.named_parameters(remove_duplicate=False):
+        aliases.setdefault(id(parameter), []).append(alias)
         by_id[id(parameter)] = parameter
     prefix = f"{getattr(model, 'base_model_prefix', '')}."
     found: dict[str, nn.Parameter] = {}
@@ -226,7 +226,7 @@ def write(
                         for expert, vector in holders.items()
                     ]
                     out[start:stop] = flat[start:stop].float() + method.combine(parts, weights)
-                if len(vectors) == 1 and method.keeps_single():
+                if len(vectors) == 1 and method.keeps_single(weights[0]):
                     (vector,) = vectors.values()
                     if name in vector.changed:
                         index, value = vector.exceptions(name)  # type: ignore[misc]

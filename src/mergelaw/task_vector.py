@@ -59,15 +59,19 @@ def write(base: Path, expert: Path, folder: Path) -> dict[str, Any]:
                         f"{where}: tensor {name!r} holds NaN or Inf; train it again or leave it out"
                     )
             vector, index, value = difference(after, before)
+            if not torch.isfinite(vector).all():
+                raise MergelawError(
+                    f"{expert}: tensor {name!r} differs from the base's by more than float32 "
+                    "holds; such values cannot be merged"
+                )
             writer.write(name, vector)
             if len(index):
                 exceptions[f"{name}.index"], exceptions[f"{name}.value"] = index, value
-            flat = vector.view(-1).double()
             statistics[name] = {
-                "elements": flat.numel(),
-                "norm": flat.norm().item(),
-                "base_norm": before.double().norm().item(),
-                "zeros": int((flat == 0).sum()),
+                "elements": vector.numel(),
+                "norm": norm_of(vector),
+                "base_norm": norm_of(before),
+                "zeros": int((vector == 0).sum()),
                 "exceptions": len(index),
             }
     save_file(exceptions, folder / EXCEPTIONS)
@@ -77,6 +81,18 @@ def write(base: Path, expert: Path, folder: Path) -> dict[str, Any]:
         raise MergelawError(f"{expert}: equals its base; an expert must differ from it")
     lineage.write_json(folder / STATISTICS, {"norm": norm, **total, "tensors": statistics})
     return {"norm": norm, **total}
+
+
+def norm_of(tensor: "Tensor") -> float:
+    """L2 norm in float64. numpy's sum, unlike torch's, has the same bits on any number of threads:
+    the statistics are part of the digest, and that keys the masks of DARE."""
+    import numpy as np
+
+    flat = tensor.float().numpy().ravel()
+    squares = (
+        np.square(flat[i : i + (1 << 20)], dtype=np.float64) for i in range(0, len(flat), 1 << 20)
+    )
+    return sum(part.sum().item() for part in squares) ** 0.5
 
 
 class TaskVector:

@@ -22,7 +22,7 @@ class Average(Method):
     def combine(self, vectors: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
         return weighted_sum(vectors, normalized(weights))
 
-    def keeps_single(self) -> bool:
+    def keeps_single(self, weight: float) -> bool:
         return True
 
     def mergekit(self) -> dict[str, Any]:

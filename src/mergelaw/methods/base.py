@@ -43,8 +43,8 @@ class Method(BaseModel):
         """The merged difference from the base: fp32, of the shape of each of ``vectors``."""
         raise NotImplementedError
 
-    def keeps_single(self) -> bool:
-        """Whether a merge of one expert is that expert, bit for bit."""
+    def keeps_single(self, weight: float) -> bool:
+        """Whether a merge of one expert, with this weight, is that expert, bit for bit."""
         return False
 
     def mergekit(self) -> dict[str, Any] | None:

@@ -65,8 +65,9 @@ class DareLinear(_Dare):
             weights = normalized(weights)
         return weighted_sum(vectors, [self.lambda_ * weight for weight in weights])
 
-    def keeps_single(self) -> bool:
-        return self.drop_rate == 0 and self.lambda_ == 1
+    def keeps_single(self, weight: float) -> bool:
+        whole = self.drop_rate == 0 and self.lambda_ == 1
+        return whole and (self.normalize or weight == 1)
 
 
 class DareTies(_Dare):
@@ -79,3 +80,6 @@ class DareTies(_Dare):
 
     def combine(self, vectors: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
         return consensus(vectors, weights, self.elect, self.lambda_)
+
+    def keeps_single(self, weight: float) -> bool:
+        return self.drop_rate == 0 and self.lambda_ == 1

@@ -87,6 +87,9 @@ class Ties(Method):
     def combine(self, vectors: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
         return consensus(vectors, weights, self.elect, self.lambda_)
 
+    def keeps_single(self, weight: float) -> bool:
+        return self.density == 1 and self.lambda_ == 1
+
     def mergekit(self) -> dict[str, Any] | None:
         if self.trim == "global" or self.elect == "count":
             return None
@@ -98,7 +101,7 @@ class Ties(Method):
 
 def kept(size: int, density: float) -> int:
     """How many of ``size`` values are kept: int(density * size), one at least (as mergekit)."""
-    return max(int(density * size), 1)
+    return min(max(int(density * size), 1), size)
 
 
 def magnitude_threshold(chunks, keep: int) -> float:
@@ -109,6 +112,9 @@ def magnitude_threshold(chunks, keep: int) -> float:
     without sorting anything.
     """
     import numpy as np
+
+    if keep == 0:  # a tensor without elements
+        return 0.0
 
     def histogram(pick):
         counts = np.zeros(1 << 16, dtype=np.int64)
