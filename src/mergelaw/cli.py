@@ -380,13 +380,17 @@ def config_check(file: Annotated[Path, typer.Argument(help="a configuration")]) 
     from mergelaw.study import Study
 
     study = Study(config.load(file))
-    merges = {base: len(study.subsets(base)) for base in study.config.bases}
-    cells = sum(merges.values()) * len(study.config.methods) * len(study.config.domains)
+    own, made = study.config, study.by_path.values()
+    merges = max(len(study.subsets(base)) for base in own.bases)
+    rows = merges * len(own.methods) + len(own.baselines)
+    cells = rows * len(own.bases) * len(own.domains) * len(own.training_seeds)
+    trained = sum(
+        artifact.recipe.keys() & {"training", "pretraining"} != set() for artifact in made
+    )
     print(
-        f"{file}: {len(study.config.bases)} bases, {len(study.config.pool())} experts, "
-        f"{len(study.config.domains)} domains, {len(study.config.methods)} methods; "
-        f"{max(merges.values())} merges per base and method, "
-        f"{cells * len(study.config.training_seeds):,} cells, {len(study.by_path)} jobs"
+        f"{file}: {len(own.bases)} bases, {len(own.pool())} experts, {len(own.domains)} domains, "
+        f"{len(own.methods)} methods; {trained} models to train, {merges} merges per base and "
+        f"method, {cells:,} cells, {len(made)} jobs"
     )
 
 
@@ -395,7 +399,27 @@ def config_schema() -> None:
     """Print the JSON schema of configurations."""
     from mergelaw import config
 
-    print(json.dumps(config.Config.model_json_schema(), indent=2))
+    print(json.dumps(config.schema(), indent=2, ensure_ascii=False))
+
+
+@config_app.command("table")
+def config_table(
+    into: Annotated[
+        Path | None, typer.Option(help="a Markdown file that takes them between its markers")
+    ] = None,
+) -> None:
+    """Print every key of a configuration as Markdown tables."""
+    from mergelaw import config
+
+    if into is None:
+        print(config.tables())
+        return
+    start, end = "<!-- tables -->", "<!-- end of tables -->"
+    before, found, rest = into.read_text(encoding="utf-8").partition(start)
+    _, closed, after = rest.partition(end)
+    if not (found and closed):
+        raise MergelawError(f"{into}: lacks the markers {start} and {end}; add them")
+    into.write_text(f"{before}{start}\n{config.tables()}\n{end}{after}", encoding="utf-8")
 
 
 @app.command("lineage")

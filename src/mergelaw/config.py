@@ -5,33 +5,62 @@ models, so every field carries its description. Hardware does not belong here bu
 """
 
 import difflib
+import json
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, Union, get_args
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, Union, get_args, get_origin
 
 import yaml
 from pydantic import (
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
     StringConstraints,
     ValidationError,
     model_validator,
 )
+from pydantic.json_schema import models_json_schema
 
 from mergelaw.errors import MergelawError
-from mergelaw.methods import registry
+from mergelaw.methods import Method, registry
+
+# A configuration is written by hand. What is beyond these is a mistake (a range mistyped, aliases
+# that expand without end) and would keep every job's parser busy.
+MAX_MERGES = 100_000
+MAX_VALUES = 100_000
+MAX_DEPTH = 32
+
+BASELINES = "baselines"  # in the place of a method in the paths of the baselines' evaluations
 
 # Names become parts of paths, so that a results folder can be read.
-Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=64)]
+NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
+Name = Annotated[str, StringConstraints(pattern=NAME_PATTERN, max_length=64)]
 
 
 class Model(BaseModel):
     """Unknown keys are refused everywhere."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+def numbers(value: Any) -> Any:
+    """``1e-2`` as the number it looks like; YAML 1.1 takes it for text, for want of a point.
+
+    Fields with a type are converted by pydantic; this is for what has none.
+    """
+    if isinstance(value, dict):
+        return {key: numbers(entry) for key, entry in value.items()}
+    if isinstance(value, list):
+        return [numbers(entry) for entry in value]
+    if isinstance(value, str) and re.fullmatch(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+", value):
+        if math.isinf(float(value)):
+            raise ValueError(f"{value} is too large a number")
+        return float(value)
+    return value
 
 
 class Source(Model):
@@ -55,7 +84,17 @@ class Source(Model):
     def _one_kind(self) -> Self:
         if sum(v is not None for v in (self.synthetic, self.files, self.dataset)) != 1:
             raise ValueError("give exactly one of 'synthetic', 'files' and 'dataset'")
+        given = self.model_fields_set
+        for key in ("revision", "config", "split"):
+            if self.dataset is None and key in given:
+                raise ValueError(f"{key!r} goes with 'dataset' only")
+        if self.dataset is not None and self.revision is None and is_hub_id(self.dataset):
+            raise ValueError(
+                "a hub dataset needs its 'revision' (a commit), or it cannot be traced"
+            )
         if self.synthetic is not None:
+            if self.where is not None:
+                raise ValueError("'where' goes with 'files' or 'dataset'")
             from mergelaw.synthetic import DOMAINS
 
             if self.synthetic not in DOMAINS:
@@ -63,6 +102,10 @@ class Source(Model):
                     f"no generator {self.synthetic!r}{nearest(self.synthetic, DOMAINS)}"
                 )
         return self
+
+
+def is_hub_id(dataset: str) -> bool:
+    return not dataset.startswith((".", "/")) and not Path(dataset).is_dir()
 
 
 class Domain(Model):
@@ -90,6 +133,13 @@ class Corpus(Model):
     eval_documents: int = Field(200, ge=1, description="evaluation documents per domain")
 
 
+def check_revision(hub: str | None, revision: str | None) -> None:
+    if hub is not None and revision is None:
+        raise ValueError("a hub model needs its 'revision' (a commit), or it cannot be traced")
+    if hub is None and revision is not None:
+        raise ValueError("'revision' goes with 'hub' only")
+
+
 class Checkpoint(Model):
     """A model as the world has it: exactly one of `path` and `hub`."""
 
@@ -101,8 +151,7 @@ class Checkpoint(Model):
     def _one_kind(self) -> Self:
         if (self.path is None) == (self.hub is None):
             raise ValueError("give exactly one of 'path' and 'hub'")
-        if self.hub is not None and self.revision is None:
-            raise ValueError("a hub model needs its 'revision' (a commit), or it cannot be traced")
+        check_revision(self.hub, self.revision)
         return self
 
 
@@ -141,7 +190,7 @@ class Optimisation(Model):
 class Pretraining(Optimisation):
     """A recipe for a base of one's own: tokenizer, architecture and training."""
 
-    architecture: dict[str, Any] = Field(
+    architecture: Annotated[dict[str, Any], BeforeValidator(numbers)] = Field(
         description="a transformers configuration: `model_type` and its fields"
     )
     vocab_size: int = Field(512, ge=260, description="size of the byte-level BPE tokenizer")
@@ -188,8 +237,7 @@ class Base(Model):
     def _one_kind(self) -> Self:
         if sum(v is not None for v in (self.path, self.hub, self.pretraining)) != 1:
             raise ValueError("give exactly one of 'path', 'hub' and 'pretraining'")
-        if self.hub is not None and self.revision is None:
-            raise ValueError("a hub model needs its 'revision' (a commit), or it cannot be traced")
+        check_revision(self.hub, self.revision)
         return self
 
 
@@ -217,12 +265,14 @@ class Sampling(Model):
         None, min_length=1, description="numbers of experts to merge; null: 1 to M"
     )
     circles: int = Field(
-        3, ge=1, description="independent circles; three or more give standard errors"
+        3, ge=1, le=1000, description="independent circles; three or more give standard errors"
     )
     exhaustive_up_to: int = Field(
         128, ge=1, description="take all C(M,k) subsets where there are no more than this"
     )
-    subsets_per_k: int = Field(9, ge=1, description="iid only: subsets drawn for each k")
+    subsets_per_k: int = Field(
+        9, ge=1, le=MAX_MERGES, description="iid only: subsets drawn for each k"
+    )
     merges_per_shard: int = Field(128, ge=1, description="merges that one job evaluates")
     seed: int = Field(0, ge=0, description="seed of circles and draws")
 
@@ -255,14 +305,19 @@ class Merge(Model):
 
 
 # The union over the methods' own models, told apart by their `method`.
-AnyMethod = Annotated[Union[*registry().values()], Field(discriminator="method")]
+if TYPE_CHECKING:
+    AnyMethod = Method
+else:
+    AnyMethod = Annotated[Union[*registry().values()], Field(discriminator="method")]
 
 
 class Config(Model):
     """One study."""
 
     name: Name = Field(description="name of the study; the model family of its bases")
-    results: str = Field("results", min_length=1, description="folder of everything it makes")
+    results: str = Field(
+        "results", pattern=r"^[^{}<>*?\r\n]+$", description="folder of everything it makes"
+    )
     seed: int = Field(0, ge=0, description="seed of generators and of train/eval splits")
     corpus: Corpus = Field(Corpus(), description="what all domains share")
     domains: dict[Name, Domain] = Field(min_length=1, description="evaluation domains by name")
@@ -290,10 +345,13 @@ class Config(Model):
     @model_validator(mode="before")
     @classmethod
     def _fill_names(cls, data: Any) -> Any:
-        """`average: {}` means the method of that name; no `experts` means one per domain."""
+        """`average:` means the method of that name; `algebra:` the expert with all defaults."""
         if not isinstance(data, dict):
             return data
         data = dict(data)
+        for key in ("experts", "baselines"):
+            if isinstance(data.get(key), dict):
+                data[key] = {n: {} if v is None else v for n, v in data[key].items()}
         methods = data.get("methods")
         if isinstance(methods, dict):
             data["methods"] = {
@@ -324,13 +382,19 @@ class Config(Model):
     def training_of(self, base: str, expert: str) -> Training:
         """The training recipe: the study's, then the base's, then the expert's own settings."""
         own = {**self.baselines, **self.pool()}[expert].training
-        return Training.model_validate({**self.training, **self.bases[base].training, **own})
+        return Training.model_validate(override(self.training, self.bases[base].training, own))
 
     def pretraining_of(self, base: str) -> Pretraining:
+        """The recipe of a base of one's own: the study's, then the base's own settings."""
         own = self.bases[base].pretraining or {}
         shared = self.pretraining or {}
         architecture = {**shared.get("architecture", {}), **own.get("architecture", {})}
-        return Pretraining.model_validate({**shared, **own, "architecture": architecture})
+        recipe = override(shared, own)
+        return Pretraining.model_validate(
+            recipe | ({"architecture": architecture} if architecture else {})
+        )
+
+    # -- what no single field can know -------------------------------------------------------
 
     @model_validator(mode="after")
     def _cross_references(self) -> Self:
@@ -339,139 +403,263 @@ class Config(Model):
         return self
 
     def _problems(self) -> Iterator[str]:
-        domains, bases, pool = self.domains, self.bases, self.pool()
-        if not pool:
-            yield "no expert: every domain is held out and no 'experts' are given"
-        for name in pool:
-            if name in self.baselines:
-                yield f"baselines.{name}: the pool has an expert of this name"
-        for where, name, expert in [
-            *(("experts", name, expert) for name, expert in pool.items()),
-            *(("baselines", name, expert) for name, expert in self.baselines.items()),
-        ]:
-            at = f"{where}.{name}"
-            if expert.checkpoints is not None:
-                if expert.domains is not None or expert.training:
-                    yield f"{at}: ready-made checkpoints take no 'domains' and no 'training'"
-                for base in expert.checkpoints:
-                    if base not in bases:
-                        yield f"{at}.checkpoints: no base {base!r}{nearest(base, bases)}"
-                for base in bases:
-                    if base not in expert.checkpoints:
-                        yield f"{at}.checkpoints: base {base!r} has no checkpoint"
-                continue
-            for domain in self.expert_domains(name):
-                if domain not in domains:
-                    yield f"{at}: no domain {domain!r}{nearest(domain, domains)}"
-                elif domains[domain].held_out:
-                    yield f"{at}: domain {domain!r} is held out, no expert may train on it"
-            for base in bases:
-                yield from prefixed(at, lambda b=base, e=name: self.training_of(b, e))
-        for name, base in bases.items():
+        """In an order in which each may rely on the ones before it."""
+        if BASELINES in self.methods:
+            yield f"methods.{BASELINES}: the name is reserved (see 'baselines'); choose another"
+        if not self.pool():
+            yield (
+                "domains: every domain is held out, which leaves no expert; give 'experts'"
+                if self.experts is None
+                else "experts: is empty; name one, or leave the key out for one for each domain"
+            )
+        yield from self._recipe_problems()
+        for where, experts in (("experts", self.pool()), ("baselines", self.baselines)):
+            for name, expert in experts.items():
+                yield from self._expert_problems(f"{where}.{name}", name, expert)
+        yield from self._base_problems()
+        yield from self._document_problems()
+        yield from self._sampling_problems()
+        for name, merge in self.merges.items():
+            yield from self._merge_problems(f"merges.{name}", merge)
+
+    def _recipe_problems(self) -> Iterator[str]:
+        """A setting that is wrong by itself is reported where it stands, once."""
+        yield from part_problems("training", self.training, Training)
+        yield from part_problems("pretraining", self.pretraining or {}, Pretraining)
+        for name, base in self.bases.items():
+            yield from part_problems(f"bases.{name}.training", base.training, Training)
+            own = base.pretraining or {}
+            yield from part_problems(f"bases.{name}.pretraining", own, Pretraining)
+        for where, experts in (("experts", self.pool()), ("baselines", self.baselines)):
+            for name, expert in experts.items():
+                yield from part_problems(f"{where}.{name}.training", expert.training, Training)
+
+    def _expert_problems(self, at: str, name: str, expert: Expert) -> Iterator[str]:
+        if name in self.baselines and name in self.pool():
+            yield f"baselines.{name}: the pool has an expert of this name; choose another"
+        if expert.checkpoints is not None:
+            if expert.domains is not None or expert.training:
+                yield f"{at}: ready-made checkpoints take no 'domains' and no 'training'"
+            for base in expert.checkpoints:
+                if base not in self.bases:
+                    yield f"{at}.checkpoints: no base {base!r}{nearest(base, self.bases)}"
+            for base in self.bases:
+                if base not in expert.checkpoints:
+                    yield f"{at}.checkpoints: base {base!r} has none; give one for each base"
+            return
+        if expert.domains is None and name not in self.baselines and name not in self.domains:
+            yield (
+                f"{at}: no domain {name!r}, and the expert's 'domains' are not given"
+                f"{nearest(name, self.domains)}"
+            )
+        yield from self._training_domains(f"{at}.domains", self.expert_domains(name))
+        for base, settings in self.bases.items():
+            own = {**settings.training, **expert.training}
+            for problem in problems_of(partial(self.training_of, base, name), "training"):
+                yield f"{problem} (for {at} on base {base!r})" if own else problem
+
+    def _training_domains(self, at: str, names: Sequence[str]) -> Iterator[str]:
+        for name in names:
+            if name not in self.domains:
+                yield f"{at}: no domain {name!r}{nearest(name, self.domains)}"
+            elif self.domains[name].held_out:
+                yield f"{at}: domain {name!r} is held out, nothing may train on it"
+            elif self._train_documents(name) == 0:
+                yield (
+                    f"{at}: domain {name!r} has train_documents: 0; give it some, or set its "
+                    "'held_out'"
+                )
+        yield from repeated(at, names)
+
+    def _train_documents(self, domain: str) -> int | None:
+        own = self.domains[domain].train_documents
+        return self.corpus.train_documents if own is None else own
+
+    def _base_problems(self) -> Iterator[str]:
+        for name, base in self.bases.items():
             if base.pretraining is None:
                 continue
-            at = f"bases.{name}.pretraining"
-            yield from prefixed(at, lambda b=name: self.pretraining_of(b))
+            own = f"bases.{name}.pretraining"
+            shared = "pretraining" if self.pretraining else own
+            for problem in problems_of(partial(self.pretraining_of, name), shared):
+                yield f"{problem} (for base {name!r})" if self.pretraining else problem
             recipe = self.pretraining_of(name)
-            for domain in recipe.domains:
-                if domain not in domains:
-                    yield f"{at}.domains: no domain {domain!r}{nearest(domain, domains)}"
-                elif domains[domain].held_out:
-                    yield f"{at}.domains: domain {domain!r} is held out"
-            if "model_type" not in recipe.architecture:
-                yield f"{at}.architecture: needs a 'model_type' (llama, qwen2, ...)"
-        for k in self.sampling.k or []:
-            if k > len(pool):
-                yield f"sampling.k: {k} is larger than the pool of {len(pool)} experts"
-        if self.sampling.k and len(set(self.sampling.k)) < len(self.sampling.k):
-            yield "sampling.k: a number is given twice"
-        if len(set(self.training_seeds)) < len(self.training_seeds):
-            yield "training_seeds: a seed is given twice"
-        if (
-            self.sampling.design == "exhaustive"
-            and sum(math.comb(len(pool), k) for k in self.sampling.k or range(1, len(pool) + 1))
-            > 100_000
-        ):
-            yield "sampling.design: over 100,000 subsets; use 'ring' or 'difference'"
-        for name, merge in self.merges.items():
-            for what, value, known in [
-                ("base", merge.base, bases),
-                ("method", merge.method, self.methods),
-                *(("expert", expert, pool) for expert in merge.experts),
-            ]:
-                if value not in known:
-                    yield f"merges.{name}: no {what} {value!r}{nearest(value, known)}"
-            if len(set(merge.experts)) < len(merge.experts):
-                yield f"merges.{name}: an expert is given twice"
-            if merge.weights is not None and len(merge.weights) != len(merge.experts):
-                yield f"merges.{name}: {len(merge.weights)} weights, {len(merge.experts)} experts"
-            if merge.seed is not None and merge.seed not in self.training_seeds:
-                yield f"merges.{name}: seed {merge.seed} is not among 'training_seeds'"
+            for key, found in (
+                ("domains", self._training_domains("domains", recipe.domains)),
+                ("architecture", architecture_problems(recipe.architecture)),
+            ):
+                at = own if key in base.pretraining else "pretraining"
+                for problem in found:
+                    yield f"{at}.{problem}"
+
+    def _document_problems(self) -> Iterator[str]:
+        for name, domain in self.domains.items():
+            endless = domain.source.synthetic is not None and not domain.held_out
+            if endless and self._train_documents(name) is None:
+                yield (
+                    f"domains.{name}.train_documents: a synthetic source has no end; give a "
+                    "number here or in 'corpus'"
+                )
+
+    def _sampling_problems(self) -> Iterator[str]:
+        sampling, size = self.sampling, len(self.pool())
+        sizes = sampling.k or range(1, size + 1)
+        for k in sizes:
+            if k > size:
+                yield f"sampling.k: {k} is larger than the pool of {size} experts"
+        yield from repeated("sampling.k", sizes)
+        yield from repeated("training_seeds", self.training_seeds)
+        draws = sampling.subsets_per_k if sampling.design == "iid" else size
+        replicates = 1 if sampling.design == "iid" else sampling.circles
+        merges = 0
+        for k in sizes:
+            level = math.comb(size, k)
+            if sampling.design != "exhaustive" and level > max(sampling.exhaustive_up_to, draws):
+                level = draws * replicates
+            merges += level
+            if merges > MAX_MERGES:
+                yield (
+                    f"sampling: over {MAX_MERGES:,} merges for each base; name fewer numbers in "
+                    "'k', or sample fewer subsets ('design', 'circles', 'subsets_per_k')"
+                )
+
+    def _merge_problems(self, at: str, merge: Merge) -> Iterator[str]:
+        named: list[tuple[str, str, Collection[str]]] = [
+            ("base", merge.base, self.bases),
+            ("method", merge.method, self.methods),
+            *(("expert", expert, self.pool()) for expert in merge.experts),
+        ]
+        for what, value, known in named:
+            if value not in known:
+                key = "experts" if what == "expert" else what
+                yield f"{at}.{key}: no {what} {value!r}{nearest(value, known)}"
+        yield from repeated(f"{at}.experts", merge.experts)
+        if merge.weights is not None and len(merge.weights) != len(merge.experts):
+            yield f"{at}.weights: {len(merge.weights)} for {len(merge.experts)} experts"
+        if merge.seed is not None and merge.seed not in self.training_seeds:
+            yield f"{at}.seed: {merge.seed} is not among 'training_seeds'"
 
 
-def prefixed(at: str, resolve) -> Iterator[str]:
-    """The problems of a recipe that is put together from several places."""
+# -- recipes that are put together from several places -----------------------------------------
+
+
+def override(*layers: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings of which the later ones win; `steps` and `epochs` stand for each other."""
+    merged: dict[str, Any] = {}
+    for layer in layers:
+        for key, other in (("steps", "epochs"), ("epochs", "steps")):
+            if layer.get(key) is not None:
+                merged.pop(other, None)
+        merged.update(layer)
+    return merged
+
+
+def part_problems(at: str, part: Mapping[str, Any], model: type[Optimisation]) -> Iterator[str]:
+    """What is wrong with a part of a recipe, whatever the other parts are."""
+    try:
+        model.model_validate(part)
+    except ValidationError as error:
+        items = [item for item in error.errors() if item["type"] != "missing" and item["loc"]]
+        if items:
+            yield describe(items, model, at)
+    if part.get("steps") is not None and part.get("epochs") is not None:
+        yield f"{at}: give exactly one of 'steps' and 'epochs'"
+
+
+def problems_of(resolve: Callable[[], Optimisation], at: str) -> Iterator[str]:
+    """What is wrong with a whole recipe whose parts are right."""
     try:
         resolve()
     except ValidationError as error:
-        yield f"{at}: {describe(error)}"
+        yield describe(error.errors(), Config, at)
 
 
-def nearest(name: str, known) -> str:
+def architecture_problems(architecture: Mapping[str, Any]) -> Iterator[str]:
+    if not isinstance(architecture.get("model_type"), str):
+        yield "architecture: needs a 'model_type' (llama, qwen2, ...)"
+
+
+def repeated(at: str, values: Iterable[Hashable]) -> Iterator[str]:
+    seen = set()
+    for value in values:
+        if value in seen:
+            yield f"{at}: {value} is given twice; remove one"
+        seen.add(value)
+
+
+# -- errors in one line ------------------------------------------------------------------------
+
+NAME_RULE = (
+    "a name has up to 64 letters, digits, '.', '_' and '-', and begins with a letter or a digit"
+)
+PLAIN_WORDS = {
+    "missing": "is required",
+    "string_pattern_mismatch": NAME_RULE,
+    "string_too_long": NAME_RULE,
+    "string_type": "is not text; put it in quotes",
+    "dict_type": "is not a mapping of keys to values",
+    "model_type": "is not a mapping of keys to values",
+    "model_attributes_type": "is not a mapping of keys to values",
+    "list_type": "is not a list",
+    "too_short": "is empty",
+}
+MAX_PROBLEMS = 5
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
     """'; did you mean X?', or what there is."""
-    known = [str(k) for k in known]
-    close = difflib.get_close_matches(str(name), known, n=1)
+    known = list(known)
+    close = difflib.get_close_matches(name, known, n=1)
     if close:
         return f"; did you mean {close[0]!r}?"
     return f"; there is {', '.join(known[:12])}{', ...' if len(known) > 12 else ''}"
 
 
-def describe(error: ValidationError) -> str:
-    """A validation error as one line: where, what, and the nearest known key."""
-    models = _models_by_title()
-    parts = []
-    for item in error.errors():
-        where = ".".join(str(part) for part in item["loc"] if part not in registry())
-        message = re.sub(r"^Value error, ", "", item["msg"])
-        if item["type"] == "extra_forbidden":
-            known = _fields_at(models.get(error.title, Config), item["loc"][:-1])
-            message = f"unknown key{nearest(str(item['loc'][-1]), known)}"
-        elif item["type"] == "missing":
-            message = "is required"
-        elif item["type"] == "union_tag_invalid":
-            tag = str(item["ctx"]["tag"])
-            where = f"{where}.method"
-            message = f"no merge method {tag!r}{nearest(tag, registry())}"
-        elif item["type"] in ("string_pattern_mismatch",) and "[key]" in where:
-            message = "a name is made of letters, digits, '.', '_' and '-'"
-            where = where.replace(".[key]", "")
-        elif item["type"] != "value_error":
-            message = f"{message} (got {str(item['input'])[:40]!r})"
-        parts.append(f"{where}: {message}" if where else message)
-    return "; ".join(dict.fromkeys(parts))
+def describe(items: Sequence[Any], model: type[BaseModel] = Config, at: str = "") -> str:
+    """Validation errors of ``model``, found at ``at``, as one line: where, what, what to do."""
+    parts = list(dict.fromkeys(_describe(item, model, at) for item in items))
+    more = len(parts) - MAX_PROBLEMS
+    return "; ".join(parts[:MAX_PROBLEMS]) + (f"; and {more} more" if more > 0 else "")
 
 
-def _models_by_title() -> dict[str, type[BaseModel]]:
-    return {model.__name__: model for model in (Config, Training, Pretraining)}
+def _describe(item: Any, model: type[BaseModel], at: str) -> str:
+    kind, loc = item["type"], list(item["loc"])
+    message = re.sub(r"^Value error, ", "", item["msg"])
+    if kind == "extra_forbidden":
+        message = f"unknown key{nearest(str(loc[-1]), _fields_at(model, loc[:-1]))}"
+    elif kind == "union_tag_invalid":
+        tag = str(item["ctx"]["tag"])
+        message = f"no merge method {tag!r}{nearest(tag, registry())}"
+    elif kind in PLAIN_WORDS and loc != ["results"]:
+        message = PLAIN_WORDS[kind]
+    if kind not in ("extra_forbidden", "union_tag_invalid", "missing", "value_error"):
+        message += f" (got {_clip(repr(item['input']))})"
+    if loc[:1] == ["methods"] and len(loc) > 2 and loc[2] in registry():
+        del loc[2]  # pydantic's name for the member of the union
+    where = ".".join(_clip(str(part)) for part in loc if part != "[key]")
+    where = ".".join(filter(None, [at, where]))
+    return f"{where}: {message}" if where else message
 
 
-def _fields_at(model: type[BaseModel], loc: tuple) -> list[str]:
+def _clip(text: str) -> str:
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def _fields_at(model: type[BaseModel], loc: Sequence[Any]) -> list[str]:
     """The keys known at a place of the configuration."""
-    current: Any = model
     if len(loc) > 2 and loc[0] == "methods":
-        current = registry()[loc[2]]
-        loc = loc[3:]
-    for part in loc:
-        if isinstance(current, type) and issubclass(current, BaseModel):
-            fields = {f.alias or n: f.annotation for n, f in current.model_fields.items()}
-            current = fields.get(part)
-            continue
-        models = [a for a in _flatten(current) if isinstance(a, type)]
-        current = next((a for a in models if issubclass(a, BaseModel)), None)
-    if not (isinstance(current, type) and issubclass(current, BaseModel)):
-        models = [a for a in _flatten(current) if isinstance(a, type) and issubclass(a, BaseModel)]
-        current = models[0] if models else model
-    return [f.alias or n for n, f in current.model_fields.items()]
+        return _keys(registry()[loc[2]])
+    parts = iter(loc)
+    for part in parts:
+        within = list(_flatten(model.model_fields[part].annotation))
+        model = next(a for a in within if isinstance(a, type) and issubclass(a, BaseModel))
+        if any(get_origin(annotation) in (dict, list) for annotation in within):
+            next(parts)  # a name or an index
+    return _keys(model)
+
+
+def _keys(model: type[BaseModel]) -> list[str]:
+    return [field.alias or name for name, field in model.model_fields.items()]
 
 
 def _flatten(annotation: Any) -> Iterator[Any]:
@@ -480,44 +668,199 @@ def _flatten(annotation: Any) -> Iterator[Any]:
         yield from _flatten(argument)
 
 
-class _UniqueKeys(yaml.SafeLoader):
+# -- reading -----------------------------------------------------------------------------------
+
+
+class _Loader(yaml.SafeLoader):
     """YAML in which a key given twice is an error, not a silent override."""
 
-    def construct_mapping(self, node, deep=False):
+    def compose_mapping_node(self, anchor: str | None) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)
         seen = set()
-        for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=deep)
-            if key_node.tag != "tag:yaml.org,2002:merge" and key in seen:
-                line = key_node.start_mark.line + 1
-                raise MergelawError(f"line {line}: key {key!r} is given twice; remove one")
-            seen.add(key)
-        return super().construct_mapping(node, deep)
+        for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode) or key.tag == "tag:yaml.org,2002:merge":
+                continue
+            if (key.tag, key.value) in seen:
+                line = key.start_mark.line + 1
+                raise MergelawError(f"line {line}: key {key.value!r} is given twice; remove one")
+            seen.add((key.tag, key.value))
+        return node
+
+    def flatten_mapping(self, node: yaml.MappingNode) -> None:
+        super().flatten_mapping(node)
+        if len(node.value) > MAX_VALUES:
+            raise MergelawError(f"line {node.start_mark.line + 1}: merge keys expand without end")
 
 
 def load(path: Path | str) -> Config:
     """The checked configuration of a YAML file. Raises MergelawError, one line."""
     path = Path(path)
     try:
-        data = yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeys)
+        data = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
     except FileNotFoundError:
         raise MergelawError(f"{path}: no such file; name a configuration, as in config/") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise MergelawError(f"{path}: cannot be read ({error})") from None
+    except UnicodeDecodeError:
+        raise MergelawError(f"{path}: is not UTF-8 text; save it as such") from None
+    except OSError as error:
+        raise MergelawError(f"{path}: cannot be read ({error.strerror})") from None
     except MergelawError as error:
         raise MergelawError(f"{path}: {error}") from None
-    except (yaml.YAMLError, RecursionError, ValueError, TypeError) as error:
+    except RecursionError:
+        raise MergelawError(f"{path}: is nested too deeply; mend the file") from None
+    except (yaml.YAMLError, ValueError, TypeError, AttributeError, LookupError) as error:
         mark = getattr(error, "problem_mark", None)
         where = f":{mark.line + 1}" if mark else ""
-        reason = str(getattr(error, "problem", None) or error).splitlines()[0]
-        raise MergelawError(f"{path}{where}: not YAML ({reason}); mend the file") from None
+        reason = getattr(error, "problem", None) or str(error) or type(error).__name__
+        raise MergelawError(
+            f"{path}{where}: not YAML ({_clip(str(reason).splitlines()[0])}); mend the file"
+        ) from None
     return parse(data, str(path))
 
 
 def parse(data: Any, where: str = "configuration") -> Config:
     """The checked configuration of plain data (from YAML, JSON or Snakemake)."""
+    if data is None:
+        raise MergelawError(f"{where}: is empty; see config/README.md")
     if not isinstance(data, dict):
         raise MergelawError(f"{where}: is not a mapping of keys to values; see config/README.md")
+    for values, _ in enumerate(_walk(data, where)):
+        if values > MAX_VALUES:
+            raise MergelawError(f"{where}: over {MAX_VALUES:,} values; do aliases expand in it?")
     try:
         return Config.model_validate(data)
     except ValidationError as error:
-        raise MergelawError(f"{where}: {describe(error)}") from None
+        raise MergelawError(f"{where}: {describe(error.errors())}") from None
+
+
+def _walk(value: Any, where: str, at: tuple[str, ...] = ()) -> Iterator[None]:
+    """Step through all values; MergelawError for one that JSON could not hold."""
+    yield
+    place = f"{where}: {'.'.join(map(_clip, at))}".removesuffix(": ")
+    if len(at) > MAX_DEPTH:
+        raise MergelawError(f"{where}: {'.'.join(at[:3])}: is nested too deeply; mend the file")
+    if isinstance(value, dict):
+        for key, entry in value.items():
+            if not isinstance(key, str):
+                raise MergelawError(
+                    f"{place}: YAML reads the key {_clip(str(key))} as {_kind(key)}, not as text; "
+                    "put it in quotes"
+                )
+            yield from _walk(key, where, at)
+            yield from _walk(entry, where, (*at, key))
+    elif isinstance(value, list):
+        for index, entry in enumerate(value):
+            yield from _walk(entry, where, (*at, str(index)))
+    elif isinstance(value, str):
+        if not value.isascii() and any("\ud800" <= character <= "\udfff" for character in value):
+            raise MergelawError(f"{place}: is not Unicode text (a lone surrogate); mend it")
+    elif isinstance(value, int):
+        if abs(value) >= 2**63:
+            raise MergelawError(f"{place}: is too large a number; use one below 2^63")
+    elif isinstance(value, float):
+        if not math.isfinite(value):
+            raise MergelawError(f"{place}: is {value}; give a finite number")
+    elif value is not None:
+        raise MergelawError(
+            f"{place}: YAML reads {_clip(str(value))} as {_kind(value)}; if text is meant, put it "
+            "in quotes"
+        )
+
+
+def _kind(value: Any) -> str:
+    if isinstance(value, bool):
+        return "true or false (so are on, off, yes and no)"
+    if value is None:
+        return "nothing"
+    return "a number" if isinstance(value, int | float) else f"a {type(value).__name__}"
+
+
+# -- described for people and for editors ------------------------------------------------------
+
+
+def schema() -> dict[str, Any]:
+    """JSON schema of a configuration file, generated from the models above.
+
+    Looser than :func:`parse` where a file leaves open what is filled in: parts of `training` and
+    `pretraining`, a method or an expert with all defaults.
+    """
+    models: list[type[BaseModel]] = [Config, Pretraining, Training]
+    _, made = models_json_schema([(model, "validation") for model in models])
+    defs = made["$defs"]
+    null = {"type": "null"}
+    for part in (Pretraining, Training):
+        del defs[part.__name__]["required"]
+        reference = {"$ref": f"#/$defs/{part.__name__}"}
+        for owner in (Config, Base, Expert):
+            setting = defs[owner.__name__]["properties"].get(part.__name__.lower(), {})
+            if setting.pop("type", None) == "object":
+                del setting["additionalProperties"]
+                setting.update(reference)
+            elif setting:
+                setting["anyOf"] = [reference, null]
+    members = [{"$ref": f"#/$defs/{method.__name__}"} for method in registry().values()]
+    expert = [{"$ref": "#/$defs/Expert"}, null]
+    for key, allowed in (("methods", [*members, null]), ("experts", expert), ("baselines", expert)):
+        setting = defs["Config"]["properties"][key]
+        named = setting if "patternProperties" in setting else setting["anyOf"][0]
+        for pattern in named["patternProperties"]:
+            named["patternProperties"][pattern] = {"anyOf": allowed}
+    return {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        "title": "mergelaw configuration",
+        "$ref": "#/$defs/Config",
+        "$defs": dict(sorted(defs.items())),
+    }
+
+
+def tables() -> str:
+    """The keys of a configuration as Markdown, a table for each model; for config/README.md."""
+    models: list[type[BaseModel]] = [
+        *(Config, Corpus, Domain, Source, Base, Checkpoint, Pretraining, Expert, Training),
+        *(Sampling, Evaluation, Merge),
+        *registry().values(),
+    ]
+    defs = schema()["$defs"]
+    sections = []
+    for model in models:
+        entry = defs[model.__name__]
+        lines = [
+            f"### {model.__name__}",
+            "",
+            " ".join(entry["description"].split()).replace("*", r"\*").replace("_", r"\_"),
+            "",
+            "| key | type | default | meaning |",
+            "| --- | --- | --- | --- |",
+        ]
+        for key, setting in entry["properties"].items():
+            default = f"`{json.dumps(setting['default'])}`" if "default" in setting else "required"
+            if isinstance(setting.get("default"), dict):
+                default = "its defaults" if setting["default"] else "none"
+            meaning = setting.get("description", "name of the merge method")
+            cells = (f"`{key}`", _type_words(setting), default, meaning)
+            lines.append("| " + " | ".join(cell.replace("|", r"\|") for cell in cells) + " |")
+        sections.append("\n".join(lines))
+    return "\n\n".join(sections)
+
+
+def _type_words(setting: Mapping[str, Any]) -> str:
+    """A JSON schema in plain words."""
+    if "$ref" in setting:
+        name = setting["$ref"].rsplit("/", 1)[1]
+        return f"[{name}](#{name.lower()})"
+    if "anyOf" in setting:
+        return " or ".join(dict.fromkeys(map(_type_words, setting["anyOf"])))
+    if "enum" in setting or "const" in setting:
+        return ", ".join(f"`{value}`" for value in setting.get("enum", [setting.get("const")]))
+    if "patternProperties" in setting:
+        (entry,) = setting["patternProperties"].values()
+        return f"by name: {_type_words(entry)}"
+    kind = setting.get("type", "anything")
+    if kind == "array":
+        return f"list of {_type_words(setting['items'])}"
+    if kind == "object":
+        entry = setting["additionalProperties"]
+        return "mapping" if entry is True else f"mapping to {_type_words(entry)}"
+    words = {"string": "name" if setting.get("pattern") == NAME_PATTERN else "text"}
+    limits = {"minimum": "≥", "exclusiveMinimum": ">", "maximum": "≤", "exclusiveMaximum": "<"}
+    bounds = [f"{sign} {setting[limit]:g}" for limit, sign in limits.items() if limit in setting]
+    return " ".join([words.get(kind, kind), ", ".join(bounds)]).strip()

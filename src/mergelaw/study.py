@@ -10,14 +10,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from mergelaw.config import Checkpoint, Config, Expert, Source
+from mergelaw.config import BASELINES, Checkpoint, Config, Expert, Source
 from mergelaw.corpus import source_identity
 from mergelaw.errors import MergelawError
 from mergelaw.keys import canonical_json, digest, stage_key
 from mergelaw.methods.average import Average
 from mergelaw.sampling import Subset, sample
-
-BASELINES = "baselines"  # stands in the place of a method in the paths of their evaluations
 
 
 @dataclass(frozen=True)
@@ -144,10 +142,11 @@ class Study:
         expert: Expert = {**self.config.baselines, **self.config.pool()}[name]
         if expert.checkpoints is not None:
             checkpoint = expert.checkpoints[base]
-            recipe = {"checkpoint": self._checkpoint(checkpoint)}
+            recipe: dict[str, Any] = {"checkpoint": self._checkpoint(checkpoint)}
             sources = checkpoint.model_dump(exclude_none=True)
             return Artifact("expert", f"experts/{base}/{name}", recipe, sources)
-        recipe = {"training": self.config.training_of(base, name).model_dump(), "seed": seed}
+        training = self.config.training_of(base, name).model_dump()
+        recipe = {"training": training, "seed": seed}
         corpora = {d: self.corpora[d] for d in self.config.expert_domains(name)}
         return Artifact(
             "expert",
