@@ -1,0 +1,405 @@
+"""The merge engine on real models: whole or streamed, resident or written, always the same bits."""
+
+import json
+from itertools import combinations
+
+import pytest
+import torch
+
+from mergelaw import merge
+from mergelaw.checkpoint import Tensors
+from mergelaw.errors import MergelawError
+from mergelaw.merge import Merger, prepare
+from mergelaw.methods import method_of
+from mergelaw.task_vector import EXCEPTIONS, TaskVector
+from models import (
+    ARCHITECTURES,
+    DTYPES,
+    bits,
+    load,
+    read_tensors,
+    write_checkpoint,
+    write_expert,
+    write_pool,
+    write_task_vector,
+    write_tensors,
+)
+
+ROOMY, NONE = 1 << 30, 0
+METHODS = {
+    "average": {"method": "average"},
+    "task_arithmetic": {"method": "task_arithmetic", "lambda": 1.5},
+    "task_arithmetic_sum": {"method": "task_arithmetic", "lambda": 0.3, "normalize": False},
+    "ties": {"method": "ties", "density": 0.3},
+    "ties_global_count": {"method": "ties", "density": 0.3, "trim": "global", "elect": "count"},
+    "dare_linear": {"method": "dare_linear", "drop_rate": 0.5},
+    "dare_ties": {"method": "dare_ties", "drop_rate": 0.7, "lambda": 0.8},
+}
+each_method = pytest.mark.parametrize("recipe", METHODS.values(), ids=METHODS.keys())
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    return write_checkpoint(tmp_path_factory.mktemp("base") / "base", dtype="bfloat16", shards=2)
+
+
+@pytest.fixture(scope="module")
+def pool(tmp_path_factory, base):
+    return write_pool(base, tmp_path_factory.mktemp("pool"), 4)
+
+
+def parameters(model) -> dict[str, bytes]:
+    return {name: bits(p) for name, p in model.named_parameters(remove_duplicate=False)}
+
+
+def merged(base, pool, recipe, subset, weights=None, memory=ROOMY, dtype="float32"):
+    model = load(base, dtype)
+    with Merger(model, base, pool, method_of(recipe), memory) as merger:
+        merger.merge(subset, weights)
+    assert merger.resident == (memory == ROOMY)
+    return parameters(model)
+
+
+# One expert is that expert
+
+
+def with_extremes(folder, seed):
+    """Put zeros of both signs, denormals, tiny and huge values into every tensor."""
+    generator = torch.Generator().manual_seed(seed)
+    tensors = read_tensors(folder)
+    for tensor in tensors.values():
+        limits = torch.finfo(tensor.dtype)
+        values = [0.0, -0.0, 1.0, -3.0, limits.tiny, -limits.tiny, limits.smallest_normal / 4]
+        values = torch.tensor([*values, limits.max / 4, -limits.max / 4, limits.eps])
+        flat = tensor.view(-1)
+        picked = torch.randint(len(values), (len(flat) // 4,), generator=generator)
+        flat[: len(picked)] = values[picked].to(tensor.dtype)
+    config = json.loads((folder / "config.json").read_text())
+    write_tensors(folder, tensors, config)
+    return folder
+
+
+@pytest.fixture(scope="module", params=[(t, d) for t in ("llama", "gpt2") for d in DTYPES])
+def extreme(request, tmp_path_factory):
+    model_type, dtype = request.param
+    folder = tmp_path_factory.mktemp(f"{model_type}-{dtype}")
+    base = write_checkpoint(folder / "base", model_type, tied=model_type == "gpt2", dtype=dtype)
+    expert = with_extremes(write_expert(base, folder / "expert", scale=0.1), 1)
+    with_extremes(base, 0)
+    return base, expert, write_task_vector(base, expert, folder / "vector"), dtype
+
+
+SINGLE = [
+    {"method": "average"},
+    {"method": "task_arithmetic"},
+    {"method": "task_arithmetic", "normalize": False},
+    {"method": "ties", "density": 1.0},
+    {"method": "dare_linear", "drop_rate": 0},
+    {"method": "dare_ties", "drop_rate": 0},
+]
+
+
+@pytest.mark.parametrize("memory", [ROOMY, NONE])
+def test_a_merge_of_one_is_that_expert_bit_for_bit(extreme, memory):
+    base, expert, vector, dtype = extreme
+    assert vector.changed, "the extremes are to be exceptions"
+    for evaluation in {"float32", dtype}:
+        wanted = parameters(load(expert, evaluation))
+        for recipe in SINGLE:
+            found = merged(base, {"e": vector}, recipe, ["e"], memory=memory, dtype=evaluation)
+            assert found == wanted, recipe
+
+
+def test_a_written_merge_of_one_is_that_expert_bit_for_bit(extreme, tmp_path):
+    base, expert, vector, _ = extreme
+    wanted = {name: bits(tensor) for name, tensor in read_tensors(expert).items()}
+    for number, recipe in enumerate(SINGLE):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        merge.write(base, {"e": vector}, method_of(recipe), None, folder)
+        assert {n: bits(t) for n, t in read_tensors(folder).items()} == wanted, recipe
+
+
+def test_a_scaled_expert_is_not_restored(extreme):
+    # theta_0 + 2 v, where an exception of the expert alone would have put theta back.
+    base, _, vector, _ = extreme
+    recipe = {"method": "task_arithmetic", "normalize": False}
+    found = merged(base, {"e": vector}, recipe, ["e"], weights=[2.0])
+    with Tensors(base) as tensors:
+        for name in vector.changed:
+            wanted = tensors[name].float().view(-1) + vector[name] * 2.0
+            assert found.get(name, found.get(f"transformer.{name}")) == bits(wanted)
+
+
+# Nothing depends on how it is done
+
+
+@each_method
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_streamed_and_resident_merges_have_the_same_bits(base, pool, recipe, dtype):
+    subset = list(pool)[:3]
+    for weights in (None, [1.0, 2.0, 0.5]):
+        whole = merged(base, pool, recipe, subset, weights, ROOMY, dtype)
+        assert merged(base, pool, recipe, subset, weights, NONE, dtype) == whole
+
+
+@each_method
+@pytest.mark.parametrize("memory", [ROOMY, NONE])
+def test_the_size_of_a_slice_changes_no_bit(base, pool, recipe, memory, monkeypatch):
+    wanted = merged(base, pool, recipe, list(pool), memory=memory)
+    monkeypatch.setattr(merge, "SLICE", 1003)
+    assert merged(base, pool, recipe, list(pool), memory=memory) == wanted
+
+
+@each_method
+@pytest.mark.parametrize("memory", [ROOMY, NONE])
+def test_a_merge_leaves_no_trace(base, pool, recipe, memory):
+    model = load(base)
+    untouched = parameters(model)
+    names = list(pool)
+    with Merger(model, base, pool, method_of(recipe), memory) as merger:
+        seen = {}
+        for subset in [*combinations(names, 2), (), *combinations(names, 1), tuple(names)]:
+            merger.merge(subset)
+            seen[subset] = parameters(model)
+        for subset in reversed(seen):
+            merger.merge(subset)
+            assert parameters(model) == seen[subset]
+    assert seen[()] == untouched
+    assert len({json.dumps(sorted(map(str, s.items()))) for s in seen.values()}) == len(seen)
+
+
+@each_method
+def test_the_order_of_the_pool_and_who_else_is_in_it_change_no_bit(base, pool, recipe):
+    subset = list(pool)[1:3]
+    wanted = merged(base, pool, recipe, subset)
+    assert merged(base, dict(reversed(pool.items())), recipe, subset) == wanted
+    assert merged(base, {name: pool[name] for name in subset}, recipe, subset) == wanted
+
+
+@each_method
+@pytest.mark.parametrize("weights", [None, [1.0, 2.0, 0.5]])
+def test_a_written_merge_is_the_resident_one_rounded_once(base, pool, recipe, weights, tmp_path):
+    model = load(base)
+    subset = list(pool)[:3]
+    method = method_of(recipe)
+    with Merger(model, base, pool, method, ROOMY) as merger:
+        merger.merge(subset, weights)
+    merge.write(base, {name: pool[name] for name in subset}, method, weights, tmp_path)
+    values = dict(model.named_parameters())
+    written = read_tensors(tmp_path)
+    assert written.keys() == values.keys()
+    for name, tensor in written.items():
+        assert tensor.dtype == torch.bfloat16
+        assert bits(tensor) == bits(values[name].to(torch.bfloat16))
+
+
+def test_a_written_merge_is_a_checkpoint(base, pool, tmp_path):
+    from transformers import AutoTokenizer
+
+    merge.write(base, pool, method_of({"method": "average"}), None, tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    chat = [{"role": "user", "content": "x"}]
+    assert tokenizer.apply_chat_template(chat, tokenize=False) == "<|user|>x"
+    model = load(tmp_path)
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+
+
+def test_the_same_merge_whatever_the_shards(base, pool, tmp_path):
+    whole = write_tensors(
+        tmp_path / "whole", read_tensors(base), json.loads((base / "config.json").read_text())
+    )
+    for folder, start in ((tmp_path / "a", base), (tmp_path / "b", whole)):
+        folder.mkdir()
+        merge.write(start, pool, method_of(METHODS["dare_ties"]), None, folder)
+    first, second = (read_tensors(tmp_path / name) for name in "ab")
+    assert {n: bits(t) for n, t in first.items()} == {n: bits(t) for n, t in second.items()}
+
+
+# Copies, and methods that become the average
+
+
+averaging = {name: r for name, r in METHODS.items() if r.get("normalize", True)}
+
+
+@pytest.mark.parametrize("recipe", averaging.values(), ids=averaging.keys())
+@pytest.mark.parametrize("copies", [2, 3, 7])
+def test_copies_of_one_expert_are_that_expert(base, pool, recipe, copies):
+    """k copies of v against v alone, fp32, u = 2^-24.
+
+    A sum of k copies errs by at most (k-1) u k|v| and a few u from scaling by 1/k (or dividing by
+    k) and by lambda, so the merged differences are within (k+4) u c|v| of each other, c|v| the
+    difference that is added; each of the two additions to theta_0 rounds by u |theta|.
+    """
+    vector = pool["expert0"]
+    same = {f"copy{i}": vector for i in range(copies)}
+    results = []
+    for subset in (["copy0"], list(same)):
+        model = load(base)
+        with Merger(model, base, same, method_of(recipe), ROOMY) as merger:
+            merger.merge(subset)
+        results.append(dict(model.named_parameters()))
+    u = 2.0**-24
+    start = dict(load(base).named_parameters())
+    for name, alone in results[0].items():
+        alone, together = alone.double(), results[1][name].double()
+        added = (alone - start[name].double()).abs()
+        bound = (copies + 4) * u * added * (1 + 1e-3) + 3 * u * alone.abs()
+        assert ((together - alone).abs() <= bound).all()
+
+
+@pytest.mark.parametrize("k", [1, 2, 3, 4])
+def test_dare_without_dropping_is_the_average_bit_for_bit(base, pool, k):
+    subset = list(pool)[:k]
+    wanted = merged(base, pool, {"method": "average"}, subset)
+    assert merged(base, pool, {"method": "dare_linear", "drop_rate": 0}, subset) == wanted
+    full = {"method": "task_arithmetic", "lambda": 1.0}
+    assert merged(base, pool, full, subset) == wanted
+
+
+@pytest.mark.parametrize("k", [1, 2, 4])
+@pytest.mark.parametrize("elect", ["sum", "count"])
+def test_ties_without_trimming_averages_vectors_that_agree(tmp_path, k, elect):
+    """Vectors without zeros that agree in sign; k a power of two, so that s / k is s * (1 / k)."""
+    base = write_checkpoint(tmp_path / "base", dtype="float32")
+    generator = torch.Generator().manual_seed(0)
+    signs = {n: t.sign() + (t == 0) for n, t in read_tensors(base).items()}
+    pool = {}
+    for i in range(k):
+        before = read_tensors(base)
+        after = {
+            n: t + signs[n] * (0.01 + torch.rand(t.shape, generator=generator))
+            for n, t in before.items()
+        }
+        expert = write_expert(base, tmp_path / f"expert{i}", tensors=after)
+        pool[f"expert{i}"] = write_task_vector(base, expert, tmp_path / f"vector{i}")
+    wanted = merged(base, pool, {"method": "average"}, list(pool))
+    for recipe in ({"method": "ties", "density": 1.0}, {"method": "dare_ties", "drop_rate": 0}):
+        assert merged(base, pool, {**recipe, "elect": elect}, list(pool)) == wanted
+
+
+# Architectures, tied weights, the flat buffer
+
+
+@pytest.mark.parametrize("model_type", list(ARCHITECTURES))
+@pytest.mark.parametrize("tied", [True, False])
+def test_every_architecture_is_merged_in_place(tmp_path, model_type, tied):
+    base = write_checkpoint(tmp_path / "base", model_type, tied, "float32")
+    pool = write_pool(base, tmp_path, 2)
+    method = method_of({"method": "average"})
+    model = load(base)
+    shapes = {n: p.shape for n, p in model.named_parameters()}
+    ids = torch.arange(2, 42).view(2, 20)
+    with torch.no_grad(), Merger(model, base, pool, method, ROOMY) as merger:
+        assert merger.resident
+        merger.merge(list(pool))
+        inside = model(ids).logits
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    assert (head.weight is embedding.weight) == tied
+    assert {n: p.shape for n, p in model.named_parameters()} == shapes
+    (tmp_path / "written").mkdir()
+    merge.write(base, pool, method, None, tmp_path / "written")
+    with torch.no_grad():
+        outside = load(tmp_path / "written")(ids).logits
+    # The same weights in other places of memory: matrix products may round otherwise.
+    assert (inside - outside).abs().max() <= 1e-5 * outside.abs().max()
+
+
+def test_a_tied_head_that_the_trainer_stored_twice(tmp_path):
+    base = write_checkpoint(tmp_path / "base", tied=True)
+    expert = write_expert(base, tmp_path / "expert")
+    embedding = read_tensors(expert)["model.embed_tokens.weight"].clone()
+    twice = write_expert(base, tmp_path / "twice", tensors={"lm_head.weight": embedding})
+    wanted = write_task_vector(base, expert, tmp_path / "vector")
+    found = write_task_vector(base, twice, tmp_path / "vector2")
+    assert found.digest == wanted.digest
+    # And as the base.
+    again = write_task_vector(twice, base, tmp_path / "vector3")
+    expected = parameters(load(base))
+    average = {"method": "average"}
+    assert merged(twice, {"e": again}, average, ["e"], memory=ROOMY) == expected
+    assert merged(twice, {"e": again}, average, ["e"], memory=NONE) == expected
+
+
+# What cannot be merged
+
+
+def test_a_changed_tensor_that_is_no_parameter_is_named(tmp_path):
+    base = write_checkpoint(tmp_path / "base")
+    extra = {"model.extra": torch.ones(3, dtype=torch.bfloat16)}
+    base = write_expert(base, tmp_path / "more", scale=0, tensors=extra)
+    same = write_task_vector(
+        base, write_expert(base, tmp_path / "same", tensors=extra), tmp_path / "same-vector"
+    )
+    other = write_task_vector(base, write_expert(base, tmp_path / "other"), tmp_path / "vector")
+    method = method_of({"method": "average"})
+    with Merger(load(base), base, {"same": same}, method, ROOMY) as merger:
+        merger.merge(["same"])
+    with pytest.raises(MergelawError, match=r"other changes tensor 'model.extra'"):
+        Merger(load(base), base, {"other": other}, method, ROOMY)
+
+
+def test_a_model_that_is_not_the_base_is_refused(base, tmp_path):
+    method = method_of({"method": "average"})
+    other = write_checkpoint(tmp_path / "other", seed=5)
+    with pytest.raises(MergelawError, match="other values than the file holds"):
+        Merger(load(other), base, {}, method, ROOMY)
+    wider = write_checkpoint(tmp_path / "wider", hidden_size=64)
+    with pytest.raises(MergelawError, match="not stored as such"):
+        Merger(load(wider), base, {}, method, ROOMY)
+
+
+# What depends on one expert alone is remembered
+
+
+def test_prepared_values_are_remembered_and_remade_when_damaged(pool, tmp_path, monkeypatch):
+    method = method_of(METHODS["ties"])
+    vector = pool["expert0"]
+    wanted = prepare(method, vector, tmp_path)
+    (file,) = tmp_path.iterdir()
+    calls = []
+    plain = type(method).prepare
+    monkeypatch.setattr(
+        type(method), "prepare", lambda self, tensors: calls.append(1) or plain(self, tensors)
+    )
+    assert prepare(method, vector, tmp_path) == wanted
+    assert not calls
+    whole = file.read_text()
+    for damage in ("", whole[: len(whole) // 2], "[]", "{}", whole.replace("0.3", "0.4")):
+        file.write_text(damage)
+        assert prepare(method, vector, tmp_path) == wanted
+        assert calls.pop()
+        assert file.read_text() == whole
+    for other in (METHODS["ties_global_count"], {"method": "ties", "density": 0.31}):
+        assert prepare(method_of(other), vector, tmp_path) != wanted
+    assert prepare(method, pool["expert1"], tmp_path) != wanted
+    assert prepare(method_of({"method": "average"}), vector, tmp_path) == {}
+    assert len(list(tmp_path.iterdir())) == 4
+
+
+def test_masks_do_not_depend_on_what_the_vector_is_called(base, pool, tmp_path):
+    vector = pool["expert0"]
+    moved = tmp_path / "elsewhere"
+    moved.mkdir()
+    for path in vector.folder.iterdir():
+        (moved / path.name).write_bytes(path.read_bytes())
+    assert (moved / EXCEPTIONS).exists()
+    recipe = METHODS["dare_linear"]
+    wanted = merged(base, {"e": vector}, recipe, ["e"])
+    assert merged(base, {"other": TaskVector(moved)}, recipe, ["other"]) == wanted
+
+
+# In mergekit's words
+
+
+def test_a_recipe_for_mergekit():
+    experts = {"a": "x/a", "b": "x/b"}
+    recipe = merge.mergekit_recipe("base", experts, method_of({"method": "average"}), [1.0, 3.0])
+    assert recipe["merge_method"] == "linear"
+    assert "base_model" not in recipe
+    assert recipe["dtype"] == "float32"
+    assert recipe["models"][1] == {"model": "x/b", "parameters": {"weight": 3.0}}
+    ties = merge.mergekit_recipe("base", experts, method_of({"method": "ties"}), None)
+    assert ties["base_model"] == "base"
+    assert ties["parameters"] == {"density": 0.2, "lambda": 1.0, "normalize": True}
+    assert merge.mergekit_recipe("base", experts, method_of({"method": "dare_ties"}), None) is None
