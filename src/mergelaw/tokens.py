@@ -49,7 +49,7 @@ def parts(tokenizer: Any, document: Document) -> tuple[list[int], list[int], int
     if document.messages is None:
         begin = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
         text = ids(document.response)
-        return (begin, text, len(text)) if begin else (text[:1], text[1:], len(text) - 1)
+        return (begin, text, len(text)) if begin else (text[:1], text[1:], len(text[1:]))
     template = None if tokenizer.chat_template else PLAIN_TEMPLATE
     answer = {"role": "assistant", "content": document.response}
     try:
@@ -93,7 +93,8 @@ def encode(
     for number, document in enumerate(documents):
         count += 1
         prompt, response, scored = parts(tokenizer, document)
-        ids, start, stop = prompt + response, len(prompt), len(prompt) + scored
+        # Nothing predicts the very first token, should a template write no prompt.
+        ids, start, stop = prompt + response, max(len(prompt), 1), len(prompt) + scored
         if len(ids) > max_tokens:
             long += 1
             if long_documents == "refuse":
@@ -110,7 +111,7 @@ def encode(
                     windows.append(Window(number, window, begin - first, end - first))
             continue
         end = min(stop, max_tokens)
-        dropped += stop - max(end, start)
+        dropped += max(stop - max(end, start), 0)
         if start < end:
             windows.append(Window(number, tuple(ids[:max_tokens]), start, end))
     if not windows:
