@@ -8,7 +8,9 @@ from mergelaw.lineage import only_run
 from mergelaw.study import Study
 
 try:
-    study = Study(mergelaw_config.parse(dict(config)))
+    for path in workflow.configfiles:
+        mergelaw_config.read(path)  # Snakemake's own reader lets a key be given twice
+    study = Study(mergelaw_config.parse(dict(config), " + ".join(map(str, workflow.configfiles))))
     study.by_path
 except MergelawError as error:
     sys.exit(f"mergelaw: error: {error}")
@@ -47,11 +49,11 @@ def options(pattern):
     def words(wildcards):
         made = study.by_path[pattern.format(**wildcards)]
         pairs = [("recipe", made.recipe_json)] if made.recipe_json != "{}" else []
-        pairs += [
-            (name.split(":")[0], f"{study.results}/{artifact.path}")
-            for name, artifact in [*made.inputs.items(), *made.unkeyed.items()]
-            if name != "overlap"
-        ]
+        for name, artifact in [*made.inputs.items(), *made.unkeyed.items()]:
+            flag, _, what = name.partition(":")
+            path = f"{study.results}/{artifact.path}"
+            if flag != "overlap":
+                pairs.append((flag, f"{what}={path}" if flag == "task-vector" else path))
         pairs += [("rows", made.rows)] if made.rows else []
         pairs += [("output", f"{study.results}/{made.path}")]
         return " ".join(f"--{name} {shlex.quote(value)}" for name, value in pairs)

@@ -10,7 +10,7 @@ rule build_corpus:
     message:
         "corpus {wildcards.name}"
     shell:
-        "mergelaw corpus {params.options} 2> {log}"
+        "mergelaw corpus {params.options} 2> {log:q}"
 
 
 rule check_overlap:
@@ -25,4 +25,4 @@ rule check_overlap:
     message:
         "no document trained on here and evaluated there"
     shell:
-        "mergelaw check-overlap {params.options} 2> {log}"
+        "mergelaw check-overlap {params.options} 2> {log:q}"

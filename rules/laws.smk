@@ -10,4 +10,4 @@ rule fit_laws:
     message:
         "law fits"
     shell:
-        "mergelaw fit {params.options} 2> {log}"
+        "mergelaw fit {params.options} 2> {log:q}"

@@ -10,4 +10,4 @@ rule write_report:
     message:
         "report"
     shell:
-        "mergelaw report {params.options} 2> {log}"
+        "mergelaw report {params.options} 2> {log:q}"

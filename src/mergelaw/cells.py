@@ -33,7 +33,9 @@ def read(folder: Path) -> dict[str, dict[str, Any]]:
                 if mark != checksum(text):
                     raise ValueError
                 cell = json.loads(text)
-            except ValueError:
+                if not isinstance(cell["cell"], str):
+                    raise ValueError
+            except (ValueError, KeyError, TypeError):
                 if number < len(lines):  # a torn last line is what a kill leaves
                     print(
                         f"mergelaw: {path}:{number}: damaged cell, measured again if needed",

@@ -25,6 +25,9 @@ Output = Annotated[Path, typer.Option(help="folder of the artifact to be made")]
 Config = Annotated[Path, typer.Option("--config", help="the study's configuration")]
 Threads = Annotated[int, typer.Option(min=1, help="threads of the processor")]
 Corpora = Annotated[list[Path], typer.Option("--corpus", help="corpora, one or more")]
+Vectors = Annotated[
+    list[str], typer.Option("--task-vector", help="NAME=FOLDER of an expert, one or more")
+]
 SaveEvery = Annotated[float, typer.Option(help="seconds between states to resume from")]
 
 
@@ -68,6 +71,17 @@ def split(recipe: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
 def named(paths: list[Path]) -> dict[str, Path]:
     """Artifacts by their own name: ``.../algebra@1a2b3c4d`` is ``algebra``."""
     return {path.name.split("@")[0]: path for path in paths}
+
+
+def by_expert(options: list[str]) -> dict[str, Path]:
+    """Task vectors by the name of their expert, from options NAME=FOLDER."""
+    found = {}
+    for option in options:
+        name, equals, path = option.partition("=")
+        if not equals:
+            raise MergelawError(f"--task-vector {option}: give the expert's name too, NAME=FOLDER")
+        found[name] = Path(path)
+    return found
 
 
 def make(output: Path, stage: str, recipe: dict[str, Any], inputs: dict[str, Path], work) -> None:
@@ -120,7 +134,10 @@ def base(
     output: Output,
     corpora: Annotated[list[Path] | None, typer.Option("--corpus")] = None,
     threads: Threads = 1,
-    save_every: SaveEvery = 600,
+    save_every: Vectors = Annotated[
+    list[str], typer.Option("--task-vector", help="NAME=FOLDER of an expert, one or more")
+]
+SaveEvery = 600,
 ) -> None:
     """Fetch a base model, or pre-train one."""
     from mergelaw import config, training
@@ -157,7 +174,10 @@ def expert(
     base: Annotated[Path | None, typer.Option(help="the base to train from")] = None,
     corpora: Annotated[list[Path] | None, typer.Option("--corpus")] = None,
     threads: Threads = 1,
-    save_every: SaveEvery = 600,
+    save_every: Vectors = Annotated[
+    list[str], typer.Option("--task-vector", help="NAME=FOLDER of an expert, one or more")
+]
+SaveEvery = 600,
 ) -> None:
     """Train an expert, or take a ready-made one."""
     from mergelaw import config, training
@@ -215,7 +235,7 @@ def sample_merges(recipe: Recipe, output: Output) -> None:
 def evaluate(
     recipe: Recipe,
     base: Annotated[Path, typer.Option(help="the base")],
-    vectors: Annotated[list[Path], typer.Option("--task-vector", help="the pool's vectors")],
+    vectors: Vectors,
     corpora: Corpora,
     store: Annotated[Path, typer.Option("--cells", help="folder of the cell store")],
     output: Output,
@@ -226,18 +246,17 @@ def evaluate(
     """Measure the cross-entropy of a shard of merges."""
     from mergelaw import evaluate as stage
 
-    own = recipe_of(recipe)
+    own, pool = recipe_of(recipe), by_expert(vectors)
 
     def work(folder: Path, state: Path) -> dict[str, Any]:
         prepare_torch(threads)
         subsets = json.loads(rows) if plan is None else read_plan(plan, rows)
         if keys.digest(subsets) != own["subsets"]:
             raise MergelawError(f"{plan}: rows {rows} are not the shard's; run the workflow again")
-        pool = {name.rsplit("-s", 1)[0]: path for name, path in named(vectors).items()}
         return stage.evaluate(own, subsets, base, pool, named(corpora), store, output.name, folder)
 
     inputs = {"base": base} | ({"plan": plan} if plan else {})
-    inputs |= {f"task-vector:{name}": path for name, path in named(vectors).items()}
+    inputs |= {f"task-vector:{name}": path for name, path in pool.items()}
     inputs |= {f"corpus:{name}": path for name, path in named(corpora).items()}
     make(output, "evaluate", own, inputs, work)
 
@@ -340,7 +359,7 @@ def facts_of(laws: Path) -> dict[str, str]:
 def merge(
     recipe: Recipe,
     base: Annotated[Path, typer.Option(help="the base")],
-    vectors: Annotated[list[Path], typer.Option("--task-vector", help="the experts' vectors")],
+    vectors: Vectors,
     output: Output,
 ) -> None:
     """Write a merge out as a checkpoint, with the same merge as mergekit's YAML."""
@@ -351,7 +370,7 @@ def merge(
     from mergelaw.task_vector import TaskVector
 
     own = recipe_of(recipe)
-    pool = {name.rsplit("-s", 1)[0]: path for name, path in named(vectors).items()}
+    pool = by_expert(vectors)
 
     def work(folder: Path, state: Path) -> dict[str, Any]:
         method = method_of(own["method"])

@@ -694,9 +694,14 @@ class _Loader(yaml.SafeLoader):
 
 def load(path: Path | str) -> Config:
     """The checked configuration of a YAML file. Raises MergelawError, one line."""
+    return parse(read(path), str(path))
+
+
+def read(path: Path | str) -> Any:
+    """The data of a YAML file, keys given twice refused. Raises MergelawError, one line."""
     path = Path(path)
     try:
-        data = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
+        return yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
     except FileNotFoundError:
         raise MergelawError(f"{path}: no such file; name a configuration, as in config/") from None
     except UnicodeDecodeError:
@@ -714,7 +719,6 @@ def load(path: Path | str) -> Config:
         raise MergelawError(
             f"{path}{where}: not YAML ({_clip(str(reason).splitlines()[0])}); mend the file"
         ) from None
-    return parse(data, str(path))
 
 
 def parse(data: Any, where: str = "configuration") -> Config:

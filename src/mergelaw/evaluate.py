@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from mergelaw import cells, corpus, cross_entropy, keys, lineage, tokens, training
+from mergelaw.config import BASELINES
 from mergelaw.errors import MergelawError
 from mergelaw.merge import Merger
 from mergelaw.methods import method_of
@@ -239,7 +240,7 @@ def _write_rows(
         found = known[cell["cell"]]
         nll = np.frombuffer(base64.b64decode(found["document_nll"]), "<f8")
         total = math.fsum(nll) if np.isfinite(nll).all() else float("nan")
-        kind = "baseline" if labels["method"] == "baselines" else "merge"
+        kind = "baseline" if labels["method"] == BASELINES else "merge"
         rows.append(
             {
                 "family": labels["family"],

@@ -241,6 +241,7 @@ def arguments(cls: Any, recipe: Optimisation, seed: int, state: Path, **more: An
         logging_steps=10,
         report_to=[],
         disable_tqdm=True,
+        logging_strategy="steps",
         dataloader_pin_memory=not cpu,
         **more,
     )
@@ -273,6 +274,8 @@ def run(trainer: Any, state: Path) -> dict[str, Any]:
             last = path
         except (OSError, ValueError):
             shutil.rmtree(path)
+    # Asked for by full determinism: every fresh buffer is filled with NaN, half of a tiny step.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     result = trainer.train(resume_from_checkpoint=str(last) if last else None)
     for name, parameter in trainer.model.named_parameters():
         if not torch.isfinite(parameter).all():
