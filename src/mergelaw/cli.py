@@ -134,10 +134,7 @@ def base(
     output: Output,
     corpora: Annotated[list[Path] | None, typer.Option("--corpus")] = None,
     threads: Threads = 1,
-    save_every: Vectors = Annotated[
-    list[str], typer.Option("--task-vector", help="NAME=FOLDER of an expert, one or more")
-]
-SaveEvery = 600,
+    save_every: SaveEvery = 600,
 ) -> None:
     """Fetch a base model, or pre-train one."""
     from mergelaw import config, training
@@ -174,10 +171,7 @@ def expert(
     base: Annotated[Path | None, typer.Option(help="the base to train from")] = None,
     corpora: Annotated[list[Path] | None, typer.Option("--corpus")] = None,
     threads: Threads = 1,
-    save_every: Vectors = Annotated[
-    list[str], typer.Option("--task-vector", help="NAME=FOLDER of an expert, one or more")
-]
-SaveEvery = 600,
+    save_every: SaveEvery = 600,
 ) -> None:
     """Train an expert, or take a ready-made one."""
     from mergelaw import config, training
