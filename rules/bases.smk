@@ -11,4 +11,4 @@ rule get_base:
     message:
         "base {wildcards.name}"
     shell:
-        "mergelaw base {params.options} --threads {threads} 2> {log:q}"
+        "mergelaw base {params.options} --threads {threads} &> {log:q}"

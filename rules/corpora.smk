@@ -10,7 +10,7 @@ rule build_corpus:
     message:
         "corpus {wildcards.name}"
     shell:
-        "mergelaw corpus {params.options} 2> {log:q}"
+        "mergelaw corpus {params.options} &> {log:q}"
 
 
 rule check_overlap:
@@ -25,4 +25,4 @@ rule check_overlap:
     message:
         "no document trained on here and evaluated there"
     shell:
-        "mergelaw check-overlap {params.options} 2> {log:q}"
+        "mergelaw check-overlap {params.options} &> {log:q}"

@@ -12,4 +12,4 @@ rule evaluate_merges:
     message:
         "cross-entropy of {wildcards.method} on {wildcards.base}, shard {wildcards.name}"
     shell:
-        "mergelaw evaluate {params.options} --threads {threads} --cells {params.cells:q} 2> {log:q}"
+        "mergelaw evaluate {params.options} --threads {threads} --cells {params.cells:q} &> {log:q}"

@@ -11,4 +11,4 @@ rule get_expert:
     message:
         "expert {wildcards.name} on {wildcards.base}"
     shell:
-        "mergelaw expert {params.options} --threads {threads} 2> {log:q}"
+        "mergelaw expert {params.options} --threads {threads} &> {log:q}"

@@ -10,4 +10,4 @@ rule fit_laws:
     message:
         "law fits"
     shell:
-        "mergelaw fit {params.options} 2> {log:q}"
+        "mergelaw fit {params.options} &> {log:q}"

@@ -10,7 +10,7 @@ rule sample_merges:
     message:
         "plan of the merges on {wildcards.name}"
     shell:
-        "mergelaw sample {params.options} 2> {log:q}"
+        "mergelaw sample {params.options} &> {log:q}"
 
 
 rule write_merge:
@@ -25,4 +25,4 @@ rule write_merge:
     message:
         "merge {wildcards.name} as a checkpoint"
     shell:
-        "mergelaw merge {params.options} 2> {log:q}"
+        "mergelaw merge {params.options} &> {log:q}"

@@ -10,4 +10,4 @@ rule write_report:
     message:
         "report"
     shell:
-        "mergelaw report {params.options} 2> {log:q}"
+        "mergelaw report {params.options} &> {log:q}"

@@ -10,4 +10,4 @@ rule make_task_vector:
     message:
         "task vector {wildcards.name} on {wildcards.base}"
     shell:
-        "mergelaw task-vector {params.options} 2> {log:q}"
+        "mergelaw task-vector {params.options} &> {log:q}"
