@@ -1,6 +1,9 @@
 # The study behind the configuration, and the few helpers that rules use.
+import json
 import shlex
+import subprocess
 import sys
+import tempfile
 
 from mergelaw import config as mergelaw_config
 from mergelaw.errors import MergelawError
@@ -68,3 +71,11 @@ def start():
         run_lock = only_run(study.results)
     except MergelawError as error:
         sys.exit(f"mergelaw: error: {error}")
+
+
+def partial():
+    """After a failure: fits and report of what there is."""
+    with tempfile.NamedTemporaryFile("w", suffix=".json") as resolved:
+        json.dump(dict(config), resolved)
+        resolved.flush()
+        subprocess.run(["mergelaw", "partial", "--config", resolved.name])

@@ -483,16 +483,69 @@ def gc(
 
 
 @app.command()
+def partial(configuration: Config) -> None:
+    """Fit and report what has been measured so far, and say what is missing."""
+    import shutil
+
+    from mergelaw import config, law
+    from mergelaw import report as stage
+    from mergelaw.evaluate import read_rows
+    from mergelaw.study import Study
+
+    study = Study(config.load(configuration))
+    there = [a for a in study.evals.values() if (study.results / a.path / lineage.LINEAGE).exists()]
+    missing = [a.name for a in study.evals.values() if a not in there]
+    if not there:
+        raise MergelawError(f"{study.results}: nothing of {study.config.name} is measured yet")
+    rows = read_rows([study.results / artifact.path for artifact in there])
+    folder = study.results / "partial" / study.config.name
+    shutil.rmtree(folder, ignore_errors=True)
+    (folder / "laws").mkdir(parents=True)
+    law.write_fits(rows, folder / "laws", missing)
+    facts = {"measured so far": f"{len(there)} of {len(study.evals)} shards"}
+    stage.write_report(folder / "laws", rows, folder, title=study.config.name, facts=facts)
+    print(f"{len(missing)} of {len(study.evals)} shards are missing: {', '.join(missing[:6])}, ...")
+    print(f"report on the rest: {folder / 'report.html'}")
+
+
+@app.command()
 def summary(configuration: Config) -> None:
     """Print a study's laws, the time of each stage and where the report is."""
     from mergelaw import config
     from mergelaw.study import Study
 
     study = Study(config.load(configuration))
-    laws = study.results / study.laws.path
-    print((laws / "summary.txt").read_text() if lineage.read(laws) else "")
-    report_folder = study.results / study.report.path
-    print("time by stage (sum over jobs; jobs run side by side)")
+    laws, report_folder = (study.results / a.path for a in (study.laws, study.report))
+    lineage.read(laws)
+    fits = json.loads((laws / "laws.json").read_text(encoding="utf-8"))
+    print("macro-average cross-entropy in nats per token; N in billions, without embeddings")
+    for line in law_lines(fits):
+        print(line)
+    print(f"all of {len(fits['fits'])} fits, with their warnings: {laws / 'summary.txt'}")
+    print("\ntime by stage, in all; jobs run side by side")
     for title, (jobs, seconds) in stage_times(ancestors(report_folder)).items():
-        print(f"  {title:<14}{jobs:>5} jobs {seconds:>9.1f} s")
-    print(f"report: {report_folder / 'report.html'}")
+        print(f"  {title:<13}{jobs:>5} jobs {seconds:>9.1f} s")
+    print(f"\nreport: {report_folder / 'report.html'}")
+
+
+def law_lines(fits: dict[str, Any]) -> list[str]:
+    """The laws of the macro-average, a line each: joint ones first, then those at one size."""
+    lines = []
+    for joint in (True, False):
+        chosen = [
+            f for f in fits["fits"] if f["domain"] == "macro" and (f["base"] is None) == joint
+        ]
+        if chosen:
+            lines.append(f"\n{fits['laws'][chosen[0]['law']]}")
+        for fit in chosen:
+            where = fit["method"] if joint else f"{fit['method']}, {fit['base']}"
+            values = "  ".join(f"{name} = {v:.4g}" for name, v in fit["parameters"].items())
+            (floor,) = fit["floors"] if not joint else ({},)
+            reach = f"  reachable floor L({floor['M']}) = {floor['reachable']:.4g}" if floor else ""
+            quality = f"R^2 = {fit['r2']:.5f}  RMSE = {fit['rmse']:.2g}"
+            lines.append(f"  {where:<24}{values}{reach}  {quality}")
+    for refused in fits["refused"]:
+        if refused["domain"] == "macro":
+            where = refused["base"] or "all sizes"
+            lines.append(f"  {refused['method']}, {where}: not fitted, {refused['reason']}")
+    return lines

@@ -461,7 +461,7 @@ class StudyFit:
 
 
 @dataclass(frozen=True)
-class Study:
+class StudyFits:
     """All fits of a study, the points they rest on, and what could not be fitted, with reasons."""
 
     points: pd.DataFrame
@@ -470,7 +470,7 @@ class Study:
     warnings: tuple[str, ...]
 
 
-def fit_study(rows: pd.DataFrame) -> Study:
+def fit_study(rows: pd.DataFrame) -> StudyFits:
     """Fit every method and family, per evaluation domain and macro: jointly, and base by base.
 
     Args:
@@ -520,7 +520,7 @@ def fit_study(rows: pd.DataFrame) -> Study:
         attempt(MERGING, group, None)
         for _, own in group.groupby(["N", "base"]):
             attempt(MERGING_FIXED_N, own, str(own["base"].iloc[0]))
-    return Study(table, tuple(fits), tuple(refused), tuple(warnings))
+    return StudyFits(table, tuple(fits), tuple(refused), tuple(warnings))
 
 
 def _at(fitted: Fit, N: float, k: float) -> float:
@@ -574,7 +574,7 @@ def write_fits(rows: pd.DataFrame, output: Path, missing: list[str]) -> dict[str
     }
 
 
-def _parameters(study: Study) -> pd.DataFrame:
+def _parameters(study: StudyFits) -> pd.DataFrame:
     """One row per fit, a column per parameter of any law."""
     columns = ["method", "family", "domain", "law", "base", "N"]
     names = dict.fromkeys(name for law in LAWS.values() for name in law.parameters)
@@ -592,7 +592,7 @@ def _parameters(study: Study) -> pd.DataFrame:
     return table.astype(dict.fromkeys(["N", *names, "r2", "rmse"], float))
 
 
-def _summary(study: Study, missing: list[str]) -> str:
+def _summary(study: StudyFits, missing: list[str]) -> str:
     """The study for a terminal: macro first, a paragraph per fit."""
     lines = ["Losses in nats per token, N in billions of non-embedding parameters.", ""]
     for heading, sentences in (("Missing", missing), ("Warnings", study.warnings)):

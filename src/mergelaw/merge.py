@@ -22,8 +22,10 @@ from mergelaw.task_vector import TaskVector
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-# Elements worked on at a time: the slices of k vectors, base and result stay in the cache.
-SLICE = 1 << 17
+# Elements worked on at a time; no bit depends on it. On a processor temporaries stay in the cache
+# (fastest of 2^13 to 2^20), a GPU is to have more to do than kernels to launch.
+SLICE = 1 << 18
+GPU_SLICE = 1 << 24
 
 
 def prepare(method: Method, vector: TaskVector, cache: Path | None = None) -> dict[str, float]:
@@ -117,15 +119,17 @@ class Merger:
     ) -> Iterator[tuple["Tensor", "Tensor", list["Tensor"]]]:
         """(slice of the result, fp32 base, prepared vectors) that cover every parameter once."""
         if self.resident:
-            for start in range(0, len(self._out), SLICE):
-                place = slice(start, start + SLICE)
+            size = slice_size(self._out)
+            for start in range(0, len(self._out), size):
+                place = slice(start, start + size)
                 vectors = [self._flat[expert][place] for expert in experts]
                 yield self._out[place], self._flat_base[place], vectors
             return
         for name, parameter in self._parameters.items():
             base, out = self._base[name].view(-1), parameter.data.view(-1)
-            for start in range(0, len(out), SLICE):
-                stop = min(start + SLICE, len(out))
+            size = slice_size(out)
+            for start in range(0, len(out), size):
+                stop = min(start + size, len(out))
                 vectors = [
                     self._transformed(expert, name, start, stop)
                     for expert in experts
@@ -154,6 +158,10 @@ class Merger:
             index, value = self.vectors[expert].exceptions(name)  # type: ignore[misc]
             flat = self._parameters[name].data.view(-1)
             flat[index.to(flat.device)] = value.to(flat)
+
+
+def slice_size(out: "Tensor") -> int:
+    return SLICE if out.device.type == "cpu" else GPU_SLICE
 
 
 def parameters_by_tensor(model: "nn.Module", base: Tensors) -> dict[str, "nn.Parameter"]:

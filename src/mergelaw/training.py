@@ -6,7 +6,6 @@ same number of threads).
 """
 
 import json
-import os
 import shutil
 import time
 from collections.abc import Mapping
@@ -312,7 +311,7 @@ def link(source: Path, folder: Path) -> list[str]:
         or path.name.endswith((".safetensors", ".safetensors.index.json"))
     ]
     for name in names:
-        os.symlink((source / name).resolve(), folder / name)
+        (folder / name).symlink_to((source / name).resolve())
     return names
 
 
