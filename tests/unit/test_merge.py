@@ -2,9 +2,11 @@
 
 import json
 from itertools import combinations
+from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
 from mergelaw import merge
 from mergelaw.checkpoint import Tensors
@@ -403,3 +405,25 @@ def test_a_recipe_for_mergekit():
     assert ties["base_model"] == "base"
     assert ties["parameters"] == {"density": 0.2, "lambda": 1.0, "normalize": True}
     assert merge.mergekit_recipe("base", experts, method_of({"method": "dare_ties"}), None) is None
+
+
+# The order of the configuration
+
+
+def test_a_study_puts_experts_into_its_own_order():
+    from mergelaw import config
+    from mergelaw.study import Study
+
+    domains = ["algebra", "code", "physics"]
+    asked = {
+        "one": {"experts": domains, "weights": [1, 2, 3]},
+        "two": {"experts": ["physics", "algebra", "code"], "weights": [3, 1, 2]},
+    }
+    demo = Path(__file__).parents[2] / "config" / "config.yaml"
+    data = yaml.safe_load(demo.read_text())
+    base = next(iter(data["bases"]))
+    data["merges"] = {n: {"base": base, "method": "average", **m} for n, m in asked.items()}
+    one, two = Study(config.parse(data)).merges.values()
+    assert one.recipe == two.recipe
+    assert one.recipe["experts"] == domains
+    assert one.recipe["weights"] == [1, 2, 3]
