@@ -102,7 +102,7 @@ def _measure(
 
     settings = recipe["evaluation"]
     tokenizer = AutoTokenizer.from_pretrained(base)
-    encoded, sizes = {}, {}
+    encoded = {}
     for domain in dict.fromkeys(cell["domain"] for cell in missing):
         documents = corpus.read(corpora[domain] / "eval.parquet")
         encoded[domain] = tokens.encode(
@@ -112,7 +112,6 @@ def _measure(
             settings["long_documents"],
             f"evaluation documents of {domain}",
         )
-        sizes[domain] = [len(document.response.encode()) for document in documents]
     device = "cuda" if torch.cuda.is_available() else "cpu"
     several = device == "cuda" and torch.cuda.device_count() > 1
     model = training.load(base, settings["dtype"], device_map="auto" if several else device).eval()
@@ -152,7 +151,7 @@ def _measure(
                         "document_nll": base64.b64encode(nll.astype("<f8").tobytes()).decode(),
                         "document_tokens": _tokens(encoded[domain]),
                         "tokens": sum(_tokens(encoded[domain])),
-                        "bytes": sum(sizes[domain]),
+                        "bytes": encoded[domain].scored_bytes,
                         "long_documents": encoded[domain].long_documents,
                         "dropped_tokens": encoded[domain].dropped_tokens,
                         "merge_seconds": merge_seconds,

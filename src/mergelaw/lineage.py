@@ -21,8 +21,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from mergelaw import keys
 from mergelaw.errors import MergelawError
-from mergelaw.keys import STAGES
 
 LINEAGE = "lineage.json"
 SCHEMA = 1  # of lineage.json itself
@@ -60,18 +60,27 @@ def content_digest(files: Mapping[str, str]) -> str:
     return hashlib.sha256(lines.encode()).hexdigest()
 
 
+def checksum(lineage: Mapping[str, Any]) -> str:
+    """Of a lineage without this entry: a flipped bit in it is found as well."""
+    return keys.digest(lineage)[:16]
+
+
 def read(artifact: Path) -> dict[str, Any]:
     """The lineage of an artifact. Raises MergelawError where there is none or a newer one."""
     path = artifact / LINEAGE
     try:
-        lineage = json.loads(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        lineage = json.loads(text)
         schema = lineage["schema"]
+        whole = text == json_text(lineage) and lineage.pop("checksum") == checksum(lineage)
     except FileNotFoundError:
         raise MergelawError(f"{artifact}: no artifact here (no {LINEAGE}); make it first") from None
     except (ValueError, KeyError, TypeError):
         raise MergelawError(
             f"{path}: damaged; delete the folder {artifact} and run again"
         ) from None
+    if not whole and schema == SCHEMA:
+        raise MergelawError(f"{path}: damaged; delete the folder {artifact} and run again")
     if schema != SCHEMA:
         raise MergelawError(
             f"{path}: written by another version of mergelaw (lineage schema {schema}, this one "
@@ -167,7 +176,7 @@ def make(
             lineage = {
                 "schema": SCHEMA,
                 "stage": stage,
-                "version": STAGES[stage],
+                "version": keys.STAGES[stage],
                 "artifact": output.name,
                 "digest": content_digest(files),
                 "files": files,
@@ -188,7 +197,7 @@ def make(
                 "cpu_seconds": round(time.process_time() - cpu, 3),
                 "peak_memory": peak_memory(),
             }
-            write_json(folder / LINEAGE, lineage)
+            write_json(folder / LINEAGE, lineage | {"checksum": checksum(lineage)})
             for path in folder.rglob("*"):
                 if path.is_file() and not path.is_symlink():
                     sync(path)
@@ -204,8 +213,12 @@ def make(
 
 
 def write_json(path: Path, value: Any) -> None:
+    path.write_text(json_text(value), encoding="utf-8")
+
+
+def json_text(value: Any) -> str:
     text = json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False, allow_nan=False)
-    path.write_text(text + "\n", encoding="utf-8")
+    return text + "\n"
 
 
 def sync(path: Path) -> None:

@@ -82,7 +82,7 @@ class Merger:
                     )
         sizes = {name: p.numel() for name, p in self._parameters.items()}
         devices = {(p.device, p.dtype) for p in self._parameters.values()}
-        self.resident = len(devices) == 1 and 4 * sum(sizes.values()) * (len(vectors) + 1) <= memory
+        self.resident = len(devices) == 1 and 4 * sum(sizes.values()) * (len(vectors) + 3) <= memory
         if not self.resident:
             return
         (device, dtype), starts, end = next(iter(devices)), {}, 0

@@ -5,7 +5,7 @@ is scored. Plain text is scored as a whole, after a beginning-of-sequence token 
 has one (otherwise its first token is only read). Training and evaluation share this.
 """
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +14,7 @@ from mergelaw.errors import MergelawError
 
 # For tokenizers without a chat template of their own.
 PLAIN_TEMPLATE = (
-    "{% for message in messages %}{% if message['role'] == 'assistant' %}"
+    "{{ bos_token or '' }}{% for message in messages %}{% if message['role'] == 'assistant' %}"
     "{{ message['content'] + eos_token }}{% else %}{{ message['content'] + '\n\n' }}{% endif %}"
     "{% endfor %}"
 )
@@ -38,18 +38,13 @@ class Encoded:
     documents: int
     long_documents: int
     dropped_tokens: int
+    scored_bytes: int  # UTF-8 bytes of the text that is scored
 
 
-def parts(tokenizer: Any, document: Document) -> tuple[list[int], list[int], int]:
-    """(prompt's ids, response's ids, how many of the response's ids are scored)."""
-
-    def ids(text: str) -> list[int]:
-        return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-
+def texts(tokenizer: Any, document: Document) -> tuple[str, str]:
+    """(what is read, what follows it) of a document, as text with its control tokens."""
     if document.messages is None:
-        begin = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
-        text = ids(document.response)
-        return (begin, text, len(text)) if begin else (text[:1], text[1:], len(text[1:]))
+        return tokenizer.bos_token or "", document.response
     template = None if tokenizer.chat_template else PLAIN_TEMPLATE
     answer = {"role": "assistant", "content": document.response}
     try:
@@ -69,15 +64,32 @@ def parts(tokenizer: Any, document: Document) -> tuple[list[int], list[int], int
             f"document {document.document}: the chat template writes the prompt differently once "
             "there is an answer; use a template that does not"
         )
-    rest = ids(whole[len(prompt) :])
+    return prompt, whole[len(prompt) :]
+
+
+def parts(tokenizer: Any, documents: Sequence[Document]) -> list[tuple[list[int], list[int], int]]:
+    """(prompt's ids, response's ids, how many of the response's ids are scored) of each."""
+    if not documents:
+        return []
+    pairs = [texts(tokenizer, document) for document in documents]
+    both = [text for pair in pairs for text in pair]
+    ids = tokenizer(both, add_special_tokens=False, verbose=False)["input_ids"]
     special = set(tokenizer.all_special_ids)
-    ends = [place for place, token in enumerate(rest) if token in special]
-    return ids(prompt), rest, ends[-1] + 1 if ends else len(rest)
+    made = []
+    for document, prompt, rest in zip(documents, ids[::2], ids[1::2], strict=True):
+        if document.messages is None:
+            # Without a beginning, the first token can only be read.
+            begin, text = (prompt, rest) if prompt else (rest[:1], rest[1:])
+            made.append((begin, text, len(text)))
+            continue
+        ends = [place for place, token in enumerate(rest) if token in special]
+        made.append((prompt, rest, ends[-1] + 1 if ends else len(rest)))
+    return made
 
 
 def encode(
     tokenizer: Any,
-    documents: Iterable[Document],
+    documents: Sequence[Document],
     max_tokens: int,
     long_documents: str,
     where: str,
@@ -89,12 +101,18 @@ def encode(
     of the one before). Raises MergelawError for a refused one, and where nothing is left to score.
     """
     windows: list[Window] = []
-    count = long = dropped = 0
-    for number, document in enumerate(documents):
-        count += 1
-        prompt, response, scored = parts(tokenizer, document)
-        # Nothing predicts the very first token, should a template write no prompt.
+    long = dropped = 0
+    scored_bytes = []
+    encoded = zip(documents, parts(tokenizer, documents), strict=True)
+    for number, (document, (prompt, response, scored)) in enumerate(encoded):
+        # Nothing predicts the very first token, where no prompt and no beginning stands before it.
         ids, start, stop = prompt + response, max(len(prompt), 1), len(prompt) + scored
+        scored_bytes.append(len(document.response.encode()))
+        cut = min(stop, max_tokens) if long_documents == "truncate" else stop
+        whole = document.messages is not None or tokenizer.bos_token
+        if not whole or (start, cut) != (len(prompt), stop):
+            seen = tokenizer.decode(ids[start : max(start, cut)], skip_special_tokens=True)
+            scored_bytes[-1] = len(seen.encode())
         if len(ids) > max_tokens:
             long += 1
             if long_documents == "refuse":
@@ -115,5 +133,7 @@ def encode(
         if start < end:
             windows.append(Window(number, tuple(ids[:max_tokens]), start, end))
     if not windows:
-        raise MergelawError(f"{where}: no token to score in {count} documents; check the data")
-    return Encoded(windows, count, long, dropped)
+        raise MergelawError(
+            f"{where}: no token to score in {len(documents)} documents; check the data"
+        )
+    return Encoded(windows, len(documents), long, dropped, sum(scored_bytes))

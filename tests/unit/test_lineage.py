@@ -319,3 +319,20 @@ def test_a_results_folder_has_one_run_at_a_time(tmp_path):
     (tmp_path / "results" / ".mergelaw.json").write_text('{"layout": 0}')
     with pytest.raises(MergelawError, match="layout 0"):
         lineage.only_run(tmp_path / "results")
+
+
+def test_a_flipped_bit_anywhere_in_a_lineage_is_found(tmp_path):
+    output = tmp_path / "a@1"
+
+    def work(folder, state):
+        (folder / "x").write_text("x")
+
+    lineage.make(output, "corpus", {"a": 1}, {}, work)
+    path = output / lineage.LINEAGE
+    whole = path.read_bytes()
+    for place in range(len(whole)):
+        flipped = bytearray(whole)
+        flipped[place] ^= 1 << place % 8
+        path.write_bytes(bytes(flipped))
+        with pytest.raises(MergelawError):
+            lineage.verified(output)

@@ -154,7 +154,7 @@ def test_split_scores_each_token_once(bos, chat, max_tokens):
     assert max(len(w.ids) for w in found.windows) <= max_tokens
     long = 0
     for number, document in enumerate(items):
-        prompt, response, count = parts(ours, document)
+        prompt, response, count = parts(ours, [document])[0]
         ids = prompt + response
         long += len(ids) > max_tokens
         seen = []
@@ -172,12 +172,12 @@ def test_split_scores_each_token_once(bos, chat, max_tokens):
 def test_truncate_counts_what_it_drops(chat, max_tokens):
     items = documents(chat)
     found = encoded(items, max_tokens, "truncate")
-    everything = sum(parts(tokenizer(), document)[2] for document in items)
+    everything = sum(parts(tokenizer(), [document])[0][2] for document in items)
     kept = sum(window.stop - window.start for window in found.windows)
     assert found.dropped_tokens == everything - kept
     assert (found.dropped_tokens > 0) == (max_tokens < 1000)
     for window in found.windows:
-        prompt, response, count = parts(tokenizer(), items[window.document])
+        prompt, response, count = parts(tokenizer(), [items[window.document]])[0]
         assert list(window.ids) == (prompt + response)[:max_tokens]
         assert window.stop == min(len(prompt) + count, max_tokens)
 
@@ -187,4 +187,4 @@ def test_a_prompt_that_fills_the_window_leaves_nothing_of_its_document():
     found = encoded([long, CHAT], 40, "truncate")
     assert [window.document for window in found.windows] == [1]
     assert (found.documents, found.long_documents) == (2, 1)
-    assert found.dropped_tokens == parts(tokenizer(), long)[2]
+    assert found.dropped_tokens == parts(tokenizer(), [long])[0][2]
