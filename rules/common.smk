@@ -73,7 +73,7 @@ def start():
         sys.exit(f"mergelaw: error: {error}")
 
 
-def partial():
+def report_the_rest():
     """After a failure: fits and report of what there is."""
     with tempfile.NamedTemporaryFile("w", suffix=".json") as resolved:
         json.dump(dict(config), resolved)
