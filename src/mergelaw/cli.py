@@ -73,6 +73,11 @@ def named(paths: list[Path]) -> dict[str, Path]:
     return {path.name.split("@")[0]: path for path in paths}
 
 
+def inputs_of(kind: str, artifacts: dict[str, Path]) -> dict[str, Path]:
+    """As lineage names them: a domain may be called `base`."""
+    return {f"{kind}:{name}": path for name, path in artifacts.items()}
+
+
 def by_expert(options: list[str]) -> dict[str, Path]:
     """Task vectors by the name of their expert, from options NAME=FOLDER."""
     found = {}
@@ -125,7 +130,7 @@ def check_overlap(corpora: Corpora, output: Output) -> None:
         stage.check_overlap(named(corpora))
         return {"corpora": len(corpora)}
 
-    make(output, "overlap", {}, named(corpora), work)
+    make(output, "overlap", {}, inputs_of("corpus", named(corpora)), work)
 
 
 @app.command()
@@ -148,7 +153,7 @@ def base(
         settings = config.Pretraining.model_validate(own["pretraining"])
         return training.pretrain(settings, named(corpora or []), folder, state, save_every)
 
-    make(output, "base", own, named(corpora or []), work)
+    make(output, "base", own, inputs_of("corpus", named(corpora or [])), work)
 
 
 def ready_made(checkpoint: dict[str, Any], sources: dict[str, Any], folder: Path) -> dict[str, Any]:
@@ -189,7 +194,7 @@ def expert(
             settings, own["seed"], base, named(corpora), folder, state, save_every
         )
 
-    inputs = ({"base": base} if base else {}) | named(corpora or [])
+    inputs = ({"base": base} if base else {}) | inputs_of("corpus", named(corpora or []))
     make(output, "expert", own, inputs, work)
 
 
@@ -250,8 +255,7 @@ def evaluate(
         return stage.evaluate(own, subsets, base, pool, named(corpora), store, output.name, folder)
 
     inputs = {"base": base} | ({"plan": plan} if plan else {})
-    inputs |= {f"task-vector:{name}": path for name, path in pool.items()}
-    inputs |= {f"corpus:{name}": path for name, path in named(corpora).items()}
+    inputs |= inputs_of("task-vector", pool) | inputs_of("corpus", named(corpora))
     make(output, "evaluate", own, inputs, work)
 
 
@@ -278,7 +282,8 @@ def fit(
     def work(folder: Path, state: Path) -> dict[str, Any]:
         return law.write_fits(read_rows(evals), folder, [])
 
-    make(output, "fit", {}, {str(i): path for i, path in enumerate(evals)}, work)
+    inputs = inputs_of("evals", {str(i): path for i, path in enumerate(evals)})
+    make(output, "fit", {}, inputs, work)
 
 
 @app.command()
@@ -379,7 +384,7 @@ def merge(
             (folder / "mergekit.yaml").write_text(yaml.safe_dump(same, sort_keys=False))
         return {"mergekit": same is not None}
 
-    inputs = {"base": base} | {f"task-vector:{name}": path for name, path in pool.items()}
+    inputs = {"base": base} | inputs_of("task-vector", pool)
     make(output, "merge", own, inputs, work)
 
 
