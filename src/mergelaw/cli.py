@@ -217,17 +217,23 @@ def task_vector(
 @app.command("sample")
 def sample_merges(recipe: Recipe, output: Output) -> None:
     """Write the plan of a base as a table: which subsets are merged."""
-    own = recipe_of(recipe)
+    from mergelaw.sampling import sample
+    from mergelaw.study import subsets_recipe
+
+    own, drawn_from = split(recipe_of(recipe))
 
     def work(folder: Path, state: Path) -> dict[str, Any]:
         import pandas as pd
 
+        rows = subsets_recipe(sample(**drawn_from))
+        if keys.digest(rows) != own["subsets"]:
+            raise MergelawError("sample: draws other subsets than the recipe's; run again")
         columns = ["k", "replicate", "place", "experts"]
-        table = pd.DataFrame(own["subsets"], columns=columns)
+        table = pd.DataFrame(rows, columns=columns)
         table.to_parquet(folder / "plan.parquet", index=False)
         return {"merges": len(table)}
 
-    make(output, "plan", {"subsets": keys.digest(own["subsets"])}, {}, work)
+    make(output, "plan", own, {}, work)
 
 
 @app.command()

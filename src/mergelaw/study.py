@@ -24,7 +24,8 @@ class Artifact:
 
     ``inputs`` are what it is made from; those in ``unkeyed`` do not define it (a plan of which a
     shard takes its own rows; a check that has to pass first). ``sources`` says where files from
-    outside lie; what they are stands in the recipe, so that moving them changes no key.
+    outside lie (of a plan: what its subsets are drawn from); what they are stands in the recipe, so
+    that moving them changes no key.
     """
 
     stage: str
@@ -178,25 +179,25 @@ class Study:
             for (base, name, seed), expert in self.experts.items()
         }
 
+    def _drawn_from(self, base: str) -> dict[str, Any]:
+        """What ``sample`` draws a base's subsets from."""
+        design = self.config.sampling.model_dump(exclude={"merges_per_shard"})
+        return {"experts": list(self.config.pool()), "base": base, **design}
+
     def subsets(self, base: str) -> list[Subset]:
-        s = self.config.sampling
-        return sample(
-            list(self.config.pool()),
-            design=s.design,
-            k=s.k,
-            circles=s.circles,
-            exhaustive_up_to=s.exhaustive_up_to,
-            subsets_per_k=s.subsets_per_k,
-            seed=s.seed,
-            base=base,
-        )
+        return sample(**self._drawn_from(base))
 
     @cached_property
     def plans(self) -> dict[str, Artifact]:
-        """The sampled merges of each base: the same for every method and training seed."""
+        """The sampled merges of each base: the same for every method and training seed.
+
+        Known by their digest: the command line of a job has no room for a large plan.
+        """
         return {
-            base: Artifact("plan", f"plans/{base}", {"subsets": self._subsets[base]})
-            for base in self.config.bases
+            base: Artifact(
+                "plan", f"plans/{base}", {"subsets": digest(rows)}, self._drawn_from(base)
+            )
+            for base, rows in self._subsets.items()
         }
 
     @cached_property
