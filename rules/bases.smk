@@ -5,9 +5,11 @@ rule get_base:
         "<results>/bases/{name}@{key}/lineage.json",
     log:
         "<results>/logs/bases/{name}@{key}.log",
+    conda:
+        "../envs/main.yaml"
+    threads: 1
     params:
         options=options("bases/{name}@{key}"),
-    threads: 1
     message:
         "base {wildcards.name}"
     shell:

@@ -4,6 +4,7 @@ import shlex
 import subprocess
 import sys
 import tempfile
+from pathlib import Path
 
 from mergelaw import config as mergelaw_config
 from mergelaw.errors import MergelawError
@@ -74,7 +75,9 @@ def start():
 
 
 def report_the_rest():
-    """After a failure: fits and report of what there is."""
+    """After a failure: fits and report of what there is, where anything is measured."""
+    if not any(Path(path).exists() for path in tracked(a.path for a in study.evals.values())):
+        return
     with tempfile.NamedTemporaryFile("w", suffix=".json") as resolved:
         json.dump(dict(config), resolved)
         resolved.flush()

@@ -5,6 +5,8 @@ rule build_corpus:
         "<results>/corpora/{name}@{key}/lineage.json",
     log:
         "<results>/logs/corpora/{name}@{key}.log",
+    conda:
+        "../envs/main.yaml"
     params:
         options=options("corpora/{name}@{key}"),
     message:
@@ -20,6 +22,8 @@ rule check_overlap:
         "<results>/checks/overlap@{key}/lineage.json",
     log:
         "<results>/logs/checks/overlap@{key}.log",
+    conda:
+        "../envs/main.yaml"
     params:
         options=options("checks/overlap@{key}"),
     message:

@@ -5,10 +5,12 @@ rule evaluate_merges:
         "<results>/evals/{base}/{method}/{name}@{key}/lineage.json",
     log:
         "<results>/logs/evals/{base}/{method}/{name}@{key}.log",
+    conda:
+        "../envs/main.yaml"
+    threads: 1
     params:
         options=options("evals/{base}/{method}/{name}@{key}"),
         cells=f"{study.results}/cells/{{base}}/{{method}}",
-    threads: 1
     message:
         "cross-entropy of {wildcards.method} on {wildcards.base}, shard {wildcards.name}"
     shell:

@@ -5,9 +5,11 @@ rule get_expert:
         "<results>/experts/{base}/{name}@{key}/lineage.json",
     log:
         "<results>/logs/experts/{base}/{name}@{key}.log",
+    conda:
+        "../envs/main.yaml"
+    threads: 1
     params:
         options=options("experts/{base}/{name}@{key}"),
-    threads: 1
     message:
         "expert {wildcards.name} on {wildcards.base}"
     shell:

@@ -5,6 +5,8 @@ rule fit_laws:
         "<results>/laws/{name}@{key}/lineage.json",
     log:
         "<results>/logs/laws/{name}@{key}.log",
+    conda:
+        "../envs/main.yaml"
     params:
         options=options("laws/{name}@{key}"),
     message:

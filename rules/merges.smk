@@ -5,6 +5,8 @@ rule sample_merges:
         "<results>/plans/{name}@{key}/lineage.json",
     log:
         "<results>/logs/plans/{name}@{key}.log",
+    conda:
+        "../envs/main.yaml"
     params:
         options=options("plans/{name}@{key}"),
     message:
@@ -20,6 +22,8 @@ rule write_merge:
         "<results>/merges/{base}/{method}/{name}@{key}/lineage.json",
     log:
         "<results>/logs/merges/{base}/{method}/{name}@{key}.log",
+    conda:
+        "../envs/main.yaml"
     params:
         options=options("merges/{base}/{method}/{name}@{key}"),
     message:

@@ -5,6 +5,8 @@ rule write_report:
         "<results>/reports/{name}@{key}/lineage.json",
     log:
         "<results>/logs/reports/{name}@{key}.log",
+    conda:
+        "../envs/main.yaml"
     params:
         options=options("reports/{name}@{key}"),
     message:

@@ -5,6 +5,8 @@ rule make_task_vector:
         "<results>/task_vectors/{base}/{name}@{key}/lineage.json",
     log:
         "<results>/logs/task_vectors/{base}/{name}@{key}.log",
+    conda:
+        "../envs/main.yaml"
     params:
         options=options("task_vectors/{base}/{name}@{key}"),
     message:
