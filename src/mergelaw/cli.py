@@ -96,12 +96,15 @@ def make(output: Path, stage: str, recipe: dict[str, Any], inputs: dict[str, Pat
 
 def prepare_torch(threads: int) -> None:
     """Fix the number of threads, which bits depend on, and keep logs free of progress bars."""
+    os.environ.update(  # before the libraries are imported, which read them once
+        TQDM_DISABLE="1",
+        TOKENIZERS_PARALLELISM="false",
+        HF_DATASETS_DISABLE_PROGRESS_BARS="1",
+        HF_HUB_DISABLE_PROGRESS_BARS="1",
+    )
     import torch
 
     torch.set_num_threads(threads)
-    os.environ.update(
-        TQDM_DISABLE="1", TOKENIZERS_PARALLELISM="false", HF_DATASETS_DISABLE_PROGRESS_BARS="1"
-    )
 
 
 # -- stages ------------------------------------------------------------------------------------

@@ -167,7 +167,7 @@ def fine_tune(
             state,
             max_length=recipe.max_tokens,
             packing=recipe.packing,
-            gradient_checkpointing=recipe.gradient_checkpointing,
+            activation_checkpointing=recipe.gradient_checkpointing,
             dataset_kwargs={"skip_prepare_dataset": not recipe.packing},
         ),
         train_dataset=Dataset.from_list(rows),
