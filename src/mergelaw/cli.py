@@ -484,10 +484,13 @@ def collect_garbage(
         raise MergelawError(f"gc: the configurations name {len(roots)} results folders; give one's")
     root = roots.pop()
     kept = {path for study in studies for path in study.by_path}
+    # What a killed or failed job left to resume from goes with the artifact it was to become.
+    halves = {path: path.name[1:].removesuffix(".work") for path in root.rglob(".*@*.work")}
+    places = {path: path.with_name(name) for path, name in halves.items()}
+    places |= {mark.parent: mark.parent for mark in root.rglob(f"*@*/{lineage.LINEAGE}")}
     unused, freed = [], 0
-    for mark in sorted(root.rglob(lineage.LINEAGE)):
-        folder = mark.parent
-        if folder.relative_to(root).as_posix() not in kept:
+    for folder, place in sorted(places.items()):
+        if place.relative_to(root).as_posix() not in kept:
             size = sum(p.lstat().st_size for p in folder.rglob("*") if p.is_file())
             unused.append((folder, size))
             freed += size

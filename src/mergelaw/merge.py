@@ -239,6 +239,11 @@ def write(
                     if name in vector.changed:
                         index, value = vector.exceptions(name)  # type: ignore[misc]
                         out[index] = value.to(out.dtype)
+                if not torch.isfinite(out).all():
+                    raise MergelawError(
+                        f"the merge overflows {out.dtype} in tensor {name!r}; lower lambda or the "
+                        "weights, or use a base in bfloat16 or float32"
+                    )
                 writer.write(name, out.view(before.shape))
     for name in COMPANIONS:
         if (base / name).exists():

@@ -419,12 +419,16 @@ def _floors(fits: pd.DataFrame, methods: list[str]) -> alt.HConcatChart:
             )
         )
     curves = pd.concat(lines) if lines else marks.iloc[:0]
-    panels = [
-        _against_N(
-            marks, curves, methods, "floor", "floor, L_inf (nats per token)", rings="reachable"
-        ),
-        _against_N(marks, curves, methods, "tail", "tail, A (nats per token × experts)"),
-    ]
+    panels = []
+    for column, title, rings in (
+        ("floor", "floor, L_inf (nats per token)", "reachable"),
+        ("tail", "tail, A (nats per token × experts)", None),
+    ):
+        # A logarithmic axis has no place for a tail of 0; the table has it.
+        shown = marks[marks[column] > 0]
+        if len(shown):
+            curve = curves[curves[column] > 0]
+            panels.append(_against_N(shown, curve, methods, column, title, rings))
     return alt.hconcat(*panels).resolve_scale(color="shared")
 
 
@@ -434,11 +438,9 @@ def _against_N(
     methods: list[str],
     column: str,
     title: str,
-    rings: str | None = None,
+    rings: str | None,
 ) -> alt.LayerChart:
     """A column against N, both logarithmic: fits base by base and the joint law's curves."""
-    # A logarithmic axis has no place for a tail of 0; the table has it.
-    marks, curves = marks[marks[column] > 0], curves[curves[column] > 0]
     sizes = sorted(set(marks["N"]))
     # Vega keeps labels of ladders that are close together from covering each other.
     x = alt.X(

@@ -427,3 +427,19 @@ def test_a_study_puts_experts_into_its_own_order():
     assert one.recipe == two.recipe
     assert one.recipe["experts"] == domains
     assert one.recipe["weights"] == [1, 2, 3]
+
+
+def test_a_written_merge_that_overflows_its_dtype_is_refused(tmp_path):
+    base, expert = tmp_path / "base", tmp_path / "expert"
+    write_tensors(base, {"w": torch.zeros(4, dtype=torch.float16)})
+    write_tensors(expert, {"w": torch.full((4,), 60000.0, dtype=torch.float16)})
+    vector = write_task_vector(base, expert, tmp_path / "vector")
+    (tmp_path / "out").mkdir()
+    with pytest.raises(MergelawError, match="overflows torch.float16 in tensor 'w'"):
+        merge.write(
+            base,
+            {"e": vector},
+            method_of({"method": "task_arithmetic", "lambda": 2.0}),
+            None,
+            tmp_path / "out",
+        )
