@@ -2,7 +2,7 @@ rule get_base:
     input:
         needs("bases/{name}@{key}"),
     output:
-        "<results>/bases/{name}@{key}/lineage.json",
+        update("<results>/bases/{name}@{key}/lineage.json"),
     log:
         "<results>/logs/bases/{name}@{key}.log",
     conda:

@@ -19,6 +19,9 @@ try:
 except MergelawError as error:
     sys.exit(f"mergelaw: error: {error}")
 
+# Of every failed job it would be said that a lineage.json which never was cannot be restored.
+logger.addFilter(lambda record: "no backup found" not in str(record.msg))
+
 
 pathvars:
     results=config.get("results", "results"),

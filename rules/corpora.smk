@@ -2,7 +2,7 @@ rule build_corpus:
     input:
         needs("corpora/{name}@{key}"),
     output:
-        "<results>/corpora/{name}@{key}/lineage.json",
+        update("<results>/corpora/{name}@{key}/lineage.json"),
     log:
         "<results>/logs/corpora/{name}@{key}.log",
     conda:
@@ -19,7 +19,7 @@ rule check_overlap:
     input:
         needs("checks/overlap@{key}"),
     output:
-        "<results>/checks/overlap@{key}/lineage.json",
+        update("<results>/checks/overlap@{key}/lineage.json"),
     log:
         "<results>/logs/checks/overlap@{key}.log",
     conda:

@@ -2,7 +2,7 @@ rule evaluate_merges:
     input:
         needs("evals/{base}/{method}/{name}@{key}"),
     output:
-        "<results>/evals/{base}/{method}/{name}@{key}/lineage.json",
+        update("<results>/evals/{base}/{method}/{name}@{key}/lineage.json"),
     log:
         "<results>/logs/evals/{base}/{method}/{name}@{key}.log",
     conda:

@@ -2,7 +2,7 @@ rule get_expert:
     input:
         needs("experts/{base}/{name}@{key}"),
     output:
-        "<results>/experts/{base}/{name}@{key}/lineage.json",
+        update("<results>/experts/{base}/{name}@{key}/lineage.json"),
     log:
         "<results>/logs/experts/{base}/{name}@{key}.log",
     conda:

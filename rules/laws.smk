@@ -2,7 +2,7 @@ rule fit_laws:
     input:
         needs("laws/{name}@{key}"),
     output:
-        "<results>/laws/{name}@{key}/lineage.json",
+        update("<results>/laws/{name}@{key}/lineage.json"),
     log:
         "<results>/logs/laws/{name}@{key}.log",
     conda:

@@ -2,7 +2,7 @@ rule sample_merges:
     input:
         needs("plans/{name}@{key}"),
     output:
-        "<results>/plans/{name}@{key}/lineage.json",
+        update("<results>/plans/{name}@{key}/lineage.json"),
     log:
         "<results>/logs/plans/{name}@{key}.log",
     conda:
@@ -19,7 +19,7 @@ rule write_merge:
     input:
         needs("merges/{base}/{method}/{name}@{key}"),
     output:
-        "<results>/merges/{base}/{method}/{name}@{key}/lineage.json",
+        update("<results>/merges/{base}/{method}/{name}@{key}/lineage.json"),
     log:
         "<results>/logs/merges/{base}/{method}/{name}@{key}.log",
     conda:

@@ -2,7 +2,7 @@ rule write_report:
     input:
         needs("reports/{name}@{key}"),
     output:
-        "<results>/reports/{name}@{key}/lineage.json",
+        update("<results>/reports/{name}@{key}/lineage.json"),
     log:
         "<results>/logs/reports/{name}@{key}.log",
     conda:

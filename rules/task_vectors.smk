@@ -2,7 +2,7 @@ rule make_task_vector:
     input:
         needs("task_vectors/{base}/{name}@{key}"),
     output:
-        "<results>/task_vectors/{base}/{name}@{key}/lineage.json",
+        update("<results>/task_vectors/{base}/{name}@{key}/lineage.json"),
     log:
         "<results>/logs/task_vectors/{base}/{name}@{key}.log",
     conda:

@@ -435,7 +435,7 @@ def test_a_written_merge_that_overflows_its_dtype_is_refused(tmp_path):
     write_tensors(expert, {"w": torch.full((4,), 60000.0, dtype=torch.float16)})
     vector = write_task_vector(base, expert, tmp_path / "vector")
     (tmp_path / "out").mkdir()
-    with pytest.raises(MergelawError, match="overflows torch.float16 in tensor 'w'"):
+    with pytest.raises(MergelawError, match=r"overflows torch\.float16 in tensor 'w'"):
         merge.write(
             base,
             {"e": vector},
