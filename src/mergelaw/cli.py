@@ -289,11 +289,11 @@ def fit(
     output: Output,
 ) -> None:
     """Fit the laws to the rows of evaluations."""
-    from mergelaw import law
+    from mergelaw import fits
     from mergelaw.evaluate import read_rows
 
     def work(folder: Path, state: Path) -> dict[str, Any]:
-        return law.write_fits(read_rows(evals), folder, [])
+        return fits.write_fits(read_rows(evals), folder, [])
 
     inputs = inputs_of("evals", {str(i): path for i, path in enumerate(evals)})
     make(output, "fit", {}, inputs, work)
@@ -508,7 +508,8 @@ def partial(configuration: Config) -> None:
     """Fit and report what has been measured so far, and say what is missing."""
     import shutil
 
-    from mergelaw import config, law
+    from mergelaw import config
+    from mergelaw import fits as laws
     from mergelaw import report as stage
     from mergelaw.evaluate import read_rows
     from mergelaw.study import Study
@@ -522,7 +523,7 @@ def partial(configuration: Config) -> None:
     folder = study.results / "partial" / study.config.name
     shutil.rmtree(folder, ignore_errors=True)
     (folder / "laws").mkdir(parents=True)
-    law.write_fits(rows, folder / "laws", missing)
+    laws.write_fits(rows, folder / "laws", missing)
     facts = {"measured so far": f"{len(there)} of {len(study.evals)} shards"}
     stage.write_report(folder / "laws", rows, folder, title=study.config.name, facts=facts)
     print(f"{len(missing)} of {len(study.evals)} shards are missing: {', '.join(missing[:6])}, ...")

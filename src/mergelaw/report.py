@@ -38,7 +38,7 @@ def write_report(
     """Write report.html, self-contained and without scripts, with its figures and tables as files.
 
     Args:
-        laws: the folder that ``mergelaw.law.write_fits`` wrote.
+        laws: the folder that ``mergelaw.fits.write_fits`` wrote.
         rows: the evaluation rows that the fits were made from (units as in ``points``).
         output: the folder for report.html, figures/ (SVG, PNG) and tables/ (CSV); made if needed.
         title: heading of the page.

@@ -9,7 +9,8 @@ import pandas as pd
 import pytest
 
 from mergelaw.errors import MergelawError
-from mergelaw.law import MERGING, MERGING_FIXED_N, Law, fit, fit_study, write_fits
+from mergelaw.fits import fit_study, write_fits
+from mergelaw.law import MERGING, MERGING_FIXED_N, Law, fit
 from mergelaw.points import MACRO, points
 
 TABLES = Path(__file__).parents[1] / "data" / "paper_tables"

@@ -8,7 +8,8 @@ import pandas as pd
 import pytest
 
 from mergelaw.errors import MergelawError
-from mergelaw.law import MERGING, write_fits
+from mergelaw.fits import write_fits
+from mergelaw.law import MERGING
 from mergelaw.report import write_report
 
 DOMAINS = [

@@ -1,0 +1,203 @@
+"""Fits of a study: every method, base and evaluation domain, and the files they are kept in."""
+
+import json
+import math
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from mergelaw.errors import MergelawError
+from mergelaw.law import LAWS, MERGING, MERGING_FIXED_N, Fit, Law, fit
+from mergelaw.points import MACRO, points
+
+
+@dataclass(frozen=True)
+class StudyFit:
+    """A fit and its place in a study.
+
+    Attributes:
+        method, family, domain: what was fitted.
+        base, N: the base and its size (billions) if the law is for one, else None.
+        fit: the fit.
+        floors: per base the pool's size M, the asymptotic floor (k to infinity), and the reachable
+            one, the fitted loss of the merge of all M experts (nats per token).
+    """
+
+    method: str
+    family: str
+    domain: str
+    base: str | None
+    N: float | None
+    fit: Fit
+    floors: tuple[dict[str, Any], ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fit with its place, as values that strict JSON can hold."""
+        place = {
+            "method": self.method,
+            "family": self.family,
+            "domain": self.domain,
+            "base": self.base,
+            "N": self.N,
+        }
+        return {**place, **self.fit.to_dict(), "floors": list(self.floors)}
+
+
+@dataclass(frozen=True)
+class StudyFits:
+    """All fits of a study, the points they rest on, and what could not be fitted, with reasons."""
+
+    points: pd.DataFrame
+    fits: tuple[StudyFit, ...]
+    refused: tuple[dict[str, Any], ...]
+    warnings: tuple[str, ...]
+
+
+def fit_study(rows: pd.DataFrame) -> StudyFits:
+    """Fit every method and family, per evaluation domain and macro: jointly, and base by base.
+
+    Args:
+        rows: evaluation rows, as ``points`` takes them, with the column ``experts``.
+
+    Raises:
+        MergelawError: the rows lack a column or hold no merge. A fit that cannot be made is no
+            error; it is among ``refused``.
+    """
+    table, warnings = points(rows)
+    pools = _pools(rows)
+    fits: list[StudyFit] = []
+    refused: list[dict[str, Any]] = []
+
+    def attempt(law: Law, group: pd.DataFrame, base: str | None) -> None:
+        first = group.iloc[0]
+        size = None if base is None else float(first["N"])
+        method, family, domain = first["method"], first["family"], first["domain"]
+        try:
+            fitted = fit(law, group)
+        except MergelawError as reason:
+            refused.append(
+                {
+                    "method": method,
+                    "family": family,
+                    "domain": domain,
+                    "base": base,
+                    "law": law.name,
+                    "reason": str(reason),
+                }
+            )
+            return
+        bases = group[["base", "N"]].drop_duplicates().sort_values(["N", "base"])
+        floors = tuple(
+            {
+                "base": name,
+                "N": float(N),
+                "M": pools[method, family, name],
+                "asymptotic": _at(fitted, N, math.inf),
+                "reachable": _at(fitted, N, pools[method, family, name]),
+            }
+            for name, N in zip(bases["base"], bases["N"], strict=True)
+        )
+        fits.append(StudyFit(method, family, domain, base, size, fitted, floors))
+
+    for _, group in table.groupby(["method", "family", "domain"]):
+        attempt(MERGING, group, None)
+        for _, own in group.groupby(["N", "base"]):
+            attempt(MERGING_FIXED_N, own, str(own["base"].iloc[0]))
+    return StudyFits(table, tuple(fits), tuple(refused), tuple(warnings))
+
+
+def _at(fitted: Fit, N: float, k: float) -> float:
+    """Fitted loss at a size and a number of experts, whether or not the law has N."""
+    values = {"N": N, "k": k}
+    return float(fitted.predict(**{name: values[name] for name in fitted.law.levels}))
+
+
+def _pools(rows: pd.DataFrame) -> dict[tuple[str, str, str], int]:
+    """Number of different experts in a base's merges, by (method, family, base)."""
+    place = ["method", "family", "base"]
+    merges = rows[rows["role"] == "merge"].drop_duplicates([*place, "merge"])
+    experts = merges[[*place, "experts"]].explode("experts").drop_duplicates()
+    return dict(Counter(experts[place].itertuples(index=False, name=None)))
+
+
+def write_fits(rows: pd.DataFrame, output: Path, missing: list[str]) -> dict[str, Any]:
+    """Fit a study and write it: laws.json, parameters.parquet, points.parquet and summary.txt.
+
+    Args:
+        rows: evaluation rows, as ``fit_study`` takes them.
+        output: the folder to write into; made if it is not there.
+        missing: shards of the plan that could not be read, for people to know.
+
+    Returns:
+        Counts of points, fits, refused fits and missing shards.
+
+    Raises:
+        MergelawError: as ``fit_study``.
+    """
+    study = fit_study(rows)
+    output.mkdir(parents=True, exist_ok=True)
+    laws = {
+        "units": {"ce": "nats per token", "N": "billions of non-embedding parameters"},
+        "laws": {law.name: law.equation for law in LAWS.values()},
+        "fits": [fitted.to_dict() for fitted in study.fits],
+        "refused": list(study.refused),
+        "warnings": list(study.warnings),
+        "missing": missing,
+    }
+    text = json.dumps(laws, ensure_ascii=False, allow_nan=False, indent=1)
+    (output / "laws.json").write_text(text + "\n", encoding="utf-8")
+    _parameters(study).to_parquet(output / "parameters.parquet", index=False)
+    study.points.to_parquet(output / "points.parquet", index=False)
+    (output / "summary.txt").write_text(_summary(study, missing), encoding="utf-8")
+    return {
+        "points": len(study.points),
+        "fits": len(study.fits),
+        "refused": len(study.refused),
+        "missing": len(missing),
+    }
+
+
+def _parameters(study: StudyFits) -> pd.DataFrame:
+    """One row per fit, a column per parameter of any law."""
+    columns = ["method", "family", "domain", "law", "base", "N"]
+    names = dict.fromkeys(name for law in LAWS.values() for name in law.parameters)
+    records = []
+    for fitted in study.fits:
+        values = fitted.to_dict()
+        records.append(
+            {
+                **{column: values[column] for column in columns},
+                **{name: values["parameters"].get(name) for name in names},
+                **{name: values[name] for name in ("r2", "rmse", "n_points", "warnings")},
+            }
+        )
+    table = pd.DataFrame(records, columns=[*columns, *names, "r2", "rmse", "n_points", "warnings"])
+    return table.astype(dict.fromkeys(["N", *names, "r2", "rmse"], float))
+
+
+def _summary(study: StudyFits, missing: list[str]) -> str:
+    """The study for a terminal: macro first, a paragraph per fit."""
+    lines = ["Losses in nats per token, N in billions of non-embedding parameters.", ""]
+    for heading, sentences in (("Missing", missing), ("Warnings", study.warnings)):
+        if sentences:
+            lines += [f"{heading}:", *(f"  {sentence}" for sentence in sentences), ""]
+    for item in sorted(study.fits, key=lambda f: (f.domain != MACRO, f.domain, f.method)):
+        where = "all sizes" if item.base is None else f"{item.base} (N = {item.N:g})"
+        lines += [f"{item.method}, {item.family}, {item.domain}, {where}", item.fit.summary()]
+        lines += [
+            f"  {floor['base']}: floor {floor['asymptotic']:.5g}, "
+            f"reachable with these {floor['M']} experts {floor['reachable']:.5g}"
+            for floor in item.floors
+        ]
+        lines.append("")
+    if study.refused:
+        lines.append("Not fitted:")
+        lines += [
+            f"  {r['method']}, {r['family']}, {r['domain']}, {r['base'] or 'all sizes'}: "
+            f"{r['reason']}"
+            for r in study.refused
+        ]
+    return "\n".join(lines).rstrip() + "\n"

@@ -1,0 +1,153 @@
+"""Variable projection: the least-squares solver under every fit (Golub and Pereyra 1973).
+
+For given nonlinear parameters the best coefficients of a law are a non-negative least-squares
+problem with one solution, so only the nonlinear parameters are searched, from a grid of starts that
+the law brings.
+"""
+
+import itertools
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.optimize import nnls
+
+if TYPE_CHECKING:
+    from mergelaw.law import Law
+
+Array = NDArray[np.float64]
+
+# Of the grid of starts, so many are descended from besides the local minima.
+BEST_STARTS = 4
+# Parts of the loss smaller than this share of it are rounding errors.
+ROUNDING = 1e-14
+
+
+@dataclass(frozen=True)
+class State:
+    """Where a search is: nonlinear parameters, their best coefficients, and what they leave."""
+
+    theta: Array
+    coefficients: Array
+    residuals: Array
+    orthonormal: Array
+    squares: float
+
+
+class Problem:
+    """Least squares in the nonlinear parameters of a law, the linear ones projected out.
+
+    Columns of the basis are scaled to unit length before they are solved for, so neither the unit
+    of N nor its distance from 1 (2.7e-5 billions, say) matters.
+    """
+
+    def __init__(self, law: "Law", variables: Mapping[str, Array], loss: Array) -> None:
+        self.law = law
+        self.variables = variables
+        self.loss = loss
+        self.lower = np.array([box[0] for box in law.nonlinear.values()])
+        self.upper = np.array([box[-1] for box in law.nonlinear.values()])
+        self.signed = np.array([name in law.signed for name in law.linear])
+
+    def columns(self, theta: Array) -> NDArray[Any]:
+        """The basis at ``theta``, points by coefficients."""
+        out = np.empty((len(self.loss), len(self.law.linear)), dtype=theta.dtype)
+        named = dict(zip(self.law.nonlinear, theta, strict=True))
+        for j, column in enumerate(self.law.basis(**self.variables, **named)):
+            out[:, j] = column
+        return out
+
+    def project(self, theta: Array) -> State:
+        """The best coefficients at ``theta``."""
+        columns = self.columns(theta)
+        lengths = np.sqrt(np.einsum("ij,ij->j", columns, columns))
+        unit = columns / lengths
+        used = self.signed.copy()
+        if used.any():
+            q = np.linalg.qr(unit[:, self.signed]).Q
+            rest = unit[:, ~self.signed] - q @ (q.T @ unit[:, ~self.signed])
+            used[~self.signed] = nnls(rest, self.loss - q @ (q.T @ self.loss))[0] > ROUNDING
+        else:
+            used = nnls(unit, self.loss)[0] > ROUNDING
+        # Once it is known which coefficients are above 0, the rest is plain least squares.
+        q, r = np.linalg.qr(unit[:, used])
+        coefficients = np.zeros(len(used))
+        coefficients[used] = np.linalg.solve(r, q.T @ self.loss) / lengths[used]
+        residuals = self.loss - columns @ coefficients
+        return State(theta, coefficients, residuals, q, float(residuals @ residuals))
+
+    def jacobian(self, state: State) -> Array:
+        """Derivatives of the fitted losses by the nonlinear parameters (Kaufman 1975).
+
+        The part that the coefficients take up is projected out, so its product with the residuals
+        is the exact gradient.
+        """
+        step = 1e-30
+        out = np.empty((len(self.loss), len(state.theta)))
+        for j in range(len(state.theta)):
+            theta = state.theta.astype(complex)
+            theta[j] += 1j * step
+            out[:, j] = self.columns(theta).imag @ state.coefficients / step
+        q = state.orthonormal
+        return out - q @ (q.T @ out)
+
+    def descend(self, state: State) -> State:
+        """Levenberg-Marquardt on the residual vector, with parameters on their bounds held there.
+
+        Bounds are an active set: a step that leaves the box is cut at its side, and a parameter
+        stays there while the gradient points outwards.
+        """
+        damping = 1e-3
+        rounding = len(self.loss) * np.finfo(float).eps ** 2
+        for _ in range(100):
+            jacobian = self.jacobian(state)
+            ascent = jacobian.T @ state.residuals
+            normal = jacobian.T @ jacobian
+            diagonal = np.diag(normal)
+            outwards = ((state.theta <= self.lower) & (ascent <= 0)) | (
+                (state.theta >= self.upper) & (ascent >= 0)
+            )
+            # A parameter without any effect (its coefficient is 0) has nowhere to go either.
+            free = np.flatnonzero(~outwards & (diagonal > 0))
+            slope = np.abs(ascent[free]) / np.sqrt(diagonal[free])
+            if state.squares <= rounding or not (slope > 1e-14 * math.sqrt(state.squares)).any():
+                return state
+            while True:
+                damped = normal[np.ix_(free, free)] + damping * np.diag(diagonal[free])
+                theta = state.theta.copy()
+                theta[free] += np.linalg.solve(damped, ascent[free])
+                theta = np.clip(theta, self.lower, self.upper)
+                trial = self.project(theta)
+                if trial.squares < state.squares:
+                    break
+                damping *= 10
+                if damping > 1e8:
+                    return state
+            gain = 1 - trial.squares / state.squares
+            state, damping = trial, max(damping / 10, 1e-15)
+            if gain < 1e-13:
+                return state
+        return state
+
+    def minimum(self) -> State:
+        """The best state of descents from the law's grid of starts.
+
+        Started from are the grid points that no neighbour improves on, and the best few, for a
+        narrow valley may run across the grid.
+        """
+        axes = list(self.law.nonlinear.values())
+        states = [self.project(np.array(theta)) for theta in itertools.product(*axes)]
+        squares = np.array([state.squares for state in states])
+        starts = set(np.argsort(squares, kind="stable")[:BEST_STARTS])
+        table = np.pad(squares.reshape([len(axis) for axis in axes]), 1, constant_values=np.inf)
+        inner = tuple(slice(1, -1) for _ in axes)
+        lowest = np.ones(table[inner].shape, dtype=bool)
+        for axis in range(len(axes)):
+            lowest &= table[inner] < np.roll(table, 1, axis)[inner]
+            lowest &= table[inner] <= np.roll(table, -1, axis)[inner]
+        starts.update(np.flatnonzero(lowest))
+        found = (self.descend(states[start]) for start in sorted(starts))
+        return min(found, key=lambda state: state.squares)
