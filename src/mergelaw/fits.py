@@ -10,7 +10,7 @@ from typing import Any
 import pandas as pd
 
 from mergelaw.errors import MergelawError
-from mergelaw.law import LAWS, MERGING, MERGING_FIXED_N, Fit, Law, fit
+from mergelaw.law import MERGING, MERGING_FIXED_N, Fit, Law, fit
 from mergelaw.points import MACRO, points
 
 
@@ -141,7 +141,7 @@ def write_fits(rows: pd.DataFrame, output: Path, missing: list[str]) -> dict[str
     output.mkdir(parents=True, exist_ok=True)
     laws = {
         "units": {"ce": "nats per token", "N": "billions of non-embedding parameters"},
-        "laws": {law.name: law.equation for law in LAWS.values()},
+        "laws": {law.name: law.equation for law in (MERGING, MERGING_FIXED_N)},
         "fits": [fitted.to_dict() for fitted in study.fits],
         "refused": list(study.refused),
         "warnings": list(study.warnings),
@@ -163,7 +163,7 @@ def write_fits(rows: pd.DataFrame, output: Path, missing: list[str]) -> dict[str
 def _parameters(study: StudyFits) -> pd.DataFrame:
     """One row per fit, a column per parameter of any law."""
     columns = ["method", "family", "domain", "law", "base", "N"]
-    names = dict.fromkeys(name for law in LAWS.values() for name in law.parameters)
+    names = (*MERGING.parameters, *MERGING_FIXED_N.parameters[:-1])
     records = []
     for fitted in study.fits:
         values = fitted.to_dict()

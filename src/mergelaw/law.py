@@ -39,6 +39,7 @@ class Law:
             derivatives are taken by a complex step.
         fixed: columns that must not vary within a fit's table.
         signed: linear coefficients of either sign.
+        response: the column that the law is about; a variance may be 0, a loss may not.
     """
 
     name: str
@@ -49,6 +50,7 @@ class Law:
     basis: Callable[..., tuple[Any, ...]]
     fixed: tuple[str, ...] = ()
     signed: tuple[str, ...] = ()
+    response: str = "ce"
 
     @property
     def parameters(self) -> tuple[str, ...]:
@@ -78,29 +80,106 @@ class Law:
         return total
 
 
+EXPONENT = (0.0, 0.2, 0.5, 1.2, 2.5, 5.0)
+OFFSET = (0.0, 0.3, 1.0, 3.0, 8.0, 20.0)
+
+
+def _laws_in_k(
+    name: str,
+    written: str,
+    terms: Callable[..., tuple[Any, ...]],
+    nonlinear: Mapping[str, tuple[float, ...]],
+    further: tuple[str, ...] = (),
+) -> tuple[Law, Law]:
+    """A way to fall with k as two laws: over all sizes, and of one base.
+
+    Args:
+        name: the joint law's; the other's ends in _fixed_N.
+        written: the terms for people, with {A} for the amplitude.
+        terms: (k and nonlinear parameters by name) to what the amplitude multiplies, and to the
+            functions of the further coefficients.
+        nonlinear: starts, as ``Law`` has them.
+        further: coefficients of further terms.
+    """
+
+    def of_size(N: Any, k: Any, beta: Any, gamma: Any, **own: Any) -> tuple[Any, ...]:
+        tail, *rest = terms(k, **own)
+        return (1.0, N**-beta, N**-gamma * tail, *rest)
+
+    levels = 2 + len(nonlinear) + len(further)
+    joint = Law(
+        name=name,
+        equation=f"E[L|N,k] = L_star + B N^-beta + {written.format(A='A0 N^-gamma')}",
+        levels={"N": 3, "k": levels},
+        linear=("L_star", "B", "A0", *further),
+        nonlinear={"beta": EXPONENT, "gamma": EXPONENT, **nonlinear},
+        basis=of_size,
+    )
+    one_base = Law(
+        name=f"{name}_fixed_N",
+        equation=f"E[L|k] = L_inf + {written.format(A='A')}",
+        levels={"k": levels},
+        linear=("L_inf", "A", *further),
+        nonlinear=nonlinear,
+        basis=lambda k, **own: (1.0, *terms(k, **own)),
+        fixed=("N",),
+    )
+    return joint, one_base
+
+
 # E[L | N, k] of Wang et al., arXiv:2509.24244: floor L_star + B N^-beta, tail A0 N^-gamma / (k + b)
-MERGING = Law(
-    name="merging",
-    equation="E[L|N,k] = L_star + B N^-beta + A0 N^-gamma / (k + b)",
-    levels={"N": 3, "k": 3},
-    linear=("L_star", "B", "A0"),
-    nonlinear={
-        "beta": (0.0, 0.2, 0.5, 1.2, 2.5, 5.0),
-        "gamma": (0.0, 0.2, 0.5, 1.2, 2.5, 5.0),
-        "b": (0.0, 0.3, 1.0, 3.0, 8.0, 20.0),
-    },
-    basis=lambda N, k, beta, gamma, b: (1.0, N**-beta, N**-gamma / (k + b)),
+MERGING, MERGING_FIXED_N = _laws_in_k(
+    "merging", "{A} / (k + b)", lambda k, b: (1.0 / (k + b),), {"b": OFFSET}
 )
-MERGING_FIXED_N = Law(
-    name="merging_fixed_N",
-    equation="E[L|k] = L_inf + A / (k + b)",
-    levels={"k": 3},
-    linear=("L_inf", "A"),
-    nonlinear={"b": (0.0, 0.1, 0.3, 1.0, 3.0, 8.0, 20.0)},
-    basis=lambda k, b: (1.0, 1.0 / (k + b)),
-    fixed=("N",),
+# The same with interference, a bounded loss that grows with k (theirs for TIES with lambda = 1).
+INTERFERENCE, INTERFERENCE_FIXED_N = _laws_in_k(
+    "interference",
+    "{A} / (k + b) + D k / (k + q)",
+    # k / (k + q), written so that k can be infinite
+    lambda k, b, q: (1.0 / (k + b), 1.0 / (1.0 + q / k)),
+    {"b": OFFSET, "q": (0.1, 0.5, 2.0, 8.0, 20.0)},
+    ("D",),
 )
-LAWS = {law.name: law for law in (MERGING, MERGING_FIXED_N)}
+# Rivals: other ways to fall with k, which a few points can hardly tell from the merging law's.
+INVERSE, INVERSE_FIXED_N = _laws_in_k("inverse", "{A} / k", lambda k: (1.0 / k,), {})
+POWER, POWER_FIXED_N = _laws_in_k(
+    "power", "{A} k^-a", lambda k, a: (k**-a,), {"a": (0.05, 0.3, 0.6, 1.0, 1.6, 2.5, 5.0)}
+)
+EXPONENTIAL, EXPONENTIAL_FIXED_N = _laws_in_k(
+    "exponential",
+    "{A} exp(-c k)",
+    lambda k, c: (np.exp(-c * k),),
+    {"c": (0.02, 0.1, 0.3, 0.7, 1.2, 2.0, 4.0)},
+)
+LOGARITHMIC, LOGARITHMIC_FIXED_N = _laws_in_k(
+    "logarithmic", "{A} (-log k)", lambda k: (-np.log(k),), {}
+)
+
+# How the loss varies over random k-subsets of a pool of M. For a loss that is quadratic along
+# equal-weight means the additive part and the pair part of the experts' effects are uncorrelated,
+# and sampling k of M without replacement gives each its factor; both vanish at k = M. V0 is what is
+# left there: the documents' noise, about 0.
+VARIANCE = Law(
+    name="variance",
+    equation="Var[L|k] = V0 + G (M-k)/(k(M-1)) + P (k-1)(M-k)(M-k-1)/(k^3 (M-1)(M-2)(M-3))",
+    levels={"k": 3, "M": 1},
+    linear=("V0", "G", "P"),
+    nonlinear={},
+    basis=lambda k, M: (
+        1.0,
+        (M - k) / (k * (M - 1)),
+        (k - 1) * (M - k) * (M - k - 1) / (k**3 * (M - 1) * (M - 2) * np.maximum(M - 3, 1)),
+    ),
+    response="variance",
+)
+LAWS = {
+    law.name: law
+    for law in (
+        *(MERGING, INVERSE, POWER, EXPONENTIAL, LOGARITHMIC, INTERFERENCE),
+        *(MERGING_FIXED_N, INVERSE_FIXED_N, POWER_FIXED_N, EXPONENTIAL_FIXED_N),
+        *(LOGARITHMIC_FIXED_N, INTERFERENCE_FIXED_N, VARIANCE),
+    )
+}
 
 
 @dataclass(frozen=True)
@@ -161,7 +240,7 @@ def fit(law: Law, table: pd.DataFrame | Mapping[str, ArrayLike]) -> Fit:
     Args:
         law: one of ``LAWS``, or a law of your own.
         table: the law's variables by name (N > 0 in billions of parameters, k >= 1) and the loss
-            ``ce`` (nats per token, > 0), one value per point.
+            ``ce`` (nats per token, > 0), or the law's other response; one value per point.
 
     Raises:
         MergelawError: values are missing or impossible, there are fewer points than parameters, or
@@ -200,20 +279,24 @@ def _checked(
     law: Law, table: pd.DataFrame | Mapping[str, ArrayLike]
 ) -> tuple[dict[str, Array], Array]:
     """The law's variables and the loss as arrays of floats, or one line on what is wrong."""
-    for name in (*law.levels, "ce"):
+    names = (*law.levels, law.response)
+    for name in names:
         if name not in table:
             raise MergelawError(f"law {law.name} needs a column {name}: add it to the table")
-    columns = {name: np.asarray(table[name], dtype=float) for name in (*law.levels, "ce")}
+    columns = {name: np.asarray(table[name], dtype=float) for name in names}
     for name, values in columns.items():
         if not np.isfinite(values).all():
             raise MergelawError(f"column {name} has values that are not finite: drop those points")
-        if (values <= 0).any():
-            raise MergelawError(f"column {name} has the value {values.min():g}: it must be above 0")
-    loss = columns.pop("ce")
+        least = values.min(initial=math.inf)
+        if least < 0 or (least == 0 and name != "variance"):
+            raise MergelawError(f"column {name} has the value {least:g}: it must be above 0")
+    loss = columns.pop(law.response)
     if "k" in columns and (columns["k"] < 1).any():
         raise MergelawError(
             f"column k has the value {columns['k'].min():g}: a law is fitted to merges, k >= 1"
         )
+    if "k" in columns and "M" in columns and (columns["k"] > columns["M"]).any():
+        raise MergelawError("column k has values above M: a pool of M experts has no such merges")
     for name in law.fixed:
         if name in table and len(np.unique(np.asarray(table[name]))) > 1:
             raise MergelawError(
@@ -283,7 +366,7 @@ def _warnings(problem: Problem, state: State) -> Iterable[str]:
                 f"the ladder spans a factor of {ratio:.3g} in N, less than {LADDER}: its exponents "
                 "reflect the bases' training budgets and are not to be extrapolated"
             )
-        if len(sizes) == 3:
+        if len(sizes) == 3 and "L_star" in law.linear:
             yield (
                 "three sizes fix L_star, B and beta without a check of the floor's form: "
                 "add a size before extrapolating in N"

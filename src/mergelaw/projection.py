@@ -64,6 +64,7 @@ class Problem:
         """The best coefficients at ``theta``."""
         columns = self.columns(theta)
         lengths = np.sqrt(np.einsum("ij,ij->j", columns, columns))
+        lengths[lengths == 0] = 1  # a term that is 0 at every point gets the coefficient 0
         unit = columns / lengths
         used = self.signed.copy()
         if used.any():
@@ -138,6 +139,8 @@ class Problem:
         Started from are the grid points that no neighbour improves on, and the best few, for a
         narrow valley may run across the grid.
         """
+        if not self.law.nonlinear:
+            return self.project(np.empty(0))
         axes = list(self.law.nonlinear.values())
         states = [self.project(np.array(theta)) for theta in itertools.product(*axes)]
         squares = np.array([state.squares for state in states])

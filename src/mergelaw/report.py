@@ -13,7 +13,7 @@ import vl_convert
 from markupsafe import Markup
 
 from mergelaw.errors import MergelawError
-from mergelaw.law import LADDER, LAWS, MERGING, MERGING_FIXED_N
+from mergelaw.law import LADDER, MERGING, MERGING_FIXED_N
 from mergelaw.points import MACRO
 
 # Vega-Lite of altair.SCHEMA_VERSION ("v6.4.1"), in the form that vl_convert wants it.
@@ -580,7 +580,7 @@ def _table(fits: pd.DataFrame, parameters: tuple[str, ...], of: str) -> dict[str
 
 def _parameter_table(fits: pd.DataFrame) -> pd.DataFrame:
     """All fits, a column per parameter, for the CSV file."""
-    names = list(dict.fromkeys(name for law in LAWS.values() for name in law.parameters))
+    names = [*MERGING.parameters, *MERGING_FIXED_N.parameters[:-1]]
     place = ["method", "family", "domain", "law", "base", "N"]
     quality = ["r2", "rmse", "n_points", "warnings"]
     if not len(fits):

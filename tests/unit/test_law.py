@@ -1,5 +1,6 @@
 """Points and laws: the paper's tables, the finite pool, and what is refused."""
 
+import itertools
 import json
 import math
 from pathlib import Path
@@ -10,7 +11,15 @@ import pytest
 
 from mergelaw.errors import MergelawError
 from mergelaw.fits import fit_study, write_fits
-from mergelaw.law import MERGING, MERGING_FIXED_N, Law, fit
+from mergelaw.law import (
+    INTERFERENCE_FIXED_N,
+    LAWS,
+    MERGING,
+    MERGING_FIXED_N,
+    VARIANCE,
+    Law,
+    fit,
+)
 from mergelaw.points import MACRO, points
 
 TABLES = Path(__file__).parents[1] / "data" / "paper_tables"
@@ -131,6 +140,89 @@ def test_too_few_sizes_or_points_for_the_joint_law():
         fit(MERGING, {"N": [1, 2, 3, 1, 1], "k": [1, 1, 1, 2, 3], "ce": [1.3, 1.2, 1.1, 1.2, 1.1]})
     with pytest.raises(MergelawError, match="above 0"):
         fit(MERGING, {**grid(MERGING, truth), "N": -grid(MERGING, truth)["N"]})
+
+
+def test_chinchillas_law_takes_a_few_lines():
+    """E + A N^-alpha + B D^-beta of Hoffmann et al., arXiv:2203.15556: other variables, other names."""
+    chinchilla = Law(
+        name="chinchilla",
+        equation="L(N, D) = E + A N^-alpha + B D^-beta",
+        levels={"N": 3, "D": 3},
+        linear=("E", "A", "B"),
+        nonlinear=dict.fromkeys(("alpha", "beta"), (0.0, 0.2, 0.5, 1.0, 2.0)),
+        basis=lambda N, D, alpha, beta: (1.0, N**-alpha, D**-beta),
+    )
+    N, D = (a.ravel() for a in np.meshgrid([7e7, 4e8, 1e9, 1e10], [1e9, 1e10, 1e11, 1e12]))
+    truth = {"E": 1.69, "A": 406.4, "B": 410.7, "alpha": 0.34, "beta": 0.28}
+    fitted = fit(chinchilla, {"N": N, "D": D, "ce": chinchilla.predict(truth, N=N, D=D)})
+    assert fitted.parameters == pytest.approx(truth, rel=1e-6)
+    with pytest.raises(MergelawError, match="function of N, D"):
+        fitted.predict(N=1e9, k=3)
+
+
+TRUTHS = {
+    "L_star": 0.4, "B": 0.2, "A0": 0.1, "L_inf": 0.8, "A": 0.1, "beta": 0.4, "gamma": 0.05, "b": 0.4,
+    "a": 0.8, "c": 0.5, "D": 0.05, "q": 2.5, "V0": 1e-6, "G": 0.003, "P": 0.02,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("law", LAWS.values(), ids=LAWS)
+def test_every_law_recovers_itself(law):
+    truth = {name: TRUTHS[name] for name in law.parameters}
+    if law is VARIANCE:
+        k, M = (axis.ravel() for axis in np.meshgrid(range(1, 10), [9, 12]))
+        table = {"k": k, "M": M, "variance": law.predict(truth, k=k, M=M)}
+    else:
+        table = grid(law, truth, levels=range(1, 13))
+        if law.fixed:
+            table = {name: values[: 12 * 7 : 7] for name, values in table.items()}
+            table["N"] = np.ones(12)
+    fitted = fit(law, table)
+    assert fitted.r2 == pytest.approx(1, abs=1e-12)
+    # Two bounded terms in k beside each other leave their shapes all but open.
+    if "interference" not in law.name:
+        assert fitted.parameters == pytest.approx(truth, rel=1e-5)
+    elif not law.fixed:
+        assert fitted.predict(N=3, k=math.inf) == pytest.approx(
+            law.predict(truth, N=3, k=math.inf), rel=1e-4
+        )
+
+
+def test_interference_turns_the_curve_up_and_the_merging_law_cannot():
+    truth = {"L_inf": 0.4, "A": 0.3, "D": 0.4, "b": 0.2, "q": 4.0}
+    table = grid(INTERFERENCE_FIXED_N, truth, sizes=[3.0])
+    assert np.argmin(table["ce"]) not in (0, 8)
+    assert fit(INTERFERENCE_FIXED_N, table).rmse < 1e-6
+    assert fit(MERGING_FIXED_N, table).rmse > 1e-3
+
+
+def test_the_variance_law_is_exact_for_a_quadratic_loss_without_diagonal():
+    """All subsets of a pool: additive effects and pairs; k^2 times the loss is a quadratic form."""
+    random = np.random.default_rng(0)
+    pool = 8
+    slope, pairs = random.standard_normal(pool), random.standard_normal((pool, pool))
+    pairs += pairs.T
+    # What pairs add up to for each expert would give the additive part a slope in 1/k.
+    np.fill_diagonal(pairs, 0)
+    rows = pairs.sum(axis=1)
+    own = (rows - rows.sum() / (2 * (pool - 1))) / (pool - 2)
+    pairs -= own[:, None] + own
+    np.fill_diagonal(pairs, 0)
+    variance = [
+        np.var([
+            slope[list(members)].mean() + pairs[np.ix_(members, members)].sum() / (2 * k * k)
+            for members in itertools.combinations(range(pool), k)
+        ])
+        for k in range(1, pool + 1)
+    ]  # fmt: skip
+    table = {"k": np.arange(1, pool + 1), "M": np.full(pool, pool), "variance": variance}
+    table["variance"] = np.maximum(table["variance"], 0)
+    fitted = fit(VARIANCE, table)
+    assert fitted.parameters["G"] == pytest.approx(np.var(slope))
+    assert fitted.parameters["P"] == pytest.approx((pairs**2).sum() / 2 / pool)
+    assert fitted.parameters["V0"] == pytest.approx(0, abs=1e-9)
+    with pytest.raises(MergelawError, match="above M"):
+        fit(VARIANCE, {**table, "M": np.full(pool, pool - 1)})
 
 
 def test_a_law_of_ones_own_takes_a_few_lines():
