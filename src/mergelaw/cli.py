@@ -285,18 +285,54 @@ def read_plan(plan: Path, rows: str) -> list[list[Any]]:
 
 @app.command()
 def fit(
-    evals: Annotated[list[Path], typer.Option("--evals", help="evaluations, one or more")],
-    output: Output,
+    evals: Annotated[
+        list[Path] | None, typer.Option("--evals", help="evaluations, one or more")
+    ] = None,
+    points: Annotated[
+        Path | None, typer.Option(help="instead: a table of points, CSV or Parquet")
+    ] = None,
+    output: Annotated[Path | None, typer.Option(help="folder of the artifact to be made")] = None,
 ) -> None:
-    """Fit the laws to the rows of evaluations."""
-    from mergelaw import fits
-    from mergelaw.evaluate import read_rows
+    """Fit the laws to the rows of evaluations, or to a table of points of your own."""
+    if points is not None:
+        if evals:
+            raise MergelawError("fit: takes --evals or --points, not both; leave one out")
+        fit_own(points, output)
+        return
+    if not evals or output is None:
+        raise MergelawError("fit: needs --evals and --output, or --points; give those")
+    shards = {str(i): path for i, path in enumerate(evals)}
 
     def work(folder: Path, state: Path) -> dict[str, Any]:
-        return fits.write_fits(read_rows(evals), folder, [])
+        from mergelaw import fits
+        from mergelaw.evaluate import read_rows
 
-    inputs = inputs_of("evals", {str(i): path for i, path in enumerate(evals)})
+        return fits.write_fits(read_rows(list(shards.values())), folder, [])
+
+    inputs = inputs_of("evals", shards)
     make(output, "fit", {}, inputs, work)
+
+
+def fit_own(table: Path, output: Path | None) -> None:
+    """Fit a table of points, print the fits, and keep them if a folder is given."""
+    from mergelaw import fits
+    from mergelaw.points import read_points
+
+    study = fits.fit_points(*read_points(table))
+    if not study.fits:
+        raise MergelawError(f"{table}: {fits.first_reason(study)}")
+    print(fits.summary(study), end="")
+    if output is None:
+        return
+    recipe = {"points": lineage.file_digest(table)}
+    made = (output / lineage.LINEAGE).exists()
+    if made and lineage.read(output)["recipe"] != recipe:
+        raise MergelawError(f"{output}: holds the fits of other points; name another folder")
+
+    def work(folder: Path, state: Path) -> dict[str, Any]:
+        return fits.write(study, folder, [])
+
+    make(output, "fit", recipe, {}, work)
 
 
 @app.command()

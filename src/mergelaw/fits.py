@@ -3,6 +3,7 @@
 import json
 import math
 from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -57,50 +58,55 @@ class StudyFits:
 
 
 def fit_study(rows: pd.DataFrame) -> StudyFits:
-    """Fit every method and family, per evaluation domain and macro: jointly, and base by base.
+    """Fit the points of evaluation rows, as ``fit_points`` does.
 
     Args:
         rows: evaluation rows, as ``points`` takes them, with the column ``experts``.
 
     Raises:
-        MergelawError: the rows lack a column or hold no merge. A fit that cannot be made is no
-            error; it is among ``refused``.
+        MergelawError: the rows lack a column or hold no merge.
     """
     table, warnings = points(rows)
     pools = _pools(rows)
+    place = table[["method", "family", "base"]].itertuples(index=False, name=None)
+    return fit_points(table.assign(M=[pools[key] for key in place]), warnings)
+
+
+def fit_points(table: pd.DataFrame, warnings: Iterable[str] = ()) -> StudyFits:
+    """Fit every method and family, per evaluation domain and macro: jointly, and base by base.
+
+    Args:
+        table: points, with the columns method, family, base, N, k, domain, ce and M, the number of
+            experts in the pool.
+        warnings: what was found on the way to the points.
+
+    Returns:
+        The fits. One that cannot be made is no error; it is among ``refused``.
+    """
     fits: list[StudyFit] = []
     refused: list[dict[str, Any]] = []
 
     def attempt(law: Law, group: pd.DataFrame, base: str | None) -> None:
         first = group.iloc[0]
-        size = None if base is None else float(first["N"])
-        method, family, domain = first["method"], first["family"], first["domain"]
+        place = {"method": first["method"], "family": first["family"], "domain": first["domain"]}
         try:
             fitted = fit(law, group)
         except MergelawError as reason:
-            refused.append(
-                {
-                    "method": method,
-                    "family": family,
-                    "domain": domain,
-                    "base": base,
-                    "law": law.name,
-                    "reason": str(reason),
-                }
-            )
+            refused.append({**place, "base": base, "law": law.name, "reason": str(reason)})
             return
-        bases = group[["base", "N"]].drop_duplicates().sort_values(["N", "base"])
+        bases = group[["base", "N", "M"]].drop_duplicates().sort_values(["N", "base"])
         floors = tuple(
             {
                 "base": name,
                 "N": float(N),
-                "M": pools[method, family, name],
+                "M": int(M),
                 "asymptotic": _at(fitted, N, math.inf),
-                "reachable": _at(fitted, N, pools[method, family, name]),
+                "reachable": _at(fitted, N, M),
             }
-            for name, N in zip(bases["base"], bases["N"], strict=True)
+            for name, N, M in bases.itertuples(index=False)
         )
-        fits.append(StudyFit(method, family, domain, base, size, fitted, floors))
+        size = None if base is None else float(first["N"])
+        fits.append(StudyFit(**place, base=base, N=size, fit=fitted, floors=floors))
 
     for _, group in table.groupby(["method", "family", "domain"]):
         attempt(MERGING, group, None)
@@ -124,7 +130,7 @@ def _pools(rows: pd.DataFrame) -> dict[tuple[str, str, str], int]:
 
 
 def write_fits(rows: pd.DataFrame, output: Path, missing: list[str]) -> dict[str, Any]:
-    """Fit a study and write it: laws.json, parameters.parquet, points.parquet and summary.txt.
+    """Fit a study and write it, as ``write`` does.
 
     Args:
         rows: evaluation rows, as ``fit_study`` takes them.
@@ -137,7 +143,15 @@ def write_fits(rows: pd.DataFrame, output: Path, missing: list[str]) -> dict[str
     Raises:
         MergelawError: as ``fit_study``.
     """
-    study = fit_study(rows)
+    return write(fit_study(rows), output, missing)
+
+
+def write(study: StudyFits, output: Path, missing: list[str]) -> dict[str, Any]:
+    """Write fits: laws.json, parameters.parquet, points.parquet and summary.txt.
+
+    Returns:
+        Counts of points, fits, refused fits and missing shards.
+    """
     output.mkdir(parents=True, exist_ok=True)
     laws = {
         "units": {"ce": "nats per token", "N": "billions of non-embedding parameters"},
@@ -151,7 +165,7 @@ def write_fits(rows: pd.DataFrame, output: Path, missing: list[str]) -> dict[str
     (output / "laws.json").write_text(text + "\n", encoding="utf-8")
     _parameters(study).to_parquet(output / "parameters.parquet", index=False)
     study.points.to_parquet(output / "points.parquet", index=False)
-    (output / "summary.txt").write_text(_summary(study, missing), encoding="utf-8")
+    (output / "summary.txt").write_text(summary(study, missing), encoding="utf-8")
     return {
         "points": len(study.points),
         "fits": len(study.fits),
@@ -178,7 +192,7 @@ def _parameters(study: StudyFits) -> pd.DataFrame:
     return table.astype(dict.fromkeys(["N", *names, "r2", "rmse"], float))
 
 
-def _summary(study: StudyFits, missing: list[str]) -> str:
+def summary(study: StudyFits, missing: Sequence[str] = ()) -> str:
     """The study for a terminal: macro first, a paragraph per fit."""
     lines = ["Losses in nats per token, N in billions of non-embedding parameters.", ""]
     for heading, sentences in (("Missing", missing), ("Warnings", study.warnings)):
@@ -186,7 +200,7 @@ def _summary(study: StudyFits, missing: list[str]) -> str:
             lines += [f"{heading}:", *(f"  {sentence}" for sentence in sentences), ""]
     for item in sorted(study.fits, key=lambda f: (f.domain != MACRO, f.domain, f.method)):
         where = "all sizes" if item.base is None else f"{item.base} (N = {item.N:g})"
-        lines += [f"{item.method}, {item.family}, {item.domain}, {where}", item.fit.summary()]
+        lines += [_place(item.method, item.family, item.domain, where), item.fit.summary()]
         lines += [
             f"  {floor['base']}: floor {floor['asymptotic']:.5g}, "
             f"reachable with these {floor['M']} experts {floor['reachable']:.5g}"
@@ -196,8 +210,18 @@ def _summary(study: StudyFits, missing: list[str]) -> str:
     if study.refused:
         lines.append("Not fitted:")
         lines += [
-            f"  {r['method']}, {r['family']}, {r['domain']}, {r['base'] or 'all sizes'}: "
+            f"  {_place(r['method'], r['family'], r['domain'], r['base'] or 'all sizes')}: "
             f"{r['reason']}"
             for r in study.refused
         ]
     return "\n".join(lines).rstrip() + "\n"
+
+
+def first_reason(study: StudyFits) -> str:
+    """Why nothing could be fitted: the reason for the law that asks for least."""
+    return str(study.refused[-1]["reason"])
+
+
+def _place(*names: str) -> str:
+    """Where a fit belongs; a table of one's own need not name everything."""
+    return ", ".join(name for name in names if name)

@@ -1,5 +1,7 @@
 """Points: what a law is fitted to, the mean cross-entropy at each (N, k)."""
 
+from pathlib import Path
+
 import numpy as np
 import pandas as pd
 
@@ -9,6 +11,10 @@ MACRO = "macro"
 POINT = ["method", "family", "base", "N", "k", "domain"]
 CIRCLE = ["seed", "replicate"]
 COLUMNS = [*POINT, *CIRCLE, "merge", "role", "ce", "finite"]
+# A table of one's own has N, k and ce (or loss), and may have these.
+OPTIONAL = ["se", "M", "domain", "method", "family", "base", "subsets", "replicates"]
+# No model has so many billions of parameters: such an N counts parameters.
+TOO_MANY_BILLIONS = 1e4
 
 
 def points(rows: pd.DataFrame) -> tuple[pd.DataFrame, list[str]]:
@@ -85,3 +91,116 @@ def _sentences(dropped: pd.DataFrame, reason: str) -> list[str]:
         f"{method} on {base}, {domain}: no point at k = {', '.join(map(str, group['k']))}: {reason}"
         for (method, base, domain), group in dropped.groupby(["method", "base", "domain"])
     ]
+
+
+def read_points(path: Path) -> tuple[pd.DataFrame, list[str]]:
+    """Read a table of points that was measured elsewhere.
+
+    Args:
+        path: CSV or Parquet, one row per point, with the columns N (billions of parameters), k and
+            loss or ce (nats per token), and if wanted se (standard error of the loss), M (experts
+            in the pool), domain, method, family and base (names that tell points apart). subsets
+            and replicates, which ``mergelaw fit`` writes, are allowed too.
+
+    Returns:
+        The points as ``points`` gives them, with M and, if it was there, se; and sentences on what
+        was assumed. Names that were not given are empty; a base is named by its N.
+
+    Raises:
+        MergelawError: the table cannot be read or has unknown or missing columns, values that
+            cannot be, two units of N, or points that disagree.
+    """
+    table = _read(path)
+    if "loss" in table and "ce" in table:
+        raise MergelawError(f"{path}: has the columns loss and ce: keep the one that is meant")
+    table = table.rename(columns={"loss": "ce"})
+    absent = [
+        "ce (or loss)" if name == "ce" else name for name in ("N", "k", "ce") if name not in table
+    ]
+    if absent:
+        raise MergelawError(f"{path}: lacks the column {', '.join(absent)}: add it")
+    known = ["N", "k", "ce", *OPTIONAL]
+    unknown = [str(name) for name in table if name not in known]
+    if unknown:
+        raise MergelawError(
+            f"{path}: unknown column {', '.join(unknown)}: drop it, or rename it to one of "
+            f"{', '.join(known)}"
+        )
+    if table.empty:
+        raise MergelawError(f"{path}: has no rows: add one for each point")
+    for name in ("N", "k", "ce", "se", "M"):
+        if name in table:
+            table[name] = _numbers(path, table, name)
+    warnings = _mend_N(path, table)
+    if "M" not in table:
+        table["M"] = table["k"].max()
+        warnings.append(
+            f"M is not given: taken to be the largest k, {table['k'].max():g}; add a column M"
+        )
+    if (table["k"] > table["M"]).any():
+        raise MergelawError(f"{path}: has a k above M: a pool of M experts has no such merges")
+    for name in ("method", "family", "domain"):
+        table[name] = table[name].fillna("").astype(str) if name in table else ""
+    table["base"] = (
+        table["base"].astype(str) if "base" in table else table["N"].map("N={:.6g}".format)
+    )
+    columns = [*POINT, "ce", *(name for name in ("se",) if name in table), "M"]
+    distinct = table[columns].drop_duplicates()
+    if len(distinct) < len(table):
+        warnings.append(f"{len(table) - len(distinct)} rows repeat others and were dropped")
+    again = distinct[distinct.duplicated(POINT, keep=False)].sort_values(POINT)
+    if len(again):
+        first, second = again.iloc[0], again.iloc[1]
+        raise MergelawError(
+            f"{path}: the point N = {first['N']:g}, k = {first['k']} is there twice, with losses "
+            f"{first['ce']:g} and {second['ce']:g}: give their mean, or tell them apart in a "
+            "column method, family, domain or base"
+        )
+    return distinct.sort_values(POINT, ignore_index=True), warnings
+
+
+def _read(path: Path) -> pd.DataFrame:
+    if path.suffix not in (".csv", ".parquet"):
+        raise MergelawError(f"{path}: is neither .csv nor .parquet: save the points as one of them")
+    if not path.is_file():
+        raise MergelawError(f"{path}: there is no such file: correct the path")
+    try:
+        return pd.read_csv(path) if path.suffix == ".csv" else pd.read_parquet(path)
+    except (ValueError, OSError) as error:  # pandas' and pyarrow's parsers raise ValueErrors
+        raise MergelawError(f"{path}: cannot be read as a table: {error}") from None
+
+
+def _numbers(path: Path, table: pd.DataFrame, name: str) -> pd.Series:
+    """A column's values, checked; the first that cannot be is named with its row."""
+    given = table[name]
+    values = pd.to_numeric(given, errors="coerce").astype(float)
+    finite = np.isfinite(values)
+    whole = finite & (values == values.round())
+    rules = {
+        "N": (finite & (values > 0), "a number above 0, in billions of parameters"),
+        "k": (whole & (values >= 1), "a whole number of experts, at least 1"),
+        "ce": (finite & (values > 0), "a cross-entropy above 0"),
+        "se": (finite & (values >= 0), "a standard error of 0 or more"),
+        "M": (whole & (values >= 1), "the whole number of experts in the pool"),
+    }
+    allowed, meaning = rules[name]
+    if not allowed.all():
+        row = int(np.flatnonzero(~allowed)[0])
+        raise MergelawError(
+            f"{path}: row {row + 1} has {name} = {given.iloc[row]}: give {meaning}, or drop the row"
+        )
+    return values.astype(int) if name in ("k", "M") else values
+
+
+def _mend_N(path: Path, table: pd.DataFrame) -> list[str]:
+    """See to it that N is in billions."""
+    counted = table["N"] >= TOO_MANY_BILLIONS
+    if not counted.any():
+        return []
+    if not counted.all():
+        raise MergelawError(
+            f"{path}: N = {table['N'].max():g} stands beside N = {table['N'].min():g}: give all in "
+            "billions of parameters"
+        )
+    table["N"] /= 1e9
+    return ["N was taken to count parameters and was divided by 1e9; give it in billions"]

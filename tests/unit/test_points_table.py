@@ -1,0 +1,144 @@
+"""Points of one's own: what `mergelaw fit --points` takes, answers and refuses."""
+
+import json
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from mergelaw import cli
+from mergelaw.errors import MergelawError
+from mergelaw.fits import fit_points
+from mergelaw.law import MERGING
+from mergelaw.points import read_points
+
+TRUTH = {"L_star": 0.4, "B": 0.4, "beta": 0.4, "A0": 0.08, "gamma": 0.03, "b": 0.2}
+
+
+def grid(sizes=(0.5, 1.5, 7, 72), levels=range(1, 10)) -> pd.DataFrame:
+    N, k = (axis.ravel() for axis in np.meshgrid(sizes, list(levels)))
+    return pd.DataFrame({"N": N, "k": k, "loss": MERGING.predict(TRUTH, N=N, k=k)})
+
+
+def saved(table: pd.DataFrame, folder, name="points.csv"):
+    path = folder / name
+    table.to_csv(path, index=False) if name.endswith("csv") else table.to_parquet(path, index=False)
+    return path
+
+
+@pytest.mark.parametrize("name", ["points.csv", "points.parquet"])
+@pytest.mark.parametrize("column", ["loss", "ce"])
+def test_three_columns_are_enough(tmp_path, name, column):
+    table, warnings = read_points(saved(grid().rename(columns={"loss": column}), tmp_path, name))
+    assert len(table) == 36
+    assert len(warnings) == 1 and "M is not given" in warnings[0]
+    study = fit_points(table, warnings)
+    assert len(study.fits) == 1 + 4
+    assert study.fits[0].fit.parameters == pytest.approx(TRUTH, rel=1e-6)
+
+
+def test_names_tell_fits_apart(tmp_path):
+    one, other = grid().assign(method="average"), grid().assign(method="ties", M=12)
+    table, warnings = read_points(saved(pd.concat([one.assign(M=9), other]), tmp_path))
+    assert warnings == []
+    study = fit_points(table)
+    assert len(study.fits) == 2 * 5
+    assert {floor["M"] for fitted in study.fits for floor in fitted.floors} == {9, 12}
+
+
+def test_counted_parameters_are_taken_as_such(tmp_path):
+    counted = grid().assign(N=lambda t: t["N"] * 1e9, M=9)
+    table, warnings = read_points(saved(counted, tmp_path))
+    assert sorted(set(table["N"])) == [0.5, 1.5, 7, 72]
+    assert len(warnings) == 1 and "billions" in warnings[0]
+
+
+def test_repeated_rows_are_dropped_and_told(tmp_path):
+    table, warnings = read_points(saved(pd.concat([grid(), grid().head(2)]).assign(M=9), tmp_path))
+    assert len(table) == 36
+    assert warnings == ["2 rows repeat others and were dropped"]
+
+
+def changed(row, **values) -> pd.DataFrame:
+    table = grid().astype({"k": object, "N": object, "loss": object})
+    for name, value in values.items():
+        table.loc[row, name] = value
+    return table
+
+
+@pytest.mark.parametrize(
+    ("table", "message"),
+    [
+        (changed(2, loss=-0.1), r"row 3 has ce = -0\.1"),
+        (changed(2, loss=np.nan), "row 3 has ce = nan"),
+        (changed(0, N=5e8), "N = 5e.08 stands beside"),
+        (changed(0, N="7B"), "N = 7B: give a number"),
+        (changed(1, k=2.5), r"k = 2\.5: give a whole"),
+        (changed(1, k=0), "k = 0: give a whole"),
+        (grid().assign(methd="ties"), "unknown column methd"),
+        (grid().assign(ce=1.0), "loss and ce"),
+        (grid().drop(columns="k"), "lacks the column k"),
+        (grid().head(0), "no rows"),
+        (grid().assign(M=3), "k above M"),
+        (grid().assign(se=-1.0), "standard error"),
+        (pd.concat([grid(), grid().head(1).assign(loss=2.0)]), "twice, with losses"),
+    ],
+)
+def test_bad_tables_are_one_line(tmp_path, table, message):
+    with pytest.raises(MergelawError, match=message) as error:
+        read_points(saved(table, tmp_path))
+    assert "\n" not in str(error.value)
+
+
+def test_files_that_are_no_tables_are_one_line(tmp_path):
+    with pytest.raises(MergelawError, match="no such file"):
+        read_points(tmp_path / "none.csv")
+    with pytest.raises(MergelawError, match=r"neither \.csv nor"):
+        read_points(tmp_path / "points.xlsx")
+    (tmp_path / "broken.parquet").write_text("no parquet")
+    with pytest.raises(MergelawError, match="cannot be read"):
+        read_points(tmp_path / "broken.parquet")
+    (tmp_path / "empty.csv").write_text("")
+    with pytest.raises(MergelawError, match="cannot be read"):
+        read_points(tmp_path / "empty.csv")
+
+
+def run(monkeypatch, *arguments) -> None:
+    monkeypatch.setattr("sys.argv", ["mergelaw", "fit", *map(str, arguments)])
+    with pytest.raises(SystemExit) as end:
+        cli.main()
+    assert end.value.code in (0, 1)
+
+
+def test_the_command_prints_and_keeps(tmp_path, monkeypatch, capsys):
+    path = saved(grid(), tmp_path)
+    run(monkeypatch, "--points", path, "--output", tmp_path / "laws")
+    printed = capsys.readouterr().out
+    assert "N=7 (N = 7)" in printed and "M is not given" in printed
+    assert (tmp_path / "laws/summary.txt").read_text() == printed
+    assert len(json.loads((tmp_path / "laws/laws.json").read_text())["fits"]) == 5
+    # What it wrote it reads.
+    run(monkeypatch, "--points", tmp_path / "laws/points.parquet")
+    assert "N=7 (N = 7)" in capsys.readouterr().out
+    # A folder holds one table's fits.
+    run(monkeypatch, "--points", saved(grid([1, 2, 3]), tmp_path), "--output", tmp_path / "laws")
+    assert "name another folder" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("table", "message"),
+    [
+        (grid(levels=[2]), "3 different values of k"),
+        (grid(sizes=[7], levels=[1, 2]), "3 different values of k, the table has 2"),
+    ],
+)
+def test_what_cannot_be_fitted_at_all_is_one_line(tmp_path, monkeypatch, capsys, table, message):
+    run(monkeypatch, "--points", saved(table, tmp_path))
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
+
+
+def test_one_size_is_fitted_and_the_joint_law_is_not(tmp_path, monkeypatch, capsys):
+    run(monkeypatch, "--points", saved(grid(sizes=[7]), tmp_path))
+    printed = capsys.readouterr().out
+    assert "L_inf" in printed and "3 different values of N" in printed
