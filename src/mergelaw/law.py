@@ -6,18 +6,24 @@ nonlinear parameters in boxes. How it is fitted is in ``projection``.
 
 import math
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 import pandas as pd
 from numpy.typing import ArrayLike, NDArray
+from scipy import stats
+from scipy.optimize import brentq
 
+from mergelaw import profile
 from mergelaw.errors import MergelawError
 from mergelaw.projection import ROUNDING, Problem, State
 
 Array = NDArray[np.float64]
 
+# The level of the intervals that are reported.
+LEVEL = 0.9
 # Below this ratio of the largest to the smallest N, exponents follow the bases' training budgets.
 LADDER = 100
 # A nonlinear parameter with a standard error over this share of its box has a flat profile.
@@ -194,6 +200,9 @@ class Fit:
         rmse: root mean squared residual (nats per token).
         n_points: number of points.
         residuals: measured minus fitted (nats per token), in the order of the table's rows.
+        misfit: standard deviation (nats per token) of what neither the law nor the given covariance
+            explains; given or estimated, NaN where it can be neither.
+        freedom: degrees of freedom of the noise: infinite where it was given, 0 if it is unknown.
         warnings: sentences on what not to believe, and what to do.
     """
 
@@ -203,11 +212,75 @@ class Fit:
     rmse: float
     n_points: int
     residuals: Array
+    misfit: float
+    freedom: float
     warnings: tuple[str, ...]
+    _solution: "_Solution" = field(repr=False, compare=False)
 
     def predict(self, **variables: ArrayLike) -> Array:
         """Fitted loss (nats per token) at the law's variables, by name."""
         return self.law.predict(self.parameters, **variables)
+
+    def interval(self, name: str, level: float = LEVEL) -> tuple[float, float] | None:
+        """Profile-likelihood interval of a parameter; None where the noise is unknown.
+
+        An end on the parameter's bound says that the points do not limit it on that side.
+        """
+        threshold = self._threshold(level)
+        if name not in self.parameters:
+            raise MergelawError(
+                f"law {self.law.name} has no parameter {name}: it has {', '.join(self.parameters)}"
+            )
+        if threshold is None:
+            return None
+        problem, state = self._solution.problem, self._solution.state
+        if name in self.law.nonlinear:
+            return profile.of_nonlinear(
+                problem, state, list(self.law.nonlinear).index(name), threshold
+            )
+        unit = np.eye(len(self.law.linear))[self.law.linear.index(name)]
+        low, high = profile.of_linear(problem, state, lambda _: unit, threshold)
+        return low * problem.size, high * problem.size
+
+    def predict_interval(
+        self, level: float = LEVEL, **variables: ArrayLike
+    ) -> tuple[Array, Array] | None:
+        """Profile-likelihood intervals of the expected loss (nats per token); None without noise.
+
+        They are about the mean that the law describes: a new measurement has its own noise besides.
+        Variables as ``predict`` takes them; k may be infinite.
+        """
+        centre = self.predict(**variables)
+        threshold = self._threshold(level)
+        if threshold is None:
+            return None
+        problem, state = self._solution.problem, self._solution.state
+        arrays = np.broadcast_arrays(*(np.asarray(v, dtype=float) for v in variables.values()))
+        low, high = np.empty(centre.shape), np.empty(centre.shape)
+        for place in np.ndindex(centre.shape):
+            at = {name: array[place] for name, array in zip(variables, arrays, strict=True)}
+
+            def vector(theta: NDArray[Any], at: dict[str, Any] = at) -> NDArray[Any]:
+                named = dict(zip(self.law.nonlinear, theta, strict=True))
+                return np.array(self.law.basis(**at, **named))
+
+            low[place], high[place] = profile.of_linear(problem, state, vector, threshold)
+        return low * problem.size, high * problem.size
+
+    @cached_property
+    def intervals(self) -> dict[str, tuple[float, float]]:
+        """90% intervals of all parameters; empty where the noise is unknown."""
+        found = {name: self.interval(name) for name in self.parameters}
+        return {name: ends for name, ends in found.items() if ends is not None}
+
+    def _threshold(self, level: float) -> float | None:
+        """Excess of the scaled squares at the ends of an interval."""
+        if not 0 < level < 1:
+            raise MergelawError(f"level {level:g} is no probability: give one between 0 and 1")
+        if self.freedom == 0:
+            return None
+        quantile = float(stats.t.ppf((1 + level) / 2, self.freedom))
+        return quantile**2 * self._solution.variance / self._solution.problem.size**2
 
     def summary(self) -> str:
         """The fit in a few lines of text."""
@@ -234,45 +307,176 @@ class Fit:
         }
 
 
-def fit(law: Law, table: pd.DataFrame | Mapping[str, ArrayLike]) -> Fit:
-    """Fit a law by ordinary least squares; no starting values are needed.
+@dataclass(frozen=True)
+class _Solution:
+    """What a fit was found with: the problem, its minimum, and the variance of a whitened point."""
+
+    problem: Problem
+    state: State
+    variance: float
+
+
+def fit(
+    law: Law,
+    table: pd.DataFrame | Mapping[str, ArrayLike],
+    *,
+    covariance: ArrayLike | None = None,
+    misfit: float | None = None,
+) -> Fit:
+    """Fit a law by generalised least squares; no starting values are needed.
+
+    The covariance of the points is V = covariance + misfit^2 1. The first is what is known of the
+    measurement (design, documents); the second is what the law itself misses, which sampling
+    variance does not cover and without which points with little of that would get all the weight.
 
     Args:
         law: one of ``LAWS``, or a law of your own.
         table: the law's variables by name (N > 0 in billions of parameters, k >= 1) and the loss
-            ``ce`` (nats per token, > 0), or the law's other response; one value per point.
+            ``ce`` (nats per token, > 0), or the law's other response; one value per point. If it
+            has a column ``se``, standard errors, the covariance is diag(se^2).
+        covariance: instead, the covariance of the losses, (points, points), in the order of the
+            table's rows.
+        misfit: standard deviation (nats per token); None estimates it from the residuals, for
+            which there must be more points than parameters.
 
     Raises:
         MergelawError: values are missing or impossible, there are fewer points than parameters, or
             too few levels of a variable.
     """
     variables, loss = _checked(law, table)
+    known = _covariance(table, covariance, len(loss))
+    if misfit is not None and not (math.isfinite(misfit) and misfit >= 0):
+        raise MergelawError(f"misfit is {misfit:g}: give a standard deviation of 0 or more")
+    if misfit == 0 and (known is None or not known.any()):
+        raise MergelawError(
+            "misfit 0 without standard errors says that nothing is uncertain: omit it"
+        )
     # One order of the points, whatever the table's: sums of floats then have one value.
     order = np.lexsort((loss, *reversed(variables.values())))
-    ordered = loss[order]
-    size = float(np.linalg.norm(ordered))
-    problem = Problem(law, {n: v[order] for n, v in variables.items()}, ordered / size)
-    state = problem.minimum()
+    ordered, sorted_variables = loss[order], {n: v[order] for n, v in variables.items()}
+    if known is not None:
+        known = known[np.ix_(order, order)]
+    problem, state, noise = _solve(law, sorted_variables, ordered, known, misfit)
 
-    parameters = dict(
-        zip(law.parameters, [*(state.coefficients * size), *state.theta], strict=True)
-    )
-    parameters = {name: float(value) for name, value in parameters.items()}
+    coefficients = state.coefficients * problem.size
+    parameters = {
+        name: float(value)
+        for name, value in zip(law.parameters, [*coefficients, *state.theta], strict=True)
+    }
     residuals = np.empty_like(loss)
-    residuals[order] = state.residuals * size
-    squares = state.squares * size**2
+    residuals[order] = ordered - law.predict(parameters, **sorted_variables)
+    squares = float(residuals @ residuals)
     variance = float(np.sum((ordered - ordered.mean()) ** 2))
     # Losses that differ by rounding alone have no variance to explain.
-    explained = 1 - squares / variance if variance > (1e-12 * size) ** 2 else math.nan
+    rounding = 1e-12 * float(np.linalg.norm(ordered))
     return Fit(
         law=law,
         parameters=parameters,
-        r2=explained,
+        r2=1 - squares / variance if variance > rounding**2 else math.nan,
         rmse=math.sqrt(squares / len(loss)),
         n_points=len(loss),
         residuals=residuals,
-        warnings=tuple(_warnings(problem, state)),
+        misfit=noise.misfit,
+        freedom=noise.freedom,
+        warnings=tuple(_warnings(problem, state, noise)),
+        _solution=_Solution(problem, state, noise.variance),
     )
+
+
+@dataclass(frozen=True)
+class _Noise:
+    """The misfit's standard deviation, its degrees of freedom, a whitened point's variance."""
+
+    misfit: float
+    freedom: float
+    variance: float
+
+
+def _covariance(
+    table: pd.DataFrame | Mapping[str, ArrayLike], covariance: ArrayLike | None, points: int
+) -> Array | None:
+    """The known covariance of the points, checked; None if there is none."""
+    if covariance is not None:
+        matrix = np.asarray(covariance, dtype=float)
+        if matrix.shape != (points, points) or not np.isfinite(matrix).all():
+            raise MergelawError(
+                f"covariance has the shape {matrix.shape} or values that are not finite: "
+                f"give a finite one of {points} by {points}, in the order of the table"
+            )
+        least = np.linalg.eigvalsh(matrix)[0]
+        if not np.allclose(matrix, matrix.T) or least < -1e-9 * np.abs(matrix).max():
+            raise MergelawError("covariance is not symmetric with eigenvalues >= 0: correct it")
+        return matrix
+    if "se" not in table:
+        return None
+    errors = np.asarray(table["se"], dtype=float)
+    if not np.isfinite(errors).all() or (errors < 0).any():
+        raise MergelawError("column se has values below 0 or not finite: give standard errors")
+    return np.diag(errors**2)
+
+
+def _solve(
+    law: Law, variables: Mapping[str, Array], loss: Array, known: Array | None, misfit: float | None
+) -> tuple[Problem, State, _Noise]:
+    """The minimum, and how noisy the points are."""
+    points = len(loss)
+    if known is None or not known.any():
+        problem = Problem(law, variables, loss)
+        state = problem.minimum()
+        if misfit:
+            return problem, state, _Noise(misfit, math.inf, misfit**2)
+        if points <= len(law.parameters):
+            return problem, state, _Noise(math.nan, 0, math.nan)
+        freedom = float(points - _free(problem, state))
+        variance = state.squares * problem.size**2 / freedom
+        return problem, state, _Noise(math.sqrt(variance), freedom, variance)
+    freedom = math.inf
+    if misfit is None:
+        misfit, freedom = _estimate_misfit(law, variables, loss, known)
+    covariance = known + misfit**2 * np.eye(points)
+    # A point without any error would have infinite weight.
+    least = 1e-12 * float(np.mean(loss))
+    if np.linalg.eigvalsh(covariance)[0] < least**2:
+        covariance += least**2 * np.eye(points)
+    problem = Problem(law, variables, loss, covariance)
+    return problem, problem.minimum(), _Noise(misfit, freedom, 1.0)
+
+
+def _estimate_misfit(
+    law: Law, variables: Mapping[str, Array], loss: Array, known: Array
+) -> tuple[float, float]:
+    """The misfit with which the weighted squares are what they should be (Paule and Mandel 1982).
+
+    Returns:
+        Its standard deviation and the noise's degrees of freedom, by Satterthwaite's rule: those
+        of the residuals where the misfit is all there is, infinite where the covariance is.
+    """
+    points = len(loss)
+    if points <= len(law.parameters):
+        return 0.0, math.inf
+    plain = Problem(law, variables, loss)
+    theta = plain.minimum().theta
+    freedom = points - _free(plain, plain.project(theta))
+
+    def excess(misfit: float) -> float:
+        problem = Problem(law, variables, loss, known + misfit**2 * np.eye(points))
+        state = problem.descend(problem.project(theta))
+        return state.squares * problem.size**2 - freedom
+
+    largest = math.sqrt(plain.project(theta).squares * plain.size**2 / freedom)
+    smallest = max(1e-3 * largest, 1e-9 * float(np.mean(loss)))
+    if largest <= smallest or excess(smallest) <= 0:
+        return 0.0, math.inf
+    misfit = float(brentq(excess, smallest, largest * 1.01, xtol=1e-4 * largest))
+    share = float(np.mean(misfit**2 / (np.diag(known) + misfit**2)))
+    return misfit, freedom / share**2
+
+
+def _free(problem: Problem, state: State) -> int:
+    """Number of parameters that the points moved: neither on a bound nor without effect."""
+    idle = np.linalg.norm(problem.jacobian(state), axis=0) <= ROUNDING
+    inside = (state.theta > problem.lower) & (state.theta < problem.upper)
+    return int(np.sum(problem.signed | (state.coefficients > 0)) + np.sum(inside & ~idle))
 
 
 def _checked(
@@ -319,7 +523,7 @@ def _checked(
     return columns, loss
 
 
-def _warnings(problem: Problem, state: State) -> Iterable[str]:
+def _warnings(problem: Problem, state: State, noise: _Noise) -> Iterable[str]:
     """What somebody who reads the parameters has to know."""
     law = problem.law
     for name, value in zip(law.linear, state.coefficients, strict=True):
@@ -340,17 +544,18 @@ def _warnings(problem: Problem, state: State) -> Iterable[str]:
                 f"{name} is on its bound {value:g}: the points ask for {direction}; take it as "
                 "given, not as measured"
             )
-    freedom = len(problem.loss) - len(law.parameters)
     free = np.flatnonzero(~on_bound & ~idle)
-    if freedom == 0:
+    if noise.freedom == 0:
         yield (
-            "as many parameters as points: the fit passes through them and cannot show its error; "
-            "measure more levels of " + " or ".join(law.levels)
+            "as many parameters as points: the fit passes through them and cannot show its error, "
+            "and without that there are no intervals; measure more levels of "
+            + " or ".join(law.levels)
+            + ", or give the points' standard errors"
         )
     elif len(free):
         scaled = jacobian[:, free] / lengths[free]
         spread = np.sqrt(np.diag(np.linalg.pinv(scaled.T @ scaled))) / lengths[free]
-        errors = spread * math.sqrt(state.squares / freedom)
+        errors = spread * math.sqrt(noise.variance) / problem.size
         for j, error in zip(free, errors, strict=True):
             if error > FLAT * (problem.upper[j] - problem.lower[j]):
                 name = list(law.nonlinear)[j]

@@ -7,7 +7,8 @@ the law brings.
 
 import itertools
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from copy import copy
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -40,25 +41,66 @@ class State:
 class Problem:
     """Least squares in the nonlinear parameters of a law, the linear ones projected out.
 
+    The loss is scaled to unit length, and so are squares and coefficients; ``size`` leads back.
     Columns of the basis are scaled to unit length before they are solved for, so neither the unit
     of N nor its distance from 1 (2.7e-5 billions, say) matters.
     """
 
-    def __init__(self, law: "Law", variables: Mapping[str, Array], loss: Array) -> None:
+    def __init__(
+        self,
+        law: "Law",
+        variables: Mapping[str, Array],
+        loss: Array,
+        covariance: Array | None = None,
+    ) -> None:
         self.law = law
         self.variables = variables
-        self.loss = loss
+        self.whitener = None
+        if covariance is not None:
+            # Least squares in W y is generalised least squares in y where W V W' = 1.
+            half = np.linalg.cholesky(covariance)
+            self.whitener = np.linalg.inv(half)
+            loss = self.whitener @ loss
+        self.size = float(np.linalg.norm(loss))
+        self.loss = loss / self.size
         self.lower = np.array([box[0] for box in law.nonlinear.values()])
         self.upper = np.array([box[-1] for box in law.nonlinear.values()])
         self.signed = np.array([name in law.signed for name in law.linear])
+        self.pull: tuple[Callable[[NDArray[Any]], NDArray[Any]], float] | None = None
 
     def columns(self, theta: Array) -> NDArray[Any]:
         """The basis at ``theta``, points by coefficients."""
-        out = np.empty((len(self.loss), len(self.law.linear)), dtype=theta.dtype)
+        points = len(next(iter(self.variables.values())))
+        out = np.empty((points, len(self.law.linear)), dtype=theta.dtype)
         named = dict(zip(self.law.nonlinear, theta, strict=True))
         for j, column in enumerate(self.law.basis(**self.variables, **named)):
             out[:, j] = column
+        if self.whitener is not None:
+            out = self.whitener @ out
+        if self.pull is not None:
+            vector, weight = self.pull
+            out = np.vstack([out, weight * vector(theta)])
         return out
+
+    def held(self, j: int, value: float) -> "Problem":
+        """The problem with a nonlinear parameter kept at a value."""
+        held = copy(self)
+        held.lower, held.upper = self.lower.copy(), self.upper.copy()
+        held.lower[j] = held.upper[j] = value
+        return held
+
+    def pulled(
+        self, vector: Callable[[NDArray[Any]], NDArray[Any]], value: float, weight: float
+    ) -> "Problem":
+        """The problem with one more point, that pulls vector(theta) . coefficients to a value.
+
+        Whatever the weight, its solution minimises the squares of the true points among all
+        parameters with the same vector(theta) . coefficients.
+        """
+        pulled = copy(self)
+        pulled.pull = (vector, weight)
+        pulled.loss = np.append(self.loss, weight * value)
+        return pulled
 
     def project(self, theta: Array) -> State:
         """The best coefficients at ``theta``."""
