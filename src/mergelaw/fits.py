@@ -14,6 +14,9 @@ from mergelaw.errors import MergelawError
 from mergelaw.law import MERGING, MERGING_FIXED_N, Fit, Law, fit
 from mergelaw.points import MACRO, points
 
+# What parameters.parquet says of a fit besides its parameters.
+QUALITY = ["r2", "rmse", "misfit", "aicc", "n_points", "warnings"]
+
 
 @dataclass(frozen=True)
 class StudyFit:
@@ -24,7 +27,8 @@ class StudyFit:
         base, N: the base and its size (billions) if the law is for one, else None.
         fit: the fit.
         floors: per base the pool's size M, the asymptotic floor (k to infinity), and the reachable
-            one, the fitted loss of the merge of all M experts (nats per token).
+            one, the fitted loss of the merge of all M experts (nats per token); for the macro loss,
+            or where no domain is named, with their 90% intervals.
     """
 
     method: str
@@ -95,6 +99,8 @@ def fit_points(table: pd.DataFrame, warnings: Iterable[str] = ()) -> StudyFits:
             refused.append({**place, "base": base, "law": law.name, "reason": str(reason)})
             return
         bases = group[["base", "N", "M"]].drop_duplicates().sort_values(["N", "base"])
+        # Two more refits an end for each base are spent on what is read first only.
+        whole = place["domain"] in (MACRO, "")
         floors = tuple(
             {
                 "base": name,
@@ -102,6 +108,8 @@ def fit_points(table: pd.DataFrame, warnings: Iterable[str] = ()) -> StudyFits:
                 "M": int(M),
                 "asymptotic": _at(fitted, N, math.inf),
                 "reachable": _at(fitted, N, M),
+                "asymptotic_interval": _interval_at(fitted, N, math.inf) if whole else None,
+                "reachable_interval": _interval_at(fitted, N, M) if whole else None,
             }
             for name, N, M in bases.itertuples(index=False)
         )
@@ -119,6 +127,15 @@ def _at(fitted: Fit, N: float, k: float) -> float:
     """Fitted loss at a size and a number of experts, whether or not the law has N."""
     values = {"N": N, "k": k}
     return float(fitted.predict(**{name: values[name] for name in fitted.law.levels}))
+
+
+def _interval_at(fitted: Fit, N: float, k: float) -> list[float] | None:
+    """The same with its interval; None where there is none."""
+    values = {"N": N, "k": k}
+    ends = fitted.predict_interval(**{name: values[name] for name in fitted.law.levels})
+    if ends is None or not all(map(math.isfinite, map(float, ends))):
+        return None
+    return [float(end) for end in ends]
 
 
 def _pools(rows: pd.DataFrame) -> dict[tuple[str, str, str], int]:
@@ -185,16 +202,26 @@ def _parameters(study: StudyFits) -> pd.DataFrame:
             {
                 **{column: values[column] for column in columns},
                 **{name: values["parameters"].get(name) for name in names},
-                **{name: values[name] for name in ("r2", "rmse", "n_points", "warnings")},
+                **{
+                    f"{name}_{end}": values["intervals"].get(name, (None, None))[side]
+                    for name in names
+                    for side, end in enumerate(("low", "high"))
+                },
+                **{name: values[name] for name in QUALITY},
             }
         )
-    table = pd.DataFrame(records, columns=[*columns, *names, "r2", "rmse", "n_points", "warnings"])
-    return table.astype(dict.fromkeys(["N", *names, "r2", "rmse"], float))
+    numbers = [*names, *(f"{name}_{end}" for name in names for end in ("low", "high"))]
+    table = pd.DataFrame(records, columns=[*columns, *numbers, *QUALITY])
+    return table.astype(dict.fromkeys(["N", *numbers, "r2", "rmse", "misfit", "aicc"], float))
 
 
 def summary(study: StudyFits, missing: Sequence[str] = ()) -> str:
     """The study for a terminal: macro first, a paragraph per fit."""
-    lines = ["Losses in nats per token, N in billions of non-embedding parameters.", ""]
+    lines = [
+        "Losses in nats per token, N in billions of non-embedding parameters. Intervals are 90% "
+        "profile-likelihood ones, of the mean over subsets of this pool.",
+        "",
+    ]
     for heading, sentences in (("Missing", missing), ("Warnings", study.warnings)):
         if sentences:
             lines += [f"{heading}:", *(f"  {sentence}" for sentence in sentences), ""]
@@ -202,8 +229,9 @@ def summary(study: StudyFits, missing: Sequence[str] = ()) -> str:
         where = "all sizes" if item.base is None else f"{item.base} (N = {item.N:g})"
         lines += [_place(item.method, item.family, item.domain, where), item.fit.summary()]
         lines += [
-            f"  {floor['base']}: floor {floor['asymptotic']:.5g}, "
-            f"reachable with these {floor['M']} experts {floor['reachable']:.5g}"
+            f"  {floor['base']}: floor {floor['asymptotic']:.5g}"
+            f"{_told(floor['asymptotic_interval'])}, reachable with these {floor['M']} experts "
+            f"{floor['reachable']:.5g}{_told(floor['reachable_interval'])}"
             for floor in item.floors
         ]
         lines.append("")
@@ -220,6 +248,10 @@ def summary(study: StudyFits, missing: Sequence[str] = ()) -> str:
 def first_reason(study: StudyFits) -> str:
     """Why nothing could be fitted: the reason for the law that asks for least."""
     return str(study.refused[-1]["reason"])
+
+
+def _told(ends: list[float] | None) -> str:
+    return "" if ends is None else f" ({ends[0]:.5g} to {ends[1]:.5g})"
 
 
 def _place(*names: str) -> str:

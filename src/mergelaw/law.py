@@ -6,7 +6,8 @@ nonlinear parameters in boxes. How it is fitted is in ``projection``.
 
 import math
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -24,6 +25,10 @@ Array = NDArray[np.float64]
 
 # The level of the intervals that are reported.
 LEVEL = 0.9
+# A law is clearly better than another from this difference in AICc on.
+CLEARLY = 2
+# The chance below which residuals have too few runs.
+FEW_RUNS = 0.05
 # Below this ratio of the largest to the smallest N, exponents follow the bases' training budgets.
 LADDER = 100
 # A nonlinear parameter with a standard error over this share of its box has a flat profile.
@@ -188,6 +193,18 @@ LAWS = {
 }
 
 
+# What a law is compared with: all that its points can hardly tell from it.
+RIVALS = {
+    MERGING.name: (INVERSE, POWER, EXPONENTIAL, LOGARITHMIC, INTERFERENCE),
+    MERGING_FIXED_N.name: (
+        *(INVERSE_FIXED_N, POWER_FIXED_N, EXPONENTIAL_FIXED_N),
+        *(LOGARITHMIC_FIXED_N, INTERFERENCE_FIXED_N),
+    ),
+}
+# These are the merging law with b = 0: to prefer them is no doubt of it.
+NESTED = (INVERSE.name, INVERSE_FIXED_N.name)
+
+
 @dataclass(frozen=True)
 class Fit:
     """A law fitted to a table.
@@ -273,6 +290,141 @@ class Fit:
         found = {name: self.interval(name) for name in self.parameters}
         return {name: ends for name, ends in found.items() if ends is not None}
 
+    @cached_property
+    def aicc(self) -> float:
+        """Akaike's criterion, corrected for few points; NaN where they are too few for it.
+
+        Of laws fitted to the same points, the lowest describes them best for the parameters that it
+        spends; a difference below 2 decides nothing.
+        """
+        own, count = self._solution, len(self.law.parameters)
+        if own.given is not None:
+            return _deviance(own, own.given) + 2 * count
+        left = self.n_points - count - 2  # the noise is a parameter too
+        if left <= 0:
+            return math.nan
+        least = max(float(np.mean(self.residuals**2)), (1e-13 * float(np.mean(own.loss))) ** 2)
+        trials = [math.sqrt(least)]
+        if own.known is not None:
+            trials = [0.0, *np.geomspace(1e-3, 1, 61) * trials[0]]
+        deviance = min(_deviance(own, trial) for trial in trials)
+        return deviance + 2 * (count + 1) * self.n_points / left
+
+    @cached_property
+    def rivals(self) -> tuple[dict[str, Any], ...]:
+        """This law and its rivals on the same points, best first: law, aicc, above, r2, rmse.
+
+        ``above`` is the AICc over that of the best; both are None where there are too few points.
+        A rival that cannot be fitted is left out, and so is interference if no loss rises with k.
+        """
+        fits = [self]
+        for law in RIVALS.get(self.law.name, ()):
+            if law in (INTERFERENCE, INTERFERENCE_FIXED_N) and not self._rises():
+                continue
+            with suppress(MergelawError):
+                fits.append(self._refit(law))
+        ordered = sorted(fits, key=lambda other: (math.isnan(other.aicc), other.aicc))
+        best = ordered[0].aicc
+        return tuple(
+            {
+                "law": other.law.name,
+                "aicc": _or_none(other.aicc),
+                "above": _or_none(other.aicc - best),
+                "r2": _or_none(other.r2),
+                "rmse": other.rmse,
+            }
+            for other in ordered
+        )
+
+    @cached_property
+    def left_out(self) -> dict[str, dict[str, Any]]:
+        """Forecasts of what was left out, by variable, wherever the rest can be fitted.
+
+        The points with the variable's largest value are predicted from all others. ``error`` is the
+        root mean squared error, ``same`` that of saying "same as the last point", i.e. the loss at
+        the next value below, all else equal (nats per token); ``value`` is what was left out.
+        """
+        own = self._solution
+        found: dict[str, dict[str, Any]] = {}
+        for name in self.law.levels:
+            values = own.variables[name]
+            kept = values < values.max()
+            with suppress(MergelawError):
+                rest = self._refit(self.law, kept)
+                out = {other: column[~kept] for other, column in own.variables.items()}
+                errors = own.loss[~kept] - rest.predict(**out)
+                repeated = own.loss[~kept] - _last(own.variables, own.loss, name, kept)
+                found[name] = {
+                    "value": float(values.max()),
+                    "error": math.sqrt(np.mean(errors**2)),
+                    "same": _or_none(math.sqrt(np.mean(repeated**2))),
+                }
+        return found
+
+    @cached_property
+    def runs(self) -> dict[str, float] | None:
+        """Runs of residuals of one sign along the last variable: found, expected and p.
+
+        p is the chance of so few if signs were random (Wald and Wolfowitz 1940, normal
+        approximation); None if the residuals are rounding errors or all of one sign.
+        """
+        own = self._solution
+        residuals = own.loss - self.law.predict(self.parameters, **own.variables)
+        if np.abs(residuals).max() < 1e-12 * np.abs(own.loss).max():
+            return None
+        *others, along = own.variables
+        groups = np.unique(
+            np.column_stack([own.variables[name] for name in others] or [np.zeros(len(residuals))]),
+            axis=0,
+            return_inverse=True,
+        )[1].ravel()
+        found = expected = variance = 0.0
+        for group in range(groups.max() + 1):
+            chosen = np.flatnonzero(groups == group)
+            signs = residuals[chosen[np.argsort(own.variables[along][chosen])]] > 0
+            total, above = len(signs), int(signs.sum())
+            pairs = 2 * above * (total - above)
+            found += 1 + np.count_nonzero(signs[1:] != signs[:-1])
+            expected += 1 + pairs / total
+            variance += pairs * (pairs - total) / (total**2 * (total - 1)) if total > 1 else 0
+        if variance <= 0:
+            return None
+        # half a run: what is counted is whole
+        chance = float(stats.norm.cdf((found + 0.5 - expected) / math.sqrt(variance)))
+        return {"found": found, "expected": expected, "p": chance}
+
+    @cached_property
+    def doubts(self) -> tuple[str, ...]:
+        """Sentences on what rivals, forecasts, residuals and intervals tell against the fit."""
+        return tuple(_doubts(self))
+
+    def _refit(self, law: Law, kept: NDArray[np.bool_] | None = None) -> "Fit":
+        """Another law, or this one, on the same points or some; exponents start from here."""
+        own = self._solution
+        kept = np.ones(self.n_points, dtype=bool) if kept is None else kept
+        # What a law shares with this one is about the same, which makes for a smaller grid.
+        starts = {
+            name: tuple(sorted({box[0], self.parameters[name], box[-1]}))
+            if name in ("beta", "gamma") and name in self.law.nonlinear
+            else box
+            for name, box in law.nonlinear.items()
+        }
+        table = {name: values[kept] for name, values in own.variables.items()}
+        return fit(
+            replace(law, nonlinear=starts),
+            {**table, law.response: own.loss[kept]},
+            covariance=None if own.known is None else own.known[np.ix_(kept, kept)],
+            misfit=own.given,
+        )
+
+    def _rises(self) -> bool:
+        """Whether with all else equal the loss at the largest k is above one at a smaller k."""
+        own = self._solution
+        table = pd.DataFrame({**own.variables, "loss": own.loss}).sort_values("k")
+        others = [name for name in own.variables if name != "k"]
+        groups = [group for _, group in table.groupby(others)] if others else [table]
+        return any(group["loss"].iloc[-1] > group["loss"].min() for group in groups)
+
     def _threshold(self, level: float) -> float | None:
         """Excess of the scaled squares at the ends of an interval."""
         if not 0 < level < 1:
@@ -283,37 +435,145 @@ class Fit:
         return quantile**2 * self._solution.variance / self._solution.problem.size**2
 
     def summary(self) -> str:
-        """The fit in a few lines of text."""
-        values = "  ".join(f"{name} = {value:.5g}" for name, value in self.parameters.items())
-        return "\n".join(
-            [
-                self.law.equation,
-                f"  {values}",
-                f"  R^2 = {self.r2:.5f}  RMSE = {self.rmse:.3g} nats  {self.n_points} points",
-                *(f"  ! {warning}" for warning in self.warnings),
-            ]
+        """The fit as text: parameters, quality, forecasts of what was left out, rivals, doubts."""
+        width = max(map(len, self.parameters))
+        lines = [self.law.equation]
+        for name, value in self.parameters.items():
+            ends = self.intervals.get(name)
+            told = f"   90%: {ends[0]:.5g} to {ends[1]:.5g}" if ends else ""
+            lines.append(f"  {name:<{width}} = {value:<10.5g}{told}".rstrip())
+        lines.append(f"  R^2 = {self.r2:.5f}  RMSE = {self.rmse:.3g} nats  {self.n_points} points")
+        for name, forecast in self.left_out.items():
+            same = forecast["same"]
+            beside = "" if same is None else f', "same as the last point" by {same:.3g}'
+            lines.append(
+                f"  {name} = {forecast['value']:g} left out is missed by "
+                f"{forecast['error']:.3g} nats{beside}"
+            )
+        told = ", ".join(
+            f"{rival['law']} {rival['above']:+.1f}"
+            for rival in self.rivals
+            if rival["above"] is not None
         )
+        if len(self.rivals) > 1 and told:
+            lines.append(f"  AICc above the best: {told}")
+        return "\n".join([*lines, *(f"  ! {told}" for told in (*self.warnings, *self.doubts))])
 
     def to_dict(self) -> dict[str, Any]:
-        """The fit as values that strict JSON can hold; an undefined R^2 is None."""
+        """The fit as values that strict JSON can hold; what is undefined is None."""
         return {
             "law": self.law.name,
             "parameters": dict(self.parameters),
-            "r2": None if math.isnan(self.r2) else self.r2,
+            "level": LEVEL,
+            "intervals": {
+                name: [end if math.isfinite(end) else None for end in ends]
+                for name, ends in self.intervals.items()
+            },
+            "r2": _or_none(self.r2),
             "rmse": self.rmse,
+            "misfit": _or_none(self.misfit),
+            "freedom": _or_none(self.freedom),
+            "aicc": _or_none(self.aicc),
+            "rivals": list(self.rivals),
+            "left_out": dict(self.left_out),
+            "runs": self.runs,
             "n_points": self.n_points,
             "residuals": self.residuals.tolist(),
-            "warnings": list(self.warnings),
+            "warnings": [*self.warnings, *self.doubts],
         }
+
+
+def _or_none(value: float) -> float | None:
+    return float(value) if math.isfinite(value) else None
+
+
+def _deviance(own: "_Solution", misfit: float) -> float:
+    """Minus twice the log-likelihood of the residuals under a misfit, up to a constant."""
+    variances, vectors = own.spectrum
+    variances = variances + misfit**2
+    if variances.min() <= 0:
+        return math.inf
+    return float(np.sum(np.log(variances) + (vectors.T @ own.residuals) ** 2 / variances))
+
+
+def _last(variables: Mapping[str, Array], loss: Array, name: str, kept: NDArray[np.bool_]) -> Array:
+    """For each point left out the loss at the next value of ``name``, all else equal, or NaN."""
+    table = pd.DataFrame({**variables, "_loss": loss})
+    others = [other for other in variables if other != name]
+    last = table[kept].sort_values(name, kind="stable")
+    if not others:
+        highest = last[last[name] == last[name].max()]
+        return np.full(int((~kept).sum()), highest["_loss"].mean())
+    # Several points at one place would be a mean; the last of them is near enough.
+    final = last.groupby(others)["_loss"].last().rename("_last")
+    return table[~kept].join(final, on=others)["_last"].to_numpy()
+
+
+def _doubts(fitted: Fit) -> Iterable[str]:
+    """What a reader has to know that the fit alone does not show."""
+    law = fitted.law
+    for name, ends in fitted.intervals.items():
+        box = law.nonlinear.get(name)
+        if box is not None and ends[1] >= box[-1] and fitted.parameters[name] < box[-1]:
+            yield (
+                f"the interval of {name} reaches the end of its box, {box[-1]:g}: the points do "
+                "not limit it upwards; measure more levels of " + " or ".join(law.levels)
+            )
+    better = [
+        rival
+        for rival in fitted.rivals
+        if rival["law"] not in NESTED and (rival["aicc"] or math.inf) < fitted.aicc - CLEARLY
+    ]
+    if better:
+        yield (
+            f"law {better[0]['law']} describes the points better (AICc lower by "
+            f"{fitted.aicc - better[0]['aicc']:.1f}): compare its forecasts before you extrapolate"
+        )
+    for name, forecast in fitted.left_out.items():
+        same = forecast["same"]
+        if same is not None and forecast["error"] > same:
+            yield (
+                f"with {name} = {forecast['value']:g} left out, the law misses it by "
+                f'{forecast["error"]:.2g} nats and "same as the last point" by {same:.2g}: '
+                f"do not forecast larger {name} with it"
+            )
+    if fitted.runs is not None and fitted.runs["p"] < FEW_RUNS:
+        yield (
+            f"residuals keep their sign: {fitted.runs['found']:g} runs where about "
+            f"{fitted.runs['expected']:.1f} are expected; the law's form misses something, look at "
+            "its rivals"
+        )
 
 
 @dataclass(frozen=True)
 class _Solution:
-    """What a fit was found with: the problem, its minimum, and the variance of a whitened point."""
+    """What a fit was found with, points in the solver's order.
+
+    Attributes:
+        problem, state: the least-squares problem and its minimum.
+        variance: variance of a whitened point.
+        variables, loss: the points.
+        known: their covariance as given, or None.
+        given: the misfit as given, or None.
+        residuals: measured minus fitted.
+    """
 
     problem: Problem
     state: State
     variance: float
+    variables: Mapping[str, Array]
+    loss: Array
+    known: Array | None
+    given: float | None
+    residuals: Array
+
+    @cached_property
+    def spectrum(self) -> tuple[Array, Array]:
+        """Eigenvalues and eigenvectors of the known covariance."""
+        if self.known is None:
+            return np.zeros(len(self.loss)), np.eye(len(self.loss))
+        values, vectors = np.linalg.eigh(self.known)
+        return np.maximum(values, 0), vectors
 
 
 def fit(
@@ -379,7 +639,16 @@ def fit(
         misfit=noise.misfit,
         freedom=noise.freedom,
         warnings=tuple(_warnings(problem, state, noise)),
-        _solution=_Solution(problem, state, noise.variance),
+        _solution=_Solution(
+            problem,
+            state,
+            noise.variance,
+            sorted_variables,
+            ordered,
+            known,
+            misfit,
+            residuals[order],
+        ),
     )
 
 

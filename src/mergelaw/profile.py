@@ -15,6 +15,8 @@ from mergelaw.projection import ROUNDING, Array, Problem, State
 
 # Ends are found to this share of the threshold's root.
 TOLERANCE = 1e-3
+# A descent's last step takes less than this share off the squares.
+ENOUGH = 1e-7
 # A pull so many times as stiff as the fit itself reaches its value within 1/STIFF^2.
 STIFF = 30.0
 
@@ -30,7 +32,7 @@ def of_nonlinear(problem: Problem, best: State, j: int, threshold: float) -> tup
         held = problem.held(j, value)
         theta = near.theta.copy()
         theta[j] = value
-        state = held.descend(held.project(theta))
+        state = held.descend(held.project(theta), ENOUGH)
         return value, state.squares, state
 
     gradient = np.zeros(len(best.coefficients) + len(best.theta))
@@ -60,7 +62,7 @@ def of_linear(
 
     def refit(value: float, near: State) -> tuple[float, float, State]:
         pulled = problem.pulled(vector, value, weight)
-        state = pulled.descend(pulled.project(near.theta))
+        state = pulled.descend(pulled.project(near.theta), ENOUGH)
         squares = float(state.residuals[:-1] @ state.residuals[:-1])
         return float(np.real(vector(state.theta)) @ state.coefficients), squares, state
 

@@ -23,6 +23,8 @@ Array = NDArray[np.float64]
 
 # Of the grid of starts, so many are descended from besides the local minima.
 BEST_STARTS = 4
+# Columns whose part apart from the others is longer than this are solved for at once.
+WELL_POSED = 1e-8
 # Parts of the loss smaller than this share of it are rounding errors.
 ROUNDING = 1e-14
 
@@ -108,6 +110,22 @@ class Problem:
         lengths = np.sqrt(np.einsum("ij,ij->j", columns, columns))
         lengths[lengths == 0] = 1  # a term that is 0 at every point gets the coefficient 0
         unit = columns / lengths
+        # The plain solution, if nothing in it is below 0; else it has to be found out what is 0.
+        used = np.ones(len(self.signed), dtype=bool)
+        q, r = np.linalg.qr(unit)
+        well_posed = len(r) == len(used) and np.abs(np.diag(r)).min(initial=1) > WELL_POSED
+        solved = np.linalg.solve(r, q.T @ self.loss) if well_posed else np.zeros(len(used))
+        if not well_posed or not ((solved > ROUNDING) | self.signed).all():
+            used = self._used(unit)
+            q, r = np.linalg.qr(unit[:, used])
+            solved = np.linalg.solve(r, q.T @ self.loss)
+        coefficients = np.zeros(len(used))
+        coefficients[used] = solved / lengths[used]
+        residuals = self.loss - columns @ coefficients
+        return State(theta, coefficients, residuals, q, float(residuals @ residuals))
+
+    def _used(self, unit: Array) -> NDArray[np.bool_]:
+        """Which coefficients are signed or above 0 at the non-negative least squares."""
         used = self.signed.copy()
         if used.any():
             q = np.linalg.qr(unit[:, self.signed]).Q
@@ -115,12 +133,7 @@ class Problem:
             used[~self.signed] = nnls(rest, self.loss - q @ (q.T @ self.loss))[0] > ROUNDING
         else:
             used = nnls(unit, self.loss)[0] > ROUNDING
-        # Once it is known which coefficients are above 0, the rest is plain least squares.
-        q, r = np.linalg.qr(unit[:, used])
-        coefficients = np.zeros(len(used))
-        coefficients[used] = np.linalg.solve(r, q.T @ self.loss) / lengths[used]
-        residuals = self.loss - columns @ coefficients
-        return State(theta, coefficients, residuals, q, float(residuals @ residuals))
+        return used
 
     def jacobian(self, state: State) -> Array:
         """Derivatives of the fitted losses by the nonlinear parameters (Kaufman 1975).
@@ -137,11 +150,12 @@ class Problem:
         q = state.orthonormal
         return out - q @ (q.T @ out)
 
-    def descend(self, state: State) -> State:
+    def descend(self, state: State, enough: float = 1e-13) -> State:
         """Levenberg-Marquardt on the residual vector, with parameters on their bounds held there.
 
         Bounds are an active set: a step that leaves the box is cut at its side, and a parameter
-        stays there while the gradient points outwards.
+        stays there while the gradient points outwards. It ends with a step that takes less than a
+        share ``enough`` off the squares.
         """
         damping = 1e-3
         rounding = len(self.loss) * np.finfo(float).eps ** 2
@@ -171,22 +185,23 @@ class Problem:
                     return state
             gain = 1 - trial.squares / state.squares
             state, damping = trial, max(damping / 10, 1e-15)
-            if gain < 1e-13:
+            if gain < enough:
                 return state
         return state
 
     def minimum(self) -> State:
         """The best state of descents from the law's grid of starts.
 
-        Started from are the grid points that no neighbour improves on, and the best few, for a
-        narrow valley may run across the grid.
+        Started from are the grid points that no neighbour improves on, and, in a grid of more than
+        one axis, the best few, for a narrow valley may run across it.
         """
         if not self.law.nonlinear:
             return self.project(np.empty(0))
         axes = list(self.law.nonlinear.values())
         states = [self.project(np.array(theta)) for theta in itertools.product(*axes)]
         squares = np.array([state.squares for state in states])
-        starts = set(np.argsort(squares, kind="stable")[:BEST_STARTS])
+        best = BEST_STARTS if len(axes) > 1 else 1
+        starts = set(np.argsort(squares, kind="stable")[:best])
         table = np.pad(squares.reshape([len(axis) for axis in axes]), 1, constant_values=np.inf)
         inner = tuple(slice(1, -1) for _ in axes)
         lowest = np.ones(table[inner].shape, dtype=bool)

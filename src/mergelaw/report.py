@@ -13,7 +13,7 @@ import vl_convert
 from markupsafe import Markup
 
 from mergelaw.errors import MergelawError
-from mergelaw.law import LADDER, MERGING, MERGING_FIXED_N
+from mergelaw.law import LADDER, LAWS, MERGING, MERGING_FIXED_N
 from mergelaw.points import MACRO
 
 # Vega-Lite of altair.SCHEMA_VERSION ("v6.4.1"), in the form that vl_convert wants it.
@@ -542,7 +542,7 @@ def _draw(chart: alt.TopLevelMixin, path: Path) -> Markup:
 def _tables(fits: pd.DataFrame) -> dict[str, Any]:
     """A family's tables as the template wants them: macro first, warnings as numbered notes."""
     if not len(fits):
-        return {"joint": None, "fixed": None, "floors": []}
+        return {"joint": None, "fixed": None, "floors": [], "rivals": None}
     return {
         "joint": _table(fits[fits["law"] == MERGING.name], MERGING.parameters, "domain"),
         "fixed": _table(
@@ -550,7 +550,15 @@ def _tables(fits: pd.DataFrame) -> dict[str, Any]:
             MERGING_FIXED_N.parameters,
             "base",
         ),
-        "floors": _floor_table(fits[fits["domain"] == MACRO]).to_dict("records"),
+        "floors": [
+            {
+                **floor,
+                "asymptotic_90": _ends(floor["asymptotic_interval"], ".4f"),
+                "reachable_90": _ends(floor["reachable_interval"], ".4f"),
+            }
+            for floor in _floor_table(fits[fits["domain"] == MACRO]).to_dict("records")
+        ],
+        "rivals": _rival_table(fits),
     }
 
 
@@ -569,6 +577,7 @@ def _table(fits: pd.DataFrame, parameters: tuple[str, ...], of: str) -> dict[str
                 "of": fit[of] if of == "domain" else _base_label(fit["base"], fit["N"]),
                 "macro": fit["domain"] == MACRO,
                 "values": [f"{fit['parameters'][name]:.4g}" for name in parameters],
+                "intervals": [_ends(fit["intervals"].get(name)) for name in parameters],
                 "r2": "–" if pd.isna(fit["r2"]) else f"{fit['r2']:.5f}",
                 "rmse": f"{fit['rmse']:.2g}",
                 "n_points": fit["n_points"],
@@ -578,14 +587,69 @@ def _table(fits: pd.DataFrame, parameters: tuple[str, ...], of: str) -> dict[str
     return {"parameters": parameters, "of": of, "records": records, "notes": list(notes)}
 
 
+def _ends(ends: list[float | None] | None, digits: str = ".3g") -> str:
+    """An interval as people read it; an open end is infinite."""
+    if not isinstance(ends, list):
+        return ""
+    low, high = ("∞" if end is None else format(end, digits) for end in ends)
+    return f"{low} to {high}"
+
+
+def _rival_table(fits: pd.DataFrame) -> dict[str, Any] | None:
+    """AICc above the best law of each macro fit, and what was missed when the last was left out.
+
+    The joint fits, where there are any: they have the points to tell laws apart.
+    """
+    macro = fits[fits["domain"] == MACRO]
+    if (macro["law"] == MERGING.name).any():
+        macro = macro[macro["law"] == MERGING.name]
+    compared = [rivals for rivals in macro["rivals"] if rivals[0]["above"] is not None]
+    if not compared:
+        return None
+    names = sorted({rival["law"] for rivals in compared for rival in rivals}, key=list(LAWS).index)
+    records = []
+    for _, fit in macro.sort_values(["method", "N"]).iterrows():
+        above = {rival["law"]: rival["above"] for rival in fit["rivals"]}
+        records.append(
+            {
+                "method": fit["method"],
+                "of": "all" if pd.isna(fit["base"]) else _base_label(fit["base"], fit["N"]),
+                "above": [
+                    "–" if above.get(name) is None else f"{above[name]:.1f}" for name in names
+                ],
+                "left_out": [_missed(fit["left_out"].get(name)) for name in ("k", "N")],
+            }
+        )
+    return {"laws": [name.removesuffix("_fixed_N") for name in names], "records": records}
+
+
+def _missed(forecast: dict[str, float | None] | None) -> str:
+    if not forecast:
+        return "–"
+    same = "" if forecast["same"] is None else f" ({forecast['same']:.2g})"
+    return f"{forecast['error']:.2g}{same}"
+
+
 def _parameter_table(fits: pd.DataFrame) -> pd.DataFrame:
     """All fits, a column per parameter, for the CSV file."""
     names = [*MERGING.parameters, *MERGING_FIXED_N.parameters[:-1]]
     place = ["method", "family", "domain", "law", "base", "N"]
-    quality = ["r2", "rmse", "n_points", "warnings"]
+    quality = ["r2", "rmse", "aicc", "n_points", "warnings"]
+    bounds = [f"{name}_{end}" for name in names for end in ("low", "high")]
     if not len(fits):
-        return pd.DataFrame(columns=[*place, *names, *quality])
-    values = pd.DataFrame(fits["parameters"].tolist(), index=fits.index).reindex(columns=names)
+        return pd.DataFrame(columns=[*place, *names, *bounds, *quality])
+    values = pd.DataFrame(
+        [
+            fit["parameters"]
+            | {
+                f"{name}_{end}": value
+                for name, ends in fit["intervals"].items()
+                for end, value in zip(("low", "high"), ends, strict=True)
+            }
+            for _, fit in fits.iterrows()
+        ],
+        index=fits.index,
+    ).reindex(columns=[*names, *bounds])
     notes = fits["warnings"].map("; ".join)
     table = pd.concat([fits[place], values, fits[quality].assign(warnings=notes)], axis=1)
     macro_first = (table["domain"] != MACRO).rename("later")
@@ -595,7 +659,10 @@ def _parameter_table(fits: pd.DataFrame) -> pd.DataFrame:
 
 def _floor_table(fits: pd.DataFrame) -> pd.DataFrame:
     """Asymptotic and reachable floors of the base-by-base fits (nats per token)."""
-    columns = ["method", "family", "domain", "base", "N", "M", "asymptotic", "reachable"]
+    columns = [
+        *("method", "family", "domain", "base", "N", "M", "asymptotic", "reachable"),
+        *("asymptotic_interval", "reachable_interval"),
+    ]
     records = []
     if len(fits):
         for _, fit in fits[fits["base"].notna()].iterrows():

@@ -12,10 +12,13 @@ import pytest
 from mergelaw.errors import MergelawError
 from mergelaw.fits import fit_study, write_fits
 from mergelaw.law import (
+    EXPONENTIAL,
     INTERFERENCE_FIXED_N,
+    INVERSE_FIXED_N,
     LAWS,
     MERGING,
     MERGING_FIXED_N,
+    POWER,
     VARIANCE,
     Law,
     fit,
@@ -335,6 +338,95 @@ def test_what_is_written_is_strict_json_and_reads_back(tmp_path):
     table = pd.read_parquet(tmp_path / "laws/parameters.parquet")
     assert len(table) == 6
     assert table["L_star"].isna().all() and table["L_inf"].notna().all()
+    assert (table["b_low"] <= table["b"]).all() and (table["b"] <= table["b_high"]).all()
+    (floor,) = laws["fits"][0]["floors"]
+    assert (floor["asymptotic_interval"] is None) == (laws["fits"][0]["domain"] != MACRO)
     assert len(pd.read_parquet(tmp_path / "laws/points.parquet")) == 54
     summary = (tmp_path / "laws/summary.txt").read_text()
     assert "b4/average/0" in summary and "reachable" in summary
+
+
+# ---- what a fit reports
+
+
+def noisy_grid(law, truth, sd=1e-3, seed=0, **options) -> dict[str, np.ndarray]:
+    table = grid(law, truth, **options)
+    noise = sd * np.random.default_rng(seed).standard_normal(len(table["ce"]))
+    return {**table, "ce": table["ce"] + noise}
+
+
+def test_aicc_is_the_textbooks():
+    k = np.arange(1, 10)
+    ce = 1 + 0.1 / k + 1e-3 * np.random.default_rng(0).standard_normal(9)
+    fitted = fit(INVERSE_FIXED_N, {"k": k, "ce": ce})
+    # n log(RSS/n) + 2K + 2K(K+1)/(n-K-1), K = 3: two coefficients and the noise; + n of the density
+    expected = 9 * math.log(np.mean(fitted.residuals**2)) + 6 + 2 * 3 * 4 / 5 + 9
+    assert fitted.aicc == pytest.approx(expected)
+    known = fit(INVERSE_FIXED_N, {"k": k, "ce": ce, "se": np.full(9, 1e-3)}, misfit=0)
+    squares = (fitted.residuals**2).sum() / 1e-6
+    assert known.aicc == pytest.approx(squares + 9 * math.log(1e-6) + 4)
+    assert math.isnan(fit(MERGING_FIXED_N, {"k": k[:4], "ce": ce[:4]}).aicc)
+
+
+@pytest.mark.parametrize("law", [MERGING, POWER, EXPONENTIAL])
+def test_the_law_that_made_the_points_is_found_among_the_rivals(law):
+    truth = {name: TRUTHS[name] for name in law.parameters}
+    fitted = fit(MERGING, noisy_grid(law, truth, sd=2e-4, sizes=[0.5, 3, 14, 72]))
+    assert fitted.rivals[0]["law"] == law.name
+    assert fitted.rivals[0]["above"] == 0
+    doubted = any(f"law {law.name} describes" in doubt for doubt in fitted.doubts)
+    assert doubted == (law is not MERGING)
+
+
+def test_interference_is_a_rival_where_losses_rise():
+    truth = {"L_inf": 0.4, "A": 0.3, "D": 0.4, "b": 0.2, "q": 4.0}
+    rising = fit(MERGING_FIXED_N, noisy_grid(INTERFERENCE_FIXED_N, truth, 1e-5, sizes=[3.0]))
+    assert "interference_fixed_N" in [rival["law"] for rival in rising.rivals]
+    falling = fit(MERGING_FIXED_N, grid(MERGING_FIXED_N, TRUTHS, sizes=[3.0]))
+    assert "interference_fixed_N" not in [rival["law"] for rival in falling.rivals]
+
+
+def test_what_is_left_out_is_forecast_from_the_rest():
+    fitted = fit(MERGING, grid(MERGING, TRUTHS))
+    assert set(fitted.left_out) == {"N", "k"}
+    assert fitted.left_out["k"]["value"] == 9 and fitted.left_out["N"]["value"] == 72
+    assert fitted.left_out["k"]["error"] < 1e-9 < fitted.left_out["k"]["same"]
+    gaps = [MERGING.predict(TRUTHS, N=N, k=9) - MERGING.predict(TRUTHS, N=N, k=8) for N in SIZES]
+    assert fitted.left_out["k"]["same"] == pytest.approx(np.sqrt(np.mean(np.square(gaps))))
+    assert fit(MERGING, grid(MERGING, TRUTHS, sizes=[1, 4, 9])).left_out.keys() == {"k"}
+    three = fit(MERGING_FIXED_N, {"k": [1, 2, 4], "ce": [1.2, 1.1, 1.06]})
+    assert three.left_out == {}
+
+
+def test_a_forecast_worse_than_none_is_doubted():
+    k = np.arange(1, 10)
+    ce = np.array([1.3, 1.2, 1.15, 1.12, 1.1, 1.09, 1.08, 1.075, 1.09])
+    fitted = fit(MERGING_FIXED_N, {"k": k[:8], "ce": [1.3, 1.2, 1.1, 1.0, 0.9, 0.8, 0.7, 0.7]})
+    assert any("do not forecast larger k" in doubt for doubt in fitted.doubts)
+    assert fit(MERGING_FIXED_N, {"k": k, "ce": ce}).left_out["k"]["same"] == pytest.approx(0.015)
+
+
+def test_residuals_that_keep_their_sign_are_doubted():
+    k = np.arange(1, 21)
+    wave = 0.01 * np.sin(k / 20 * 2 * np.pi)
+    fitted = fit(MERGING_FIXED_N, {"k": k, "ce": 1 + 0.1 / k + wave})
+    assert fitted.runs["found"] < fitted.runs["expected"]
+    assert any("keep their sign" in doubt for doubt in fitted.doubts)
+    assert fit(MERGING_FIXED_N, {"k": k, "ce": 1 + 0.1 / k}).runs is None
+    random = np.random.default_rng(1).choice([-1e-3, 1e-3], 20)
+    clean = fit(MERGING_FIXED_N, {"k": k, "ce": 1 + 0.1 / k + random})
+    assert not any("keep their sign" in doubt for doubt in clean.doubts)
+
+
+def test_summary_and_dictionary_tell_what_a_reader_needs():
+    fitted = fit(MERGING_FIXED_N, noisy_grid(MERGING_FIXED_N, TRUTHS, sizes=[1.0]))
+    text, told = fitted.summary(), json.loads(json.dumps(fitted.to_dict(), allow_nan=False))
+    for part in ("90%:", "RMSE", "left out", "same as the last point", "AICc above the best"):
+        assert part in text
+    assert told["intervals"]["b"] == list(fitted.interval("b"))
+    assert told["level"] == 0.9
+    assert told["rivals"][0]["above"] == 0
+    assert told["left_out"]["k"]["value"] == 9
+    assert told["freedom"] == 6
+    for sentence in (*fitted.warnings, *fitted.doubts):
+        assert sentence in text and sentence in told["warnings"]

@@ -98,6 +98,20 @@ def test_figures_and_tables_are_files_too(report):
     tables = {path.stem: pd.read_csv(path) for path in (report / "tables").glob("*.csv")}
     assert set(tables) == {"parameters", "floors", "points", "refused"}
     assert len(tables["parameters"]) == 2 * 4 * (1 + 4)
+    fixed = tables["parameters"].query("law == 'merging_fixed_N'")
+    assert (fixed["L_inf_low"] <= fixed["L_inf"]).all()
+    assert (fixed["L_inf"] <= fixed["L_inf_high"]).all()
+
+
+def test_intervals_and_rivals_stand_beside_the_parameters(report):
+    page = (report / "report.html").read_text()
+    laws = json.loads((report.parent / "laws/laws.json").read_text())
+    fit = next(f for f in laws["fits"] if f["domain"] == "macro" and f["base"] is None)
+    low, high = fit["intervals"]["L_star"]
+    assert f"<small>{low:.3g} to {high:.3g}</small>" in page
+    assert "<h3>Rivals</h3>" in page and "<th>exponential</th>" in page
+    for rival in fit["rivals"]:
+        assert f"<td>{rival['above']:.1f}</td>" in page
 
 
 def test_a_study_of_one_size_has_a_report_without_joint_law(tmp_path):
