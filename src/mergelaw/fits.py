@@ -15,7 +15,7 @@ from mergelaw.law import MERGING, MERGING_FIXED_N, Fit, Law, fit
 from mergelaw.points import MACRO, points
 
 # What parameters.parquet says of a fit besides its parameters.
-QUALITY = ["r2", "rmse", "misfit", "aicc", "n_points", "warnings"]
+QUALITY = ["r2", "rmse", "misfit", "aicc", "n_points", "warnings", "doubts"]
 
 
 @dataclass(frozen=True)
@@ -226,7 +226,9 @@ def summary(study: StudyFits, missing: Sequence[str] = ()) -> str:
         if sentences:
             lines += [f"{heading}:", *(f"  {sentence}" for sentence in sentences), ""]
     for item in sorted(study.fits, key=lambda f: (f.domain != MACRO, f.domain, f.method)):
-        where = "all sizes" if item.base is None else f"{item.base} (N = {item.N:g})"
+        where = item.base or "all sizes"
+        if item.base and not item.base.startswith("N="):  # then its name says it
+            where += f" (N = {item.N:g})"
         lines += [_place(item.method, item.family, item.domain, where), item.fit.summary()]
         lines += [
             f"  {floor['base']}: floor {floor['asymptotic']:.5g}"

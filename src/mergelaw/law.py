@@ -201,7 +201,7 @@ RIVALS = {
         *(LOGARITHMIC_FIXED_N, INTERFERENCE_FIXED_N),
     ),
 }
-# These are the merging law with b = 0: to prefer them is no doubt of it.
+# These are the merging law with b = 0, and speak for it as it does itself.
 NESTED = (INVERSE.name, INVERSE_FIXED_N.name)
 
 
@@ -479,7 +479,8 @@ class Fit:
             "runs": self.runs,
             "n_points": self.n_points,
             "residuals": self.residuals.tolist(),
-            "warnings": [*self.warnings, *self.doubts],
+            "warnings": list(self.warnings),
+            "doubts": list(self.doubts),
         }
 
 
@@ -519,15 +520,13 @@ def _doubts(fitted: Fit) -> Iterable[str]:
                 f"the interval of {name} reaches the end of its box, {box[-1]:g}: the points do "
                 "not limit it upwards; measure more levels of " + " or ".join(law.levels)
             )
-    better = [
-        rival
-        for rival in fitted.rivals
-        if rival["law"] not in NESTED and (rival["aicc"] or math.inf) < fitted.aicc - CLEARLY
-    ]
+    told = [rival for rival in fitted.rivals if rival["aicc"] is not None]
+    own = min((r["aicc"] for r in told if r["law"] in (law.name, *NESTED)), default=-math.inf)
+    better = [rival for rival in told if rival["aicc"] < own - CLEARLY]
     if better:
         yield (
             f"law {better[0]['law']} describes the points better (AICc lower by "
-            f"{fitted.aicc - better[0]['aicc']:.1f}): compare its forecasts before you extrapolate"
+            f"{own - better[0]['aicc']:.1f}): compare its forecasts before you extrapolate"
         )
     for name, forecast in fitted.left_out.items():
         same = forecast["same"]
@@ -623,6 +622,12 @@ def fit(
         name: float(value)
         for name, value in zip(law.parameters, [*coefficients, *state.theta], strict=True)
     }
+    unchecked = []
+    if known is not None and misfit is None and len(loss) <= len(law.parameters):
+        unchecked.append(
+            "as many parameters as points: what the law itself misses is unknown, and intervals "
+            "hold the given standard errors only; measure more levels of " + " or ".join(law.levels)
+        )
     residuals = np.empty_like(loss)
     residuals[order] = ordered - law.predict(parameters, **sorted_variables)
     squares = float(residuals @ residuals)
@@ -638,7 +643,7 @@ def fit(
         residuals=residuals,
         misfit=noise.misfit,
         freedom=noise.freedom,
-        warnings=tuple(_warnings(problem, state, noise)),
+        warnings=(*_warnings(problem, state, noise), *unchecked),
         _solution=_Solution(
             problem,
             state,

@@ -569,8 +569,11 @@ def _table(fits: pd.DataFrame, parameters: tuple[str, ...], of: str) -> dict[str
     ordered = fits.assign(later=fits["domain"] != MACRO)
     records = []
     for _, fit in ordered.sort_values(["later", "method", "domain", "N"]).iterrows():
-        for warning in fit["warnings"]:
-            notes.setdefault(warning, len(notes) + 1)
+        # What speaks against each domain's fit is in tables/parameters.csv: too much for a page.
+        doubts = fit["doubts"] if fit["domain"] == MACRO and fit["law"] == MERGING.name else []
+        told = [*fit["warnings"], *doubts]
+        for sentence in told:
+            notes.setdefault(sentence, len(notes) + 1)
         records.append(
             {
                 "method": fit["method"],
@@ -581,7 +584,7 @@ def _table(fits: pd.DataFrame, parameters: tuple[str, ...], of: str) -> dict[str
                 "r2": "–" if pd.isna(fit["r2"]) else f"{fit['r2']:.5f}",
                 "rmse": f"{fit['rmse']:.2g}",
                 "n_points": fit["n_points"],
-                "notes": [notes[warning] for warning in fit["warnings"]],
+                "notes": [notes[sentence] for sentence in told],
             }
         )
     return {"parameters": parameters, "of": of, "records": records, "notes": list(notes)}
@@ -634,7 +637,7 @@ def _parameter_table(fits: pd.DataFrame) -> pd.DataFrame:
     """All fits, a column per parameter, for the CSV file."""
     names = [*MERGING.parameters, *MERGING_FIXED_N.parameters[:-1]]
     place = ["method", "family", "domain", "law", "base", "N"]
-    quality = ["r2", "rmse", "aicc", "n_points", "warnings"]
+    quality = ["r2", "rmse", "aicc", "n_points", "warnings", "doubts"]
     bounds = [f"{name}_{end}" for name in names for end in ("low", "high")]
     if not len(fits):
         return pd.DataFrame(columns=[*place, *names, *bounds, *quality])
@@ -650,8 +653,8 @@ def _parameter_table(fits: pd.DataFrame) -> pd.DataFrame:
         ],
         index=fits.index,
     ).reindex(columns=[*names, *bounds])
-    notes = fits["warnings"].map("; ".join)
-    table = pd.concat([fits[place], values, fits[quality].assign(warnings=notes)], axis=1)
+    sentences = {name: fits[name].map("; ".join) for name in ("warnings", "doubts")}
+    table = pd.concat([fits[place], values, fits[quality].assign(**sentences)], axis=1)
     macro_first = (table["domain"] != MACRO).rename("later")
     order = pd.concat([table[["law", "method", "domain", "N"]], macro_first], axis=1)
     return table.loc[order.sort_values(["law", "later", "method", "domain", "N"]).index]

@@ -129,6 +129,7 @@ def test_three_points_need_an_error_to_have_intervals():
         assert low < told.predict(k=9) < high
         assert told.freedom == math.inf
         assert not any("no intervals" in warning for warning in told.warnings)
+    assert any("given standard errors only" in warning for warning in told.warnings)
 
 
 @pytest.mark.parametrize(

@@ -428,5 +428,5 @@ def test_summary_and_dictionary_tell_what_a_reader_needs():
     assert told["rivals"][0]["above"] == 0
     assert told["left_out"]["k"]["value"] == 9
     assert told["freedom"] == 6
-    for sentence in (*fitted.warnings, *fitted.doubts):
-        assert sentence in text and sentence in told["warnings"]
+    assert told["warnings"] == list(fitted.warnings) and told["doubts"] == list(fitted.doubts)
+    assert all(sentence in text for sentence in (*fitted.warnings, *fitted.doubts))
