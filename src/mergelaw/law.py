@@ -455,7 +455,7 @@ class Fit:
             for rival in self.rivals
             if rival["above"] is not None
         )
-        if len(self.rivals) > 1 and told:
+        if len(self.rivals) > 1 and math.isfinite(self.aicc):
             lines.append(f"  AICc above the best: {told}")
         return "\n".join([*lines, *(f"  ! {told}" for told in (*self.warnings, *self.doubts))])
 

@@ -430,3 +430,5 @@ def test_summary_and_dictionary_tell_what_a_reader_needs():
     assert told["freedom"] == 6
     assert told["warnings"] == list(fitted.warnings) and told["doubts"] == list(fitted.doubts)
     assert all(sentence in text for sentence in (*fitted.warnings, *fitted.doubts))
+    few = fit(MERGING_FIXED_N, {"k": [1, 2, 4, 6, 9], "ce": [0.816, 0.774, 0.752, 0.744, 0.739]})
+    assert "AICc" not in few.summary()  # of the law itself it is undefined
