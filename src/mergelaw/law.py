@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from numpy.typing import ArrayLike, NDArray
-from scipy import stats
 from scipy.optimize import brentq
+from scipy.special import ndtr, ndtri, stdtrit
 
 from mergelaw import profile
 from mergelaw.errors import MergelawError
@@ -390,7 +390,7 @@ class Fit:
         if variance <= 0:
             return None
         # half a run: what is counted is whole
-        chance = float(stats.norm.cdf((found + 0.5 - expected) / math.sqrt(variance)))
+        chance = float(ndtr((found + 0.5 - expected) / math.sqrt(variance)))
         return {"found": found, "expected": expected, "p": chance}
 
     @cached_property
@@ -431,7 +431,9 @@ class Fit:
             raise MergelawError(f"level {level:g} is no probability: give one between 0 and 1")
         if self.freedom == 0:
             return None
-        quantile = float(stats.t.ppf((1 + level) / 2, self.freedom))
+        share = (1 + level) / 2
+        known = math.isinf(self.freedom)
+        quantile = float(ndtri(share) if known else stdtrit(self.freedom, share))
         return quantile**2 * self._solution.variance / self._solution.problem.size**2
 
     def summary(self) -> str:
