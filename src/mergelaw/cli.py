@@ -378,6 +378,7 @@ def merge(
     import yaml
 
     from mergelaw import merge as stage
+    from mergelaw.checkpoint import Tensors
     from mergelaw.methods import method_of
     from mergelaw.task_vector import TaskVector
 
@@ -392,9 +393,15 @@ def merge(
         for name in own["experts"]:
             entry = lineage.read(pool[name])["inputs"]["expert"]
             experts[name] = os.path.relpath(pool[name] / entry["path"], output)
-        same = stage.mergekit_recipe(os.path.relpath(base, output), experts, method, own["weights"])
+        with Tensors(base) as tensors:
+            dtype = tensors.float_dtype()
+        paths = os.path.relpath(base, output), experts
+        same = stage.mergekit_recipe(*paths, method, own["weights"], dtype)
         if same is not None:
-            (folder / "mergekit.yaml").write_text(yaml.safe_dump(same, sort_keys=False))
+            text = (
+                "# The same merge by mergekit, from this folder: mergekit-yaml mergekit.yaml OUT\n"
+            )
+            (folder / "mergekit.yaml").write_text(text + yaml.safe_dump(same, sort_keys=False))
         return {"mergekit": same is not None}
 
     inputs = {"base": base} | inputs_of("task-vector", pool)

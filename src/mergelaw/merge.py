@@ -251,9 +251,16 @@ def write(
 
 
 def mergekit_recipe(
-    base: str, experts: Mapping[str, str], method: Method, weights: Sequence[float] | None
+    base: str,
+    experts: Mapping[str, str],
+    method: Method,
+    weights: Sequence[float] | None,
+    dtype: str,
 ) -> dict[str, Any] | None:
-    """The merge as mergekit's YAML would say it (paths by name), None where it has no such rule."""
+    """The merge as mergekit's YAML would say it, None where mergekit has no such rule.
+
+    ``base`` and ``experts`` (by name) are paths or hub ids, ``dtype`` is that of the result.
+    """
     rule = method.mergekit()
     if rule is None:
         return None
@@ -267,7 +274,7 @@ def mergekit_recipe(
         "models": models,
         "parameters": rule["parameters"],
         "dtype": "float32",
-        "tokenizer_source": "base",
+        "out_dtype": dtype,
     }
     if rule["merge_method"] != "linear":
         recipe["base_model"] = base
