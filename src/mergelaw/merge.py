@@ -265,8 +265,13 @@ def mergekit_recipe(
     if rule is None:
         return None
     weights = weights or [1.0] * len(experts)
+
+    def reference(path: str) -> dict[str, Any]:
+        # Spelled out: in a plain string mergekit takes what follows an @ for a revision.
+        return {"model": {"path": path}}
+
     models: list[dict[str, Any]] = [
-        {"model": path, "parameters": {"weight": weight}}
+        {"model": reference(path), "parameters": {"weight": weight}}
         for path, weight in zip(experts.values(), weights, strict=True)
     ]
     recipe = {
@@ -277,5 +282,5 @@ def mergekit_recipe(
         "out_dtype": dtype,
     }
     if rule["merge_method"] != "linear":
-        recipe["base_model"] = base
+        recipe["base_model"] = reference(base)
     return recipe
