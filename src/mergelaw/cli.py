@@ -435,9 +435,9 @@ def config_check(file: Annotated[Path, typer.Argument(help="a configuration")]) 
 @config_app.command("schema")
 def config_schema() -> None:
     """Print the JSON schema of configurations."""
-    from mergelaw import config
+    from mergelaw import config_reference
 
-    print(json.dumps(config.schema(), indent=2, ensure_ascii=False))
+    print(json.dumps(config_reference.schema(), indent=2, ensure_ascii=False))
 
 
 @config_app.command("table")
@@ -447,17 +447,17 @@ def config_table(
     ] = None,
 ) -> None:
     """Print every key of a configuration as Markdown tables."""
-    from mergelaw import config
+    from mergelaw import config_reference
 
     if into is None:
-        print(config.tables())
+        print(config_reference.tables())
         return
     start, end = "<!-- tables -->", "<!-- end of tables -->"
     before, found, rest = into.read_text(encoding="utf-8").partition(start)
     _, closed, after = rest.partition(end)
     if not (found and closed):
         raise MergelawError(f"{into}: lacks the markers {start} and {end}; add them")
-    into.write_text(f"{before}{start}\n{config.tables()}\n{end}{after}", encoding="utf-8")
+    into.write_text(f"{before}{start}\n{config_reference.tables()}\n{end}{after}", encoding="utf-8")
 
 
 @app.command("lineage")

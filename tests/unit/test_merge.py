@@ -402,7 +402,10 @@ def test_a_recipe_for_mergekit():
     assert recipe["merge_method"] == "linear"
     assert "base_model" not in recipe
     assert recipe["dtype"] == "float32"
-    assert recipe["models"][1] == {"model": {"model": {"path": "x/b"}}, "parameters": {"weight": 3.0}}
+    assert recipe["models"][1] == {
+        "model": {"model": {"path": "x/b"}},
+        "parameters": {"weight": 3.0},
+    }
     ties = merge.mergekit_recipe("base", experts, method_of({"method": "ties"}), None, "float32")
     assert ties["base_model"] == {"model": {"path": "base"}}
     assert ties["parameters"] == {"density": 0.2, "lambda": 1.0, "normalize": True}
