@@ -83,8 +83,9 @@ def start():
 
 
 def report_the_rest():
-    """After a failure: fits and report of what there is, where anything is measured."""
-    if not any(Path(path).exists() for path in tracked(a.path for a in study.evals.values())):
+    """After a failure: fits and report of what there is, where a merge is measured."""
+    merges = [artifact.path for artifact in study.evals.values() if "plan" in artifact.unkeyed]
+    if not any(Path(path).exists() for path in tracked(merges)):
         return
     with tempfile.NamedTemporaryFile("w", suffix=".json") as resolved:
         json.dump(dict(config), resolved)

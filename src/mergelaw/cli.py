@@ -94,6 +94,8 @@ def by_expert(options: list[str]) -> dict[str, Path]:
 
 
 def make(output: Path, stage: str, recipe: dict[str, Any], inputs: dict[str, Path], work) -> None:
+    # A first line takes its block of the log's disk: when that is full, the last line has a place.
+    print(f"mergelaw: {output} ...", file=sys.stderr, flush=True)
     made = lineage.make(output, stage, recipe, inputs, work)
     print(f"mergelaw: {output} {'made' if made else 'is there already'}", file=sys.stderr)
 
