@@ -40,11 +40,16 @@ def tracked(paths):
 
 
 def needs(pattern):
-    """Input function: what the artifact of this path is made from. A path that exists is right."""
+    """Input function: what the artifact of this path is made from. A path that exists is right.
+
+    What does not define an artifact that exists is left out: a check with one domain more would
+    otherwise ask for every expert again.
+    """
 
     def inputs(wildcards):
         made = study.by_path[pattern.format(**wildcards)]
-        needed = [*made.inputs.values(), *made.unkeyed.values()]
+        (lineage,) = tracked([made.path])
+        needed = [*made.inputs.values(), *([] if Path(lineage).exists() else made.unkeyed.values())]
         return [ancient(path) for path in tracked(artifact.path for artifact in needed)]
 
     return inputs
@@ -78,8 +83,9 @@ def start():
 
 
 def report_the_rest():
-    """After a failure: fits and report of what there is, where anything is measured."""
-    if not any(Path(path).exists() for path in tracked(a.path for a in study.evals.values())):
+    """After a failure: fits and report of what there is, where a merge is measured."""
+    merges = [artifact.path for artifact in study.evals.values() if "plan" in artifact.unkeyed]
+    if not any(Path(path).exists() for path in tracked(merges)):
         return
     with tempfile.NamedTemporaryFile("w", suffix=".json") as resolved:
         json.dump(dict(config), resolved)

@@ -119,6 +119,11 @@ class Tensors:
     def shape(self, name: str) -> tuple[int, ...]:
         return tuple(self._where[name].get_slice(name).get_shape())
 
+    def float_dtype(self) -> str:
+        """The dtype of the floating tensors in torch's words; float32 where they differ."""
+        kinds = {self.dtype(name) for name in self.names()} & FLOATS.keys()
+        return FLOATS[kinds.pop()] if len(kinds) == 1 else "float32"
+
     def dtype(self, name: str) -> str:
         """As the file spells it: F32, BF16, F16, I64, ..."""
         return self._where[name].get_slice(name).get_dtype()

@@ -94,6 +94,8 @@ def by_expert(options: list[str]) -> dict[str, Path]:
 
 
 def make(output: Path, stage: str, recipe: dict[str, Any], inputs: dict[str, Path], work) -> None:
+    # A first line takes its block of the log's disk: when that is full, the last line has a place.
+    print(f"mergelaw: {output} ...", file=sys.stderr, flush=True)
     made = lineage.make(output, stage, recipe, inputs, work)
     print(f"mergelaw: {output} {'made' if made else 'is there already'}", file=sys.stderr)
 
@@ -414,6 +416,7 @@ def merge(
     import yaml
 
     from mergelaw import merge as stage
+    from mergelaw.checkpoint import Tensors
     from mergelaw.methods import method_of
     from mergelaw.task_vector import TaskVector
 
@@ -428,9 +431,15 @@ def merge(
         for name in own["experts"]:
             entry = lineage.read(pool[name])["inputs"]["expert"]
             experts[name] = os.path.relpath(pool[name] / entry["path"], output)
-        same = stage.mergekit_recipe(os.path.relpath(base, output), experts, method, own["weights"])
+        with Tensors(base) as tensors:
+            dtype = tensors.float_dtype()
+        paths = os.path.relpath(base, output), experts
+        same = stage.mergekit_recipe(*paths, method, own["weights"], dtype)
         if same is not None:
-            (folder / "mergekit.yaml").write_text(yaml.safe_dump(same, sort_keys=False))
+            text = (
+                "# The same merge by mergekit, from this folder: mergekit-yaml mergekit.yaml OUT\n"
+            )
+            (folder / "mergekit.yaml").write_text(text + yaml.safe_dump(same, sort_keys=False))
         return {"mergekit": same is not None}
 
     inputs = {"base": base} | inputs_of("task-vector", pool)
@@ -464,9 +473,9 @@ def config_check(file: Annotated[Path, typer.Argument(help="a configuration")]) 
 @config_app.command("schema")
 def config_schema() -> None:
     """Print the JSON schema of configurations."""
-    from mergelaw import config
+    from mergelaw import config_reference
 
-    print(json.dumps(config.schema(), indent=2, ensure_ascii=False))
+    print(json.dumps(config_reference.schema(), indent=2, ensure_ascii=False))
 
 
 @config_app.command("table")
@@ -476,17 +485,17 @@ def config_table(
     ] = None,
 ) -> None:
     """Print every key of a configuration as Markdown tables."""
-    from mergelaw import config
+    from mergelaw import config_reference
 
     if into is None:
-        print(config.tables())
+        print(config_reference.tables())
         return
     start, end = "<!-- tables -->", "<!-- end of tables -->"
     before, found, rest = into.read_text(encoding="utf-8").partition(start)
     _, closed, after = rest.partition(end)
     if not (found and closed):
         raise MergelawError(f"{into}: lacks the markers {start} and {end}; add them")
-    into.write_text(f"{before}{start}\n{config.tables()}\n{end}{after}", encoding="utf-8")
+    into.write_text(f"{before}{start}\n{config_reference.tables()}\n{end}{after}", encoding="utf-8")
 
 
 @app.command("lineage")

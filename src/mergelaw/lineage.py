@@ -16,6 +16,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from datetime import UTC, datetime
 from functools import cache
 from pathlib import Path
@@ -207,6 +208,9 @@ def make(
             sync(output.parent)
         except BaseException:
             shutil.rmtree(folder, ignore_errors=True)
+            with suppress(OSError):  # not empty: what a training goes on from
+                state.rmdir()
+                scratch.rmdir()
             raise
         shutil.rmtree(scratch, ignore_errors=True)
     return True

@@ -251,15 +251,27 @@ def write(
 
 
 def mergekit_recipe(
-    base: str, experts: Mapping[str, str], method: Method, weights: Sequence[float] | None
+    base: str,
+    experts: Mapping[str, str],
+    method: Method,
+    weights: Sequence[float] | None,
+    dtype: str,
 ) -> dict[str, Any] | None:
-    """The merge as mergekit's YAML would say it (paths by name), None where it has no such rule."""
+    """The merge as mergekit's YAML would say it, None where mergekit has no such rule.
+
+    ``base`` and ``experts`` (by name) are paths or hub ids, ``dtype`` is that of the result.
+    """
     rule = method.mergekit()
     if rule is None:
         return None
     weights = weights or [1.0] * len(experts)
+
+    def reference(path: str) -> dict[str, Any]:
+        # Spelled out: in a plain string mergekit takes what follows an @ for a revision.
+        return {"model": {"path": path}}
+
     models: list[dict[str, Any]] = [
-        {"model": path, "parameters": {"weight": weight}}
+        {"model": reference(path), "parameters": {"weight": weight}}
         for path, weight in zip(experts.values(), weights, strict=True)
     ]
     recipe = {
@@ -267,8 +279,8 @@ def mergekit_recipe(
         "models": models,
         "parameters": rule["parameters"],
         "dtype": "float32",
-        "tokenizer_source": "base",
+        "out_dtype": dtype,
     }
     if rule["merge_method"] != "linear":
-        recipe["base_model"] = base
+        recipe["base_model"] = reference(base)
     return recipe

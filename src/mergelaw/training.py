@@ -176,9 +176,8 @@ def fine_tune(
     )
     facts = run(trainer, state)
     with Tensors(base) as stored:
-        kinds = {stored.dtype(name) for name in stored.names()}
-    dtype = {frozenset({"BF16"}): "bfloat16", frozenset({"F16"}): "float16"}
-    save(trainer.model, None, folder, dtype.get(frozenset(kinds), "float32"))
+        dtype = stored.float_dtype()
+    save(trainer.model, None, folder, dtype)
     for name in COMPANIONS:
         if (base / name).exists() and not (folder / name).exists():
             (folder / name).write_bytes((base / name).read_bytes())

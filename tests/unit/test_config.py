@@ -12,7 +12,7 @@ import jsonschema
 import pytest
 import yaml
 
-from mergelaw import config
+from mergelaw import config, config_reference
 from mergelaw.errors import MergelawError
 from mergelaw.study import Study
 
@@ -66,7 +66,9 @@ def assert_one_line(result, *words):
 @pytest.mark.parametrize("path", sorted((ROOT / "config").glob("*.yaml")), ids=lambda p: p.name)
 def test_shipped_configurations_are_valid(path):
     config.load(path)
-    jsonschema.validate(yaml.load(path.read_text(), Loader=config._Loader), config.schema())
+    jsonschema.validate(
+        yaml.load(path.read_text(), Loader=config._Loader), config_reference.schema()
+    )
 
 
 @pytest.mark.parametrize("block", BLOCKS)
@@ -74,31 +76,31 @@ def test_the_examples_of_the_readme_are_valid(block):
     data = SMALL | yaml.load(block, Loader=config._Loader)
     config.parse(data)
     # JSON's own reader knows 1e-2 for the number that YAML 1.1 takes for text.
-    jsonschema.validate(config.numbers(data), config.schema())
+    jsonschema.validate(config.numbers(data), config_reference.schema())
 
 
 def test_the_readmes_tables_are_the_generated_ones():
     text = README.read_text(encoding="utf-8")
     tables = text.partition("<!-- tables -->\n")[2].partition("\n<!-- end of tables -->")[0]
-    assert tables == config.tables(), "run: mergelaw config table --into config/README.md"
+    assert tables == config_reference.tables(), "run: mergelaw config table --into config/README.md"
 
 
 def test_the_schema_file_is_the_generated_one():
     path = ROOT / "workflow" / "schemas" / "config.schema.json"
     assert path.read_text(encoding="utf-8") == (
-        json.dumps(config.schema(), indent=2, ensure_ascii=False) + "\n"
+        json.dumps(config_reference.schema(), indent=2, ensure_ascii=False) + "\n"
     ), "run: mergelaw config schema > workflow/schemas/config.schema.json"
 
 
 def test_the_schema_refuses_unknown_keys_in_parts_of_recipes():
-    jsonschema.Draft202012Validator.check_schema(config.schema())
+    jsonschema.Draft202012Validator.check_schema(config_reference.schema())
     for place in ("training__stepz", "pretraining__stepz", "bases__27k__training__stepz"):
         with pytest.raises(jsonschema.ValidationError):
-            jsonschema.validate(config.numbers(small(**{place: 3})), config.schema())
+            jsonschema.validate(config.numbers(small(**{place: 3})), config_reference.schema())
 
 
 def test_every_key_is_described():
-    for row in re.findall(r"^\| `.*$", config.tables(), re.MULTILINE):
+    for row in re.findall(r"^\| `.*$", config_reference.tables(), re.MULTILINE):
         assert len([cell for cell in row.split(" | ") if cell.strip("| ")]) == 4, row
 
 

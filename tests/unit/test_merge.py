@@ -396,15 +396,23 @@ def test_masks_do_not_depend_on_what_the_vector_is_called(base, pool, tmp_path):
 
 def test_a_recipe_for_mergekit():
     experts = {"a": "x/a", "b": "x/b"}
-    recipe = merge.mergekit_recipe("base", experts, method_of({"method": "average"}), [1.0, 3.0])
+    recipe = merge.mergekit_recipe(
+        "base", experts, method_of({"method": "average"}), [1.0, 3.0], "float32"
+    )
     assert recipe["merge_method"] == "linear"
     assert "base_model" not in recipe
     assert recipe["dtype"] == "float32"
-    assert recipe["models"][1] == {"model": "x/b", "parameters": {"weight": 3.0}}
-    ties = merge.mergekit_recipe("base", experts, method_of({"method": "ties"}), None)
-    assert ties["base_model"] == "base"
+    assert recipe["models"][1] == {
+        "model": {"model": {"path": "x/b"}},
+        "parameters": {"weight": 3.0},
+    }
+    ties = merge.mergekit_recipe("base", experts, method_of({"method": "ties"}), None, "float32")
+    assert ties["base_model"] == {"model": {"path": "base"}}
     assert ties["parameters"] == {"density": 0.2, "lambda": 1.0, "normalize": True}
-    assert merge.mergekit_recipe("base", experts, method_of({"method": "dare_ties"}), None) is None
+    assert (
+        merge.mergekit_recipe("base", experts, method_of({"method": "dare_ties"}), None, "float32")
+        is None
+    )
 
 
 # The order of the configuration

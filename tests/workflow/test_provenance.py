@@ -1,0 +1,104 @@
+"""Everything says where it came from, damage is named, and what is not needed can be removed."""
+
+import json
+
+import pytest
+from studies import TRAINING, Place, trained_config
+
+
+@pytest.fixture(scope="module")
+def damaged(trained, tmp_path_factory) -> Place:
+    return trained.copy(tmp_path_factory.mktemp("damaged"))
+
+
+def test_a_report_goes_back_to_its_sources(ready, trained):
+    for place, sources in ((ready, "jsonl"), (trained, "synthetic")):
+        (report,) = place.artifacts("reports").values()
+        tree = place.mergelaw("lineage", str(report / "report.html"), "--verify")
+        assert tree.status == 0, tree.output
+        for kind in ("report v", "fit v", "evaluate v", "task_vector v", "expert v", "base v"):
+            assert kind in tree.output
+        for kind in ("corpus v", "plan v"):
+            assert kind in tree.output
+        assert "source:" in tree.output and sources in tree.output
+        assert "every file is what was written" in tree.output
+
+
+def test_lineages_are_fit_to_be_shared(trained):
+    for text in trained.lineages().values():
+        entry = json.loads(text)
+        assert str(trained.folder) not in json.dumps(entry | {"facts": None})
+
+
+FILES = {
+    "corpora": "eval.parquet", "bases": "model.safetensors", "experts": "model.safetensors",
+    "task_vectors": "vector.safetensors", "plans": "plan.parquet", "evals": "cells.parquet",
+    "laws": "laws.json", "reports": "report.html",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", FILES)
+def test_a_flipped_byte_is_named(damaged, kind):
+    folder = next(
+        path for path in damaged.artifacts(kind).values() if not (path / FILES[kind]).is_symlink()
+    )
+    file, (report,) = folder / FILES[kind], damaged.artifacts("reports").values()
+    whole = file.read_bytes()
+    middle = len(whole) // 2
+    file.write_bytes(whole[:middle] + bytes([whole[middle] ^ 1]) + whole[middle + 1 :])
+    try:
+        found = damaged.mergelaw("lineage", str(report), "--verify")
+    finally:
+        file.write_bytes(whole)
+    assert found.status == 1
+    (line,) = found.errors()
+    assert str(file) in line and "is not what was written" in line
+    assert line.count("is not what was written") == 1
+
+
+def test_what_is_damaged_is_refused_as_an_input(damaged, tmp_path):
+    place = damaged.copy(tmp_path).forget("evals", "laws", "reports")
+    vector = next(iter(place.artifacts("task_vectors").values()))
+    with (vector / "vector.safetensors").open("ab") as file:
+        file.write(b"!")
+    run = place.snakemake()
+    assert run.status
+    (line,) = run.errors()
+    assert str(vector) in line and line.endswith("and run again")
+
+
+def test_gc_removes_what_no_configuration_refers_to_and_keeps_the_cells(trained, tmp_path):
+    place = trained.copy(tmp_path)
+    config, cells, before = place.config, place.cells(), place.lineages()
+    listed = place.mergelaw("gc", "--config", "study.yaml")
+    assert listed.status == 0 and listed.output.startswith("0 artifacts, 0 bytes")
+    experts = {**config["experts"], "code": {"training": {"learning_rate": 2e-3}}}
+    place.configure(config | {"experts": experts})
+    old = {
+        path
+        for path in before
+        if "/code-s0@" in path or path.split("/")[0] in ("evals", "laws", "reports")
+    }
+    listed = place.mergelaw("gc", "--config", "study.yaml")
+    assert len(old) == 8 and "8 artifacts" in listed.output
+    assert all(path in listed.output for path in old)
+    assert place.lineages() == before
+    removed = place.mergelaw("gc", "--config", "study.yaml", "--delete")
+    assert removed.status == 0, removed.output
+    assert before.keys() - place.lineages().keys() == old
+    assert place.cells() == cells
+    assert place.mergelaw("gc", "--config", "study.yaml").output.startswith("0 artifacts")
+    # Two configurations keep what either refers to.
+    (tmp_path / "other.yaml").write_text((tmp_path / "study.yaml").read_text())
+    place.configure(trained_config(trained.folder) | {"training": TRAINING | {"steps": 6}})
+    both = place.mergelaw("gc", "--config", "study.yaml", "--config", "other.yaml")
+    assert both.output.startswith("0 artifacts")
+
+
+def test_gc_waits_for_no_run(ready, tmp_path):
+    from mergelaw.lineage import only_run
+
+    place = ready.copy(tmp_path)
+    with only_run(place.results):
+        refused = place.mergelaw("gc", "--config", "study.yaml")
+    assert refused.status == 1 and "another run is working on this folder" in refused.output
