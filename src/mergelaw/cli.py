@@ -571,7 +571,8 @@ def partial(configuration: Config) -> None:
     laws.write_fits(rows, folder / "laws", missing)
     facts = {"measured so far": f"{len(there)} of {len(study.evals)} shards"}
     stage.write_report(folder / "laws", rows, folder, title=study.config.name, facts=facts)
-    print(f"{len(missing)} of {len(study.evals)} shards are missing: {', '.join(missing[:6])}, ...")
+    some = ", ".join(missing[:6]) + (", ..." if len(missing) > 6 else "")
+    print(f"{len(missing)} of {len(study.evals)} shards are missing{': ' if some else ''}{some}")
     print(f"report on the rest: {folder / 'report.html'}")
 
 
