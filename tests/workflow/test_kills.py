@@ -84,7 +84,7 @@ def command(place: Place, artifact: Artifact, output: Path) -> list[str]:
 
 def test_a_training_killed_at_random_moments_ends_with_the_same_bits(trained, tmp_path):
     place = trained.copy(tmp_path)
-    training = place.config["training"] | {"steps": 40}
+    training = place.config["training"] | {"steps": 80}
     place.configure(place.config | {"training": training})
     artifact = place.study().expert("large", "code", 0)
     calm, hunted = tmp_path / "calm" / "code", tmp_path / "hunted" / "code"
@@ -94,7 +94,7 @@ def test_a_training_killed_at_random_moments_ends_with_the_same_bits(trained, tm
     rng, reached = random.Random(SEED), 0
     for _ in range(KILLS):
         run = subprocess.Popen(command(place, artifact, hunted), start_new_session=True, **quiet)
-        least = min(reached + rng.randint(1, 12), 38)
+        least = min(reached + rng.randint(1, 12), 60)
         wait_for(lambda least=least: saved(state) >= least, run)
         kill(run, group=True)
         assert not hunted.exists()
