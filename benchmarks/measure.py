@@ -6,6 +6,7 @@ Memory is anonymous memory (heap and stacks, not mapped files), summed over the 
 where the system does not tell it apart, resident memory.
 """
 
+import resource
 import sys
 import threading
 import time
@@ -55,9 +56,10 @@ def main() -> int:
     watcher.join()
     kind = "anonymous" if sys.platform == "linux" else "resident"
     minutes, seconds = divmod(time.perf_counter() - started, 60)
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
     print(
-        f"{minutes:.0f} min {seconds:.0f} s, peak {kind} memory of all processes together "
-        f"{peak / 1e9:.2f} GB"
+        f"{minutes:.0f} min {seconds:.0f} s ({used.ru_utime + used.ru_stime:.0f} s of processor "
+        f"time), peak {kind} memory of all processes together {peak / 1e9:.2f} GB"
     )
     return status
 
