@@ -11,7 +11,8 @@ from typing import Any
 import pandas as pd
 
 from mergelaw.errors import MergelawError
-from mergelaw.law import MERGING, MERGING_FIXED_N, Fit, Law, fit
+from mergelaw.fit import Fit, fit
+from mergelaw.law import MERGING, MERGING_FIXED_N, Law
 from mergelaw.points import MACRO, points
 
 # What parameters.parquet says of a fit besides its parameters.

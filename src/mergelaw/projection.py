@@ -25,6 +25,10 @@ Array = NDArray[np.float64]
 BEST_STARTS = 4
 # Columns whose part apart from the others is longer than this are solved for at once.
 WELL_POSED = 1e-8
+# Keeps normal equations solvable where two columns of the basis are the same.
+RIDGE = 1e-12
+# Of complex steps, which have no rounding error however small they are.
+STEP = 1e-30
 # Parts of the loss smaller than this share of it are rounding errors.
 ROUNDING = 1e-14
 
@@ -70,18 +74,34 @@ class Problem:
         self.signed = np.array([name in law.signed for name in law.linear])
         self.pull: tuple[Callable[[NDArray[Any]], NDArray[Any]], float] | None = None
 
-    def columns(self, theta: Array) -> NDArray[Any]:
+    def columns(self, theta: NDArray[Any]) -> NDArray[Any]:
         """The basis at ``theta``, points by coefficients."""
-        points = len(next(iter(self.variables.values())))
-        out = np.empty((points, len(self.law.linear)), dtype=theta.dtype)
-        named = dict(zip(self.law.nonlinear, theta, strict=True))
-        for j, column in enumerate(self.law.basis(**self.variables, **named)):
-            out[:, j] = column
-        if self.whitener is not None:
-            out = self.whitener @ out
+        out = self._columns(theta)
         if self.pull is not None:
             vector, weight = self.pull
             out = np.vstack([out, weight * vector(theta)])
+        return out
+
+    def _columns(self, theta: NDArray[Any]) -> NDArray[Any]:
+        """The same without a pull; also at many: (..., points, coefficients)."""
+        points = len(next(iter(self.variables.values())))
+        out = np.empty((*theta.shape[:-1], points, len(self.law.linear)), dtype=theta.dtype)
+        named = dict(zip(self.law.nonlinear, np.moveaxis(theta, -1, 0)[..., None], strict=True))
+        for j, column in enumerate(self.law.basis(**self.variables, **named)):
+            out[..., j] = column
+        return out if self.whitener is None else self.whitener @ out
+
+    def tangent(self, state: State) -> Array:
+        """Derivatives of the fitted losses by all parameters, linear ones first, unit loss."""
+        return np.column_stack([self.columns(state.theta), self._slopes(state)])
+
+    def _slopes(self, state: State) -> Array:
+        """Derivatives of the fitted losses by the nonlinear parameters, coefficients held."""
+        out = np.empty((len(self.loss), len(state.theta)))
+        for j in range(len(state.theta)):
+            theta = state.theta.astype(complex)
+            theta[j] += 1j * STEP
+            out[:, j] = self.columns(theta).imag @ state.coefficients / STEP
         return out
 
     def held(self, j: int, value: float) -> "Problem":
@@ -141,12 +161,7 @@ class Problem:
         The part that the coefficients take up is projected out, so its product with the residuals
         is the exact gradient.
         """
-        step = 1e-30
-        out = np.empty((len(self.loss), len(state.theta)))
-        for j in range(len(state.theta)):
-            theta = state.theta.astype(complex)
-            theta[j] += 1j * step
-            out[:, j] = self.columns(theta).imag @ state.coefficients / step
+        out = self._slopes(state)
         q = state.orthonormal
         return out - q @ (q.T @ out)
 
@@ -189,8 +204,8 @@ class Problem:
                 return state
         return state
 
-    def minimum(self) -> State:
-        """The best state of descents from the law's grid of starts.
+    def minimum(self, near: Array | None = None) -> State:
+        """The best state of descents from the law's grid of starts, and from ``near``.
 
         Started from are the grid points that no neighbour improves on, and, in a grid of more than
         one axis, the best few, for a narrow valley may run across it.
@@ -198,8 +213,8 @@ class Problem:
         if not self.law.nonlinear:
             return self.project(np.empty(0))
         axes = list(self.law.nonlinear.values())
-        states = [self.project(np.array(theta)) for theta in itertools.product(*axes)]
-        squares = np.array([state.squares for state in states])
+        grid = np.array(list(itertools.product(*axes)))
+        squares = self._squares(grid)
         best = BEST_STARTS if len(axes) > 1 else 1
         starts = set(np.argsort(squares, kind="stable")[:best])
         table = np.pad(squares.reshape([len(axis) for axis in axes]), 1, constant_values=np.inf)
@@ -209,5 +224,38 @@ class Problem:
             lowest &= table[inner] < np.roll(table, 1, axis)[inner]
             lowest &= table[inner] <= np.roll(table, -1, axis)[inner]
         starts.update(np.flatnonzero(lowest))
-        found = (self.descend(states[start]) for start in sorted(starts))
+        chosen = [grid[start] for start in sorted(starts)] + ([] if near is None else [near])
+        found = (self.descend(self.project(theta)) for theta in chosen)
         return min(found, key=lambda state: state.squares)
+
+    def _squares(self, grid: Array) -> Array:
+        """What the best coefficients leave of the loss at each of many parameters, roughly.
+
+        By normal equations, solved for all at once: good enough to choose starts.
+        """
+        columns = self._columns(grid)
+        lengths = np.sqrt(np.einsum("gij,gij->gj", columns, columns))
+        unit = columns / np.where(lengths > 0, lengths, 1)[:, None, :]
+        normal = np.einsum("gij,gik->gjk", unit, unit)
+        right = np.einsum("gij,i->gj", unit, self.loss)
+        squares = np.full(len(grid), float(self.loss @ self.loss))
+        # Which coefficients are above 0: the best of all choices for which the rest are 0.
+        bounded = np.flatnonzero(~self.signed)
+        left = np.ones(len(grid), dtype=bool)
+        for size in range(len(bounded), -1, -1):
+            for chosen in itertools.combinations(bounded, size):
+                used = np.sort([*np.flatnonzero(self.signed), *chosen]).astype(int)
+                if not len(used):
+                    continue
+                part = normal[left][:, used[:, None], used] + RIDGE * np.eye(len(used))
+                solved = np.linalg.solve(part, right[left][:, used, None])[:, :, 0]
+                allowed = (solved[:, ~self.signed[used]] >= 0).all(axis=1)
+                gained = np.einsum("gj,gj->g", solved, right[left][:, used])
+                places = np.flatnonzero(left)[allowed]
+                trial = float(self.loss @ self.loss) - gained[allowed]
+                squares[places] = np.minimum(squares[places], trial)
+                if size == len(bounded):
+                    left[places] = False
+            if not left.any():
+                break
+        return squares

@@ -12,8 +12,9 @@ import pandas as pd
 import vl_convert
 from markupsafe import Markup
 
+from mergelaw.diagnostics import LADDER
 from mergelaw.errors import MergelawError
-from mergelaw.law import LADDER, LAWS, MERGING, MERGING_FIXED_N
+from mergelaw.law import LAWS, MERGING, MERGING_FIXED_N
 from mergelaw.points import MACRO
 
 # Vega-Lite of altair.SCHEMA_VERSION ("v6.4.1"), in the form that vl_convert wants it.
