@@ -77,6 +77,23 @@ class Noise:
         return max(2 * variance**2 / spread, 1.0) if spread > 0 else math.inf
 
 
+def of_circles(means: Array, shape: Array) -> Part:
+    """Covariance of the mean over circles, its scale from how much the circles differ.
+
+    The shape over levels is known from the subsets' pairs (``sampling.pair_shape``); a covariance
+    estimated from three circles level by level would have rank two, and weights that trust it.
+
+    Args:
+        means: (circles, levels), each circle's estimates of E[L|k]; two circles or more.
+        shape: (levels, levels), one circle's covariance up to its scale, tau^2.
+    """
+    circles = len(means)
+    total = float(np.var(means, axis=0, ddof=1).sum())
+    trace = float(np.trace(shape))
+    scale = total / trace if trace > 0 else 0.0
+    return Part(scale * shape / circles, circles - 1)
+
+
 def restricted(
     residuals: Array, jacobian: Array, known: Array, shapes: Sequence[Array | None]
 ) -> tuple[Array, Array]:
@@ -101,7 +118,8 @@ def restricted(
         [None if shape is None else left.T @ shape @ left for shape in shapes],
     )
     above = variances > 0
-    return variances, 2 * np.linalg.pinv(information[np.ix_(above, above)])
+    inverse: Array = np.linalg.pinv(information[np.ix_(above, above)]).astype(float)
+    return variances, 2 * inverse
 
 
 def deviance(residuals: Array, known: Array, shapes: Sequence[Array | None]) -> float:

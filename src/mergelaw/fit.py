@@ -417,8 +417,9 @@ class _Solution:
         total = sum((part.matrix for part in self.given), np.zeros((count, count)))
         if self.misfit:
             total = total + self.misfit**2 * np.eye(count)
-        if self.scatter:
-            total = total + self.scatter**2 * _same_base(self.problem.variables)
+        base = _same_base(self.problem.variables)
+        if self.scatter and base is not None:
+            total = total + self.scatter**2 * base
         return total
 
     @cached_property
@@ -641,9 +642,11 @@ def _parts(
         if not np.isfinite(errors).all() or (errors < 0).any():
             raise MergelawError("column se has values below 0 or not finite: give standard errors")
         return (Part(np.diag(errors**2)),) if errors.any() else ()
-    if not (isinstance(covariance, Sequence) and all(isinstance(p, Part) for p in covariance)):
-        covariance = [Part(np.asarray(covariance, dtype=float))]
-    for part in covariance:
+    if isinstance(covariance, Sequence) and all(isinstance(part, Part) for part in covariance):
+        parts = tuple(part for part in covariance if isinstance(part, Part))
+    else:
+        parts = (Part(np.asarray(covariance, dtype=float)),)
+    for part in parts:
         matrix = part.matrix
         if matrix.shape != (points, points) or not np.isfinite(matrix).all():
             raise MergelawError(
@@ -653,7 +656,7 @@ def _parts(
         least = np.linalg.eigvalsh(matrix)[0]
         if not np.allclose(matrix, matrix.T) or least < -1e-9 * np.abs(matrix).max():
             raise MergelawError("covariance is not symmetric with eigenvalues >= 0: correct it")
-    return tuple(part for part in covariance if part.matrix.any())
+    return tuple(part for part in parts if part.matrix.any())
 
 
 def _checked_of(of: str) -> str:

@@ -132,7 +132,7 @@ def _at(fitted: Fit, N: float, k: float) -> float:
 
 def _interval_at(fitted: Fit, N: float, k: float) -> list[float] | None:
     """The same with its interval; None where there is none."""
-    values = {"N": N, "k": k}
+    values: dict[str, Any] = {"N": N, "k": k}
     ends = fitted.predict_interval(**{name: values[name] for name in fitted.law.levels})
     if ends is None or not all(map(math.isfinite, map(float, ends))):
         return None

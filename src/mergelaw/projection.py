@@ -86,7 +86,7 @@ class Problem:
         """The same without a pull; also at many: (..., points, coefficients)."""
         points = len(next(iter(self.variables.values())))
         out = np.empty((*theta.shape[:-1], points, len(self.law.linear)), dtype=theta.dtype)
-        named = dict(zip(self.law.nonlinear, np.moveaxis(theta, -1, 0)[..., None], strict=True))
+        named = dict(zip(self.law.nonlinear, theta.T[..., None], strict=True))
         for j, column in enumerate(self.law.basis(**self.variables, **named)):
             out[..., j] = column
         return out if self.whitener is None else self.whitener @ out
@@ -97,11 +97,12 @@ class Problem:
 
     def _slopes(self, state: State) -> Array:
         """Derivatives of the fitted losses by the nonlinear parameters, coefficients held."""
-        out = np.empty((len(self.loss), len(state.theta)))
-        for j in range(len(state.theta)):
-            theta = state.theta.astype(complex)
-            theta[j] += 1j * STEP
-            out[:, j] = self.columns(theta).imag @ state.coefficients / STEP
+        steps = state.theta + 1j * STEP * np.eye(len(state.theta))
+        out = (self._columns(steps).imag @ state.coefficients).T / STEP
+        if self.pull is not None:
+            vector, weight = self.pull
+            last = [vector(step).imag @ state.coefficients for step in steps]
+            out = np.vstack([out, weight * np.array(last) / STEP])
         return out
 
     def held(self, j: int, value: float) -> "Problem":
@@ -208,14 +209,15 @@ class Problem:
         """The best state of descents from the law's grid of starts, and from ``near``.
 
         Started from are the grid points that no neighbour improves on, and, in a grid of more than
-        one axis, the best few, for a narrow valley may run across it.
+        one axis, the best few, for a narrow valley may run across it. With ``near``, a minimum
+        under other weights, those few are not needed.
         """
         if not self.law.nonlinear:
             return self.project(np.empty(0))
         axes = list(self.law.nonlinear.values())
         grid = np.array(list(itertools.product(*axes)))
         squares = self._squares(grid)
-        best = BEST_STARTS if len(axes) > 1 else 1
+        best = BEST_STARTS if len(axes) > 1 and near is None else 1
         starts = set(np.argsort(squares, kind="stable")[:best])
         table = np.pad(squares.reshape([len(axis) for axis in axes]), 1, constant_values=np.inf)
         inner = tuple(slice(1, -1) for _ in axes)
