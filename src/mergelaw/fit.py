@@ -4,6 +4,7 @@ The points are weighed by their covariance (``covariance``), the law is fitted b
 projection (``projection``), intervals are profile likelihoods (``profile``).
 """
 
+import bisect
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -31,6 +32,8 @@ POOL, EXPERTS = "this pool", "experts like these"
 SIZES_FOR_SCATTER = 5
 # The residuals' variances and the weights that follow from them are found in turns, so many times.
 ROUNDS = 2
+# No pool has so many experts.
+MANY = 2**30
 # What is added to a covariance so that it has an inverse, relative to its mean variance.
 SINGULAR = 1e-10
 
@@ -103,6 +106,33 @@ class Fit:
         ends = self.predict_interval(level, of, new, **columns)
         low, high = (math.nan, math.nan) if ends is None else ends
         return table.assign(low=low, high=high)
+
+    def k_within(self, nats: float, **others: float) -> int | None:
+        """k_eps: experts needed to come so near to the floor; None if no number of them does.
+
+        Args:
+            nats: distance of the expected loss from its limit for k to infinity, above 0.
+            others: the law's variables besides k.
+
+        Raises:
+            MergelawError: ``nats`` is not above 0, or the variables are not the law's.
+        """
+        if not nats > 0:
+            raise MergelawError(f"nats = {nats:g}: a distance from the floor is above 0")
+
+        def far(k: float) -> bool:
+            return float(self.predict(k=k, **others)) > floor + nats
+
+        with np.errstate(divide="ignore", invalid="ignore"):
+            floor = float(self.predict(k=math.inf, **others))
+        if not math.isfinite(floor):
+            return None
+        above = 1
+        while far(above):
+            above *= 2
+            if above > MANY:
+                return None
+        return bisect.bisect_left(range(above), True, lo=1, key=lambda k: not far(k))
 
     # ---- intervals
 

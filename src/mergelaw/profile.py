@@ -35,10 +35,13 @@ def of_nonlinear(problem: Problem, best: State, j: int, threshold: float) -> tup
         state = held.descend(held.project(theta), ENOUGH)
         return value, state.squares, state
 
-    gradient = np.zeros(len(best.coefficients) + len(best.theta))
-    gradient[len(best.coefficients) + j] = 1
+    # What is left of its effect when all else is fitted again (Frisch, Waugh and Lovell).
+    jacobian = problem.jacobian(best)
+    lengths = np.linalg.norm(jacobian, axis=0)
+    lengths[lengths == 0] = 1
+    error = float(np.linalg.norm(np.linalg.pinv(jacobian / lengths)[j])) / lengths[j]
     limits = float(problem.lower[j]), float(problem.upper[j])
-    step = min(_error(problem, best, gradient) * math.sqrt(threshold), limits[1] - limits[0])
+    step = min(error * math.sqrt(threshold), limits[1] - limits[0])
     step = step or (limits[1] - limits[0]) / 10
     return _both(best, float(best.theta[j]), step, refit, limits, threshold)
 

@@ -67,7 +67,7 @@ class Problem:
             half = np.linalg.cholesky(covariance)
             self.whitener = np.linalg.inv(half)
             loss = self.whitener @ loss
-        self.size = float(np.linalg.norm(loss))
+        self.size = float(np.linalg.norm(loss)) or 1.0
         self.loss = loss / self.size
         self.lower = np.array([box[0] for box in law.nonlinear.values()])
         self.upper = np.array([box[-1] for box in law.nonlinear.values()])
