@@ -58,15 +58,15 @@ class Noise:
     variances: Array = field(default_factory=lambda: np.empty(0))
     uncertainty: Array = field(default_factory=lambda: np.empty((0, 0)))
 
-    def freedom_of(self, weights: Array | None, added: Array | float = 0.0) -> float:
-        """Degrees of freedom of the variance of weights . losses (Satterthwaite 1946).
+    def of(self, weights: Array | None, added: Array | float = 0.0) -> tuple[float, float]:
+        """Variance of weights . losses, and its degrees of freedom (Satterthwaite 1946).
 
         Args:
             weights: (points,), how an estimate weighs the losses; None for points not weighed.
             added: how many times each of the estimated variances comes on top.
         """
         if weights is None or self.freedom == 0:
-            return self.freedom
+            return math.nan, self.freedom
         slopes = np.array([weights @ shape @ weights for shape in self.shapes]) + added
         variance = float(slopes @ self.variances)
         spread = float(slopes @ self.uncertainty @ slopes)
@@ -74,7 +74,24 @@ class Noise:
             share = float(weights @ part.matrix @ weights)
             variance += share
             spread += 2 * share**2 / part.freedom
-        return max(2 * variance**2 / spread, 1.0) if spread > 0 else math.inf
+        return variance, max(2 * variance**2 / spread, 1.0) if spread > 0 else math.inf
+
+
+def pooled(parts: Sequence[Part]) -> list[Array]:
+    """The parts' matrices to weigh points with: those with few degrees of freedom get one scale.
+
+    Weights that follow what three circles happened to differ by at each base would make every
+    estimate look better than it is. How uncertain it is, the parts themselves tell.
+    """
+    rough = [part for part in parts if math.isfinite(part.freedom)]
+    scale = sum(part.freedom * float(np.trace(part.matrix)) for part in rough)
+    scale /= sum(part.freedom for part in rough) or 1.0
+    return [
+        part.matrix * (scale / float(np.trace(part.matrix)))
+        if math.isfinite(part.freedom) and part.matrix.any()
+        else part.matrix
+        for part in parts
+    ]
 
 
 def of_circles(means: Array, shape: Array) -> Part:

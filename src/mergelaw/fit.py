@@ -17,7 +17,7 @@ from numpy.typing import ArrayLike, NDArray
 from scipy.special import ndtri, stdtrit
 
 from mergelaw import diagnostics, profile
-from mergelaw.covariance import Noise, Part, deviance, restricted
+from mergelaw.covariance import Noise, Part, deviance, pooled, restricted
 from mergelaw.diagnostics import or_none
 from mergelaw.errors import MergelawError
 from mergelaw.law import Law
@@ -32,6 +32,8 @@ POOL, EXPERTS = "this pool", "experts like these"
 SIZES_FOR_SCATTER = 5
 # The residuals' variances and the weights that follow from them are found in turns, so many times.
 ROUNDS = 2
+# A minimum that only the first weights follow from needs no more than this.
+ROUGHLY = 1e-6
 # No pool has so many experts.
 MANY = 2**30
 # What is added to a covariance so that it has an inverse, relative to its mean variance.
@@ -214,7 +216,8 @@ class Fit:
         centre = float(np.real(vector(own.state.theta)) @ own.state.coefficients)
         centre *= own.problem.size
         missed = np.nan_to_num([self.misfit, self.scatter])
-        reach = self._quantile(level, gradient, added=True) ** 2 * float(missed @ missed)
+        quantile = self._quantile(level, self._noise_of(gradient, added=True)[1])
+        reach = quantile**2 * float(missed @ missed)
         return (
             centre - math.sqrt((centre - low) ** 2 + reach),
             centre + math.sqrt((high - centre) ** 2 + reach),
@@ -261,25 +264,35 @@ class Fit:
     def freedom_of(self, name: str) -> float:
         """Degrees of freedom of a parameter's interval (Satterthwaite 1946)."""
         unit = np.eye(len(self.law.parameters))[self.law.parameters.index(name)]
-        return self._freedom(unit, True)
+        return self._noise_of(unit, True)[1]
 
-    def _freedom(self, gradient: Array, own: bool = False, added: bool = False) -> float:
-        """Degrees of freedom of gradient . parameters; ``own``: of a parameter, even if bounded."""
+    def _noise_of(
+        self, gradient: Array, own: bool = False, added: bool = False
+    ) -> tuple[float, float]:
+        """Variance of gradient . parameters over what the weights make of it, and its freedom.
+
+        Args:
+            gradient: of what is estimated, by all parameters, linear ones first.
+            own: it is a parameter, that is not left out of it if it is on its bound.
+            added: what a base misses of the law comes on top; of the freedom only.
+        """
         noise, solution = self._solution.noise, self._solution
         if solution.problem.whitener is None:
-            return noise.freedom
+            return 1.0, noise.freedom
         used = solution.free | (gradient != 0) if own else solution.free
         tangent = solution.tangent[:, used]
         lengths = np.linalg.norm(tangent, axis=0)
         lengths[lengths == 0] = 1
-        weights = np.linalg.pinv(tangent / lengths).T @ (gradient[used] / lengths)
-        more = 1.0 if added else 0.0
-        return noise.freedom_of(solution.problem.whitener.T @ weights * solution.problem.size, more)
+        white = np.linalg.pinv(tangent / lengths).T @ (gradient[used] / lengths)
+        weights = solution.problem.whitener.T @ white * solution.problem.size
+        variance, freedom = noise.of(weights)
+        weighed = float(white @ white) * solution.problem.size**2
+        if added:
+            freedom = noise.of(weights, 1.0)[1]
+        return variance / weighed if weighed > 0 else 1.0, freedom
 
-    def _quantile(
-        self, level: float, gradient: Array, own: bool = False, added: bool = False
-    ) -> float:
-        freedom = self._freedom(gradient, own, added)
+    def _quantile(self, level: float, freedom: float) -> float:
+        _checked_level(level)
         share = (1 + level) / 2
         return float(ndtri(share) if math.isinf(freedom) else stdtrit(freedom, share))
 
@@ -287,11 +300,13 @@ class Fit:
         self, level: float, gradient: Array, own: bool = False, added: bool = False
     ) -> float | None:
         """Excess of the scaled squares at the ends of an interval."""
+        noise = self._solution.noise
         _checked_level(level)
-        if self._solution.noise.freedom == 0:
+        if noise.freedom == 0:
             return None
-        quantile = self._quantile(level, gradient, own, added)
-        return quantile**2 * self._solution.noise.variance / self._solution.problem.size**2
+        inflated, freedom = self._noise_of(gradient, own, added)
+        quantile = self._quantile(level, freedom)
+        return quantile**2 * inflated * noise.variance / self._solution.problem.size**2
 
     # ---- diagnostics
 
@@ -444,7 +459,7 @@ class _Solution:
     def known(self) -> Array:
         """All of the covariance that is not to be estimated."""
         count = len(self.residuals)
-        total = sum((part.matrix for part in self.given), np.zeros((count, count)))
+        total = sum(pooled(self.given), np.zeros((count, count)))
         if self.misfit:
             total = total + self.misfit**2 * np.eye(count)
         base = _same_base(self.problem.variables)
@@ -565,24 +580,26 @@ def _solve(
     """The minimum, how noisy the points are, and which variances were to be estimated."""
     points = len(loss)
     plain = Problem(law, variables, loss)
-    state = plain.minimum()
-    least = 1e-12 * float(np.mean(loss))
-    exact = state.squares * plain.size**2 < points * least**2
     enough = points > len(law.parameters)
     base = _same_base(variables)
-    estimated: tuple[Array | None, ...] = (None,) if misfit is None and enough else ()
-    sizes = len(np.unique(variables.get("N", np.empty(0))))
-    if scatter is None and base is not None and enough and not exact and sizes >= SIZES_FOR_SCATTER:
-        estimated += (base,)
     known = list(parts)
     if misfit:
         known.append(Part(misfit**2 * np.eye(points)))
     if scatter and base is not None:
         known.append(Part(scatter**2 * base))
-    even = not parts and not scatter and all(shape is None for shape in estimated)
+    estimated: tuple[Array | None, ...] = (None,) if misfit is None and enough else ()
+    sizes = len(np.unique(variables.get("N", np.empty(0))))
+    grouped = scatter is None and base is not None and enough and sizes >= SIZES_FOR_SCATTER
+    if grouped:
+        estimated += (base,)
+    even = not parts and not scatter and not grouped
+    state = plain.minimum() if even else plain.minimum(enough=ROUGHLY)
+    least = 1e-12 * float(np.mean(loss))
+    if grouped and not parts and state.squares * plain.size**2 < points * least**2:
+        even, estimated = True, estimated[:-1]  # losses without any noise
     if even:  # equal errors are no weights
         return plain, state, _even_noise(plain, state, misfit, enough), estimated
-    total = sum((part.matrix for part in known), np.zeros((points, points)))
+    total = sum(pooled(known), np.zeros((points, points)))
     # A point without any error would have infinite weight.
     total = total + max(least**2, SINGULAR * float(np.trace(total)) / points) * np.eye(points)
     problem, variances, spread = Problem(law, variables, loss, total), np.zeros(0), np.zeros((0, 0))

@@ -7,7 +7,7 @@ the law brings.
 
 import itertools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -23,6 +23,8 @@ Array = NDArray[np.float64]
 
 # Of the grid of starts, so many are descended from besides the local minima.
 BEST_STARTS = 4
+# Parameters that differ by less than this share of their boxes lead to one minimum.
+SAME = 1e-4
 # Columns whose part apart from the others is longer than this are solved for at once.
 WELL_POSED = 1e-8
 # Keeps normal equations solvable where two columns of the basis are the same.
@@ -166,12 +168,12 @@ class Problem:
         q = state.orthonormal
         return out - q @ (q.T @ out)
 
-    def descend(self, state: State, enough: float = 1e-13) -> State:
+    def descend(self, state: State, enough: float = 1e-13, found: Sequence[State] = ()) -> State:
         """Levenberg-Marquardt on the residual vector, with parameters on their bounds held there.
 
         Bounds are an active set: a step that leaves the box is cut at its side, and a parameter
         stays there while the gradient points outwards. It ends with a step that takes less than a
-        share ``enough`` off the squares.
+        share ``enough`` off the squares, or near one of the minima that were ``found`` before.
         """
         damping = 1e-3
         rounding = len(self.loss) * np.finfo(float).eps ** 2
@@ -203,9 +205,12 @@ class Problem:
             state, damping = trial, max(damping / 10, 1e-15)
             if gain < enough:
                 return state
+            for other in found:
+                if (np.abs(state.theta - other.theta) <= SAME * (self.upper - self.lower)).all():
+                    return other
         return state
 
-    def minimum(self, near: Array | None = None) -> State:
+    def minimum(self, near: Array | None = None, enough: float = 1e-13) -> State:
         """The best state of descents from the law's grid of starts, and from ``near``.
 
         Started from are the grid points that no neighbour improves on, and, in a grid of more than
@@ -226,8 +231,10 @@ class Problem:
             lowest &= table[inner] < np.roll(table, 1, axis)[inner]
             lowest &= table[inner] <= np.roll(table, -1, axis)[inner]
         starts.update(np.flatnonzero(lowest))
-        chosen = [grid[start] for start in sorted(starts)] + ([] if near is None else [near])
-        found = (self.descend(self.project(theta)) for theta in chosen)
+        chosen = [grid[start] for start in sorted(starts, key=lambda start: squares[start])]
+        found: list[State] = []
+        for theta in chosen if near is None else [near, *chosen]:
+            found.append(self.descend(self.project(theta), enough, found))
         return min(found, key=lambda state: state.squares)
 
     def _squares(self, grid: Array) -> Array:

@@ -69,7 +69,7 @@ def describe(
         for base in map(str, own["base"].unique()):
             at = np.flatnonzero(own["base"] == base)
             place = (method, family, base, domain)
-            circles = means.xs(place).reindex(own["k"].iloc[at])
+            circles = pd.DataFrame(means.xs(place)).reindex(own["k"].iloc[at])
             shape, balanced = shapes[family, base]
             part = _design(circles, shape, balanced, (tau2 or {}).get(place))
             if part is None:
