@@ -152,7 +152,7 @@ class Study:
         told: list[Part] = []
         if setting.noise == "known" or setting.circular:
             loss = loss + SHARED * random.standard_normal() + OWN * random.standard_normal(points)
-            told = [Part(setting.documents)]
+            told = [Part(setting.documents, weigh=False)]
         else:
             loss = loss + ALONE * random.standard_normal(points)
         if setting.circular:
@@ -176,7 +176,7 @@ class Study:
 
     def fit(self, kept: np.ndarray, one_base: bool = False) -> Fit:
         at, k = self.setting.grid
-        parts = [Part(part.matrix[np.ix_(kept, kept)], part.freedom) for part in self.parts]
+        parts = [part.of(kept) for part in self.parts]
         known = self.setting.noise == "known"
         return fit(
             MERGING_FIXED_N if one_base else MERGING,

@@ -9,7 +9,8 @@ Patterson and Thompson 1971), and how well is carried into every interval by Sat
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,10 +30,18 @@ class Part:
     Attributes:
         matrix: (points, points), in nats^2.
         freedom: degrees of freedom that its scale was estimated with; infinite if it is exact.
+        weigh: whether points are weighed by it. Documents' errors are nearly one shift of all
+            points: a fit that weighs by them may leave the points, to where other documents would
+            put them. They widen intervals instead.
     """
 
     matrix: Array
     freedom: float = math.inf
+    weigh: bool = True
+
+    def of(self, kept: Any) -> "Part":
+        """The part of some of the points, by their indices or a mask."""
+        return replace(self, matrix=self.matrix[np.ix_(kept, kept)])
 
 
 @dataclass(frozen=True)
@@ -58,40 +67,48 @@ class Noise:
     variances: Array = field(default_factory=lambda: np.empty(0))
     uncertainty: Array = field(default_factory=lambda: np.empty((0, 0)))
 
-    def of(self, weights: Array | None, added: Array | float = 0.0) -> tuple[float, float]:
-        """Variance of weights . losses, and its degrees of freedom (Satterthwaite 1946).
+    def of(self, weights: Array, added: Array | float = 0.0) -> tuple[float, float, float]:
+        """Variance of weights . losses, by what points are weighed by and not, and its freedom.
+
+        The degrees of freedom are Satterthwaite's (1946).
 
         Args:
-            weights: (points,), how an estimate weighs the losses; None for points not weighed.
-            added: how many times each of the estimated variances comes on top.
+            weights: (points,), how an estimate weighs the losses.
+            added: how many times each of the estimated variances comes on top; of the freedom only.
         """
-        if weights is None or self.freedom == 0:
-            return math.nan, self.freedom
-        slopes = np.array([weights @ shape @ weights for shape in self.shapes]) + added
-        variance = float(slopes @ self.variances)
-        spread = float(slopes @ self.uncertainty @ slopes)
+        slopes = np.array([weights @ shape @ weights for shape in self.shapes])
+        weighed, beside, spread = float(slopes @ self.variances), 0.0, 0.0
         for part in self.parts:
             share = float(weights @ part.matrix @ weights)
-            variance += share
             spread += 2 * share**2 / part.freedom
-        return variance, max(2 * variance**2 / spread, 1.0) if spread > 0 else math.inf
+            weighed, beside = weighed + share * part.weigh, beside + share * (not part.weigh)
+        slopes = slopes + added
+        spread += float(slopes @ self.uncertainty @ slopes)
+        total = weighed + beside + float(np.sum(added * self.variances))
+        return weighed, beside, max(2 * total**2 / spread, 1.0) if spread > 0 else math.inf
 
 
-def pooled(parts: Sequence[Part]) -> list[Array]:
-    """The parts' matrices to weigh points with: those with few degrees of freedom get one scale.
+def weighing(parts: Sequence[Part], whole: bool = False) -> list[Array]:
+    """What points are weighed by: the parts' matrices, but for two kinds.
 
-    Weights that follow what three circles happened to differ by at each base would make every
-    estimate look better than it is. How uncertain it is, the parts themselves tell.
+    Those with few degrees of freedom get one scale: weights that follow what three circles happened
+    to differ by at each base would make every estimate look better than it is. Of those that are
+    not to be weighed by, what points do not share on average stays; all of it with ``whole``. How
+    uncertain an estimate is, the parts themselves tell.
     """
     rough = [part for part in parts if math.isfinite(part.freedom)]
     scale = sum(part.freedom * float(np.trace(part.matrix)) for part in rough)
     scale /= sum(part.freedom for part in rough) or 1.0
-    return [
-        part.matrix * (scale / float(np.trace(part.matrix)))
-        if math.isfinite(part.freedom) and part.matrix.any()
-        else part.matrix
-        for part in parts
-    ]
+    made = []
+    for part in parts:
+        matrix = part.matrix
+        if not part.weigh and not whole:
+            own = float(np.mean(np.diag(matrix)) - np.mean(matrix))
+            matrix = max(own, 0.0) * np.eye(len(matrix))
+        elif part.weigh and math.isfinite(part.freedom) and matrix.any():
+            matrix = matrix * (scale / float(np.trace(matrix)))
+        made.append(matrix)
+    return made
 
 
 def of_circles(means: Array, shape: Array) -> Part:

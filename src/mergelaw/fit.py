@@ -17,7 +17,7 @@ from numpy.typing import ArrayLike, NDArray
 from scipy.special import ndtri, stdtrit
 
 from mergelaw import diagnostics, profile
-from mergelaw.covariance import Noise, Part, deviance, pooled, restricted
+from mergelaw.covariance import Noise, Part, deviance, restricted, weighing
 from mergelaw.diagnostics import or_none
 from mergelaw.errors import MergelawError
 from mergelaw.law import Law
@@ -156,24 +156,28 @@ class Fit:
             )
         if _checked_of(of) == EXPERTS:
             values = [other[name] for other in self.without]
-            ends = self._jackknife(np.array(self.parameters[name]), np.array(values), level)
-            if ends is None:
+            jackknifed = self._jackknife(np.array(self.parameters[name]), np.array(values), level)
+            if jackknifed is None:
                 return None
             box = self.law.nonlinear.get(name, (-math.inf if name in self.law.signed else 0.0,))
             top = box[-1] if name in self.law.nonlinear else math.inf
-            return max(float(ends[0]), box[0]), min(float(ends[1]), top)
+            return max(float(jackknifed[0]), box[0]), min(float(jackknifed[1]), top)
         place = self.law.parameters.index(name)
-        threshold = self._threshold(level, np.eye(len(self.law.parameters))[place], True)
-        if threshold is None:
+        reach = self._reach(level, np.eye(len(self.law.parameters))[place], own=True)
+        if reach is None:
             return None
+        threshold, beside = reach
         problem, state = self._solution.problem, self._solution.state
         if name in self.law.nonlinear:
-            return profile.of_nonlinear(
-                problem, state, list(self.law.nonlinear).index(name), threshold
-            )
+            j = list(self.law.nonlinear).index(name)
+            ends = profile.of_nonlinear(problem, state, j, threshold)
+            low, high = _wider(ends, self.parameters[name], beside)
+            return max(low, problem.lower[j]), min(high, problem.upper[j])
         unit = np.eye(len(self.law.linear))[self.law.linear.index(name)]
-        low, high = profile.of_linear(problem, state, lambda _: unit, threshold)
-        return low * problem.size, high * problem.size
+        ends = profile.of_linear(problem, state, lambda _: unit, threshold)
+        ends = ends[0] * problem.size, ends[1] * problem.size
+        low, high = _wider(ends, self.parameters[name], beside)
+        return (low if name in self.law.signed else max(low, 0.0)), high
 
     def predict_interval(
         self, level: float = LEVEL, of: str = POOL, new: bool = False, **variables: ArrayLike
@@ -203,25 +207,14 @@ class Fit:
         return low, high
 
     def _predicted(self, at: Mapping[str, Any], level: float, new: bool) -> tuple[float, float]:
-        own = self._solution
-        vector = self._basis_at(at)
-        gradient = profile.gradient_of(own.state, vector)
-        threshold = self._threshold(level, gradient, added=new)
-        assert threshold is not None
-        ends = profile.of_linear(own.problem, own.state, vector, threshold)
-        low, high = (end * own.problem.size for end in ends)
-        if not new:
-            return low, high
-        # What a base has of its own is independent of what the fit is uncertain of.
+        own, vector = self._solution, self._basis_at(at)
+        reach = self._reach(level, profile.gradient_of(own.state, vector), new=new)
+        assert reach is not None
+        threshold, beside = reach
+        low, high = profile.of_linear(own.problem, own.state, vector, threshold)
         centre = float(np.real(vector(own.state.theta)) @ own.state.coefficients)
-        centre *= own.problem.size
-        missed = np.nan_to_num([self.misfit, self.scatter])
-        quantile = self._quantile(level, self._noise_of(gradient, added=True)[1])
-        reach = quantile**2 * float(missed @ missed)
-        return (
-            centre - math.sqrt((centre - low) ** 2 + reach),
-            centre + math.sqrt((high - centre) ** 2 + reach),
-        )
+        size = own.problem.size
+        return _wider((low * size, high * size), centre * size, beside)
 
     def _basis_at(self, at: Mapping[str, Any]) -> profile.Vector:
         def vector(theta: NDArray[Any]) -> NDArray[Any]:
@@ -234,10 +227,16 @@ class Fit:
         """Whether the interval of a predicted loss holds a value: one refit instead of many."""
         at = {name: float(np.asarray(v)) for name, v in variables.items()}
         own, vector = self._solution, self._basis_at(at)
-        threshold = self._threshold(level, profile.gradient_of(own.state, vector))
-        if threshold is None:
+        reach = self._reach(level, profile.gradient_of(own.state, vector))
+        if reach is None:
             raise MergelawError("the noise is unknown, and with it intervals: give standard errors")
-        return profile.holds(own.problem, own.state, vector, value / own.problem.size, threshold)
+        threshold, beside = reach
+        centre = float(self.predict(**variables))
+        far = (value - centre) ** 2 - beside**2
+        if far <= 0:
+            return True
+        nearer = centre + math.copysign(math.sqrt(far), value - centre)
+        return profile.holds(own.problem, own.state, vector, nearer / own.problem.size, threshold)
 
     @cached_property
     def intervals(self) -> dict[str, tuple[float, float]]:
@@ -264,49 +263,51 @@ class Fit:
     def freedom_of(self, name: str) -> float:
         """Degrees of freedom of a parameter's interval (Satterthwaite 1946)."""
         unit = np.eye(len(self.law.parameters))[self.law.parameters.index(name)]
-        return self._noise_of(unit, True)[1]
+        return self._noise_of(unit, own=True)[2]
 
     def _noise_of(
-        self, gradient: Array, own: bool = False, added: bool = False
-    ) -> tuple[float, float]:
-        """Variance of gradient . parameters over what the weights make of it, and its freedom.
+        self, gradient: Array, own: bool = False, new: bool = False
+    ) -> tuple[float, float, float]:
+        """How noisy gradient . parameters is.
 
         Args:
             gradient: of what is estimated, by all parameters, linear ones first.
             own: it is a parameter, that is not left out of it if it is on its bound.
-            added: what a base misses of the law comes on top; of the freedom only.
+            new: what a base misses of the law comes on top.
+
+        Returns:
+            Its variance over what the weights make of it; the variance beside, of what points are
+            not weighed by (nats^2); and the degrees of freedom of all.
         """
         noise, solution = self._solution.noise, self._solution
+        missed = float(np.sum(np.nan_to_num([self.misfit, self.scatter]) ** 2)) if new else 0.0
         if solution.problem.whitener is None:
-            return 1.0, noise.freedom
+            return 1.0, missed, noise.freedom
         used = solution.free | (gradient != 0) if own else solution.free
         tangent = solution.tangent[:, used]
         lengths = np.linalg.norm(tangent, axis=0)
         lengths[lengths == 0] = 1
         white = np.linalg.pinv(tangent / lengths).T @ (gradient[used] / lengths)
-        weights = solution.problem.whitener.T @ white * solution.problem.size
-        variance, freedom = noise.of(weights)
-        weighed = float(white @ white) * solution.problem.size**2
-        if added:
-            freedom = noise.of(weights, 1.0)[1]
-        return variance / weighed if weighed > 0 else 1.0, freedom
+        if own and gradient[len(self.law.linear) :].any():  # of a nonlinear one, per unit loss
+            white = white / solution.problem.size
+        weighed, beside, freedom = noise.of(
+            solution.problem.whitener.T @ white, 1.0 if new else 0.0
+        )
+        assumed = float(white @ white)
+        return weighed / assumed if assumed > 0 else 1.0, beside + missed, freedom
 
-    def _quantile(self, level: float, freedom: float) -> float:
-        _checked_level(level)
-        share = (1 + level) / 2
-        return float(ndtri(share) if math.isinf(freedom) else stdtrit(freedom, share))
-
-    def _threshold(
-        self, level: float, gradient: Array, own: bool = False, added: bool = False
-    ) -> float | None:
-        """Excess of the scaled squares at the ends of an interval."""
-        noise = self._solution.noise
+    def _reach(
+        self, level: float, gradient: Array, own: bool = False, new: bool = False
+    ) -> tuple[float, float] | None:
+        """Excess of the scaled squares at an interval's ends, and what comes beside; or None."""
+        noise, size = self._solution.noise, self._solution.problem.size
         _checked_level(level)
         if noise.freedom == 0:
             return None
-        inflated, freedom = self._noise_of(gradient, own, added)
-        quantile = self._quantile(level, freedom)
-        return quantile**2 * inflated * noise.variance / self._solution.problem.size**2
+        inflated, beside, freedom = self._noise_of(gradient, own, new)
+        share = (1 + level) / 2
+        quantile = float(ndtri(share) if math.isinf(freedom) else stdtrit(freedom, share))
+        return quantile**2 * inflated * noise.variance / size**2, quantile * math.sqrt(beside)
 
     # ---- diagnostics
 
@@ -363,7 +364,7 @@ class Fit:
             for name, box in law.nonlinear.items()
         }
         table = {name: values[kept] for name, values in self.variables.items()}
-        parts = [Part(part.matrix[np.ix_(kept, kept)], part.freedom) for part in own.given]
+        parts = [part.of(kept) for part in own.given]
         return fit(
             replace(law, nonlinear=starts),
             {**table, law.response: self.loss[kept]},
@@ -459,7 +460,7 @@ class _Solution:
     def known(self) -> Array:
         """All of the covariance that is not to be estimated."""
         count = len(self.residuals)
-        total = sum(pooled(self.given), np.zeros((count, count)))
+        total = sum(weighing(self.given), np.zeros((count, count)))
         if self.misfit:
             total = total + self.misfit**2 * np.eye(count)
         base = _same_base(self.problem.variables)
@@ -523,7 +524,7 @@ def fit(
     # One order of the points, whatever the table's: sums of floats then have one value.
     order = np.lexsort((loss, *reversed(variables.values())))
     ordered, sorted_variables = loss[order], {n: v[order] for n, v in variables.items()}
-    parts = tuple(Part(part.matrix[np.ix_(order, order)], part.freedom) for part in given)
+    parts = tuple(part.of(order) for part in given)
     problem, state, noise, estimated = _solve(
         law, sorted_variables, ordered, parts, misfit, scatter
     )
@@ -599,14 +600,16 @@ def _solve(
         even, estimated = True, estimated[:-1]  # losses without any noise
     if even:  # equal errors are no weights
         return plain, state, _even_noise(plain, state, misfit, enough), estimated
-    total = sum(pooled(known), np.zeros((points, points)))
+    none = np.zeros((points, points))
+    total, whole = sum(weighing(known), none), sum(weighing(known, whole=True), none)
     # A point without any error would have infinite weight.
-    total = total + max(least**2, SINGULAR * float(np.trace(total)) / points) * np.eye(points)
+    little = max(least**2, SINGULAR * float(np.trace(total)) / points) * np.eye(points)
+    total, whole = total + little, whole + little
     problem, variances, spread = Problem(law, variables, loss, total), np.zeros(0), np.zeros((0, 0))
     for _ in range(ROUNDS if estimated else 0):
         near = plain.project(state.theta)
         tangent = plain.tangent(near)[:, _free(plain, near)]
-        variances, spread = restricted(near.residuals * plain.size, tangent, total, estimated)
+        variances, spread = restricted(near.residuals * plain.size, tangent, whole, estimated)
         weighed = total
         for shape, variance in zip(estimated, variances, strict=True):
             weighed = weighed + variance * (np.eye(points) if shape is None else shape)
@@ -704,6 +707,15 @@ def _parts(
         if not np.allclose(matrix, matrix.T) or least < -1e-9 * np.abs(matrix).max():
             raise MergelawError("covariance is not symmetric with eigenvalues >= 0: correct it")
     return tuple(part for part in parts if part.matrix.any())
+
+
+def _wider(ends: tuple[float, float], centre: float, beside: float) -> tuple[float, float]:
+    """An interval with an independent error beside what it was found from."""
+    low, high = ends
+    return (
+        centre - math.hypot(centre - low, beside),
+        centre + math.hypot(high - centre, beside),
+    )
 
 
 def _checked_of(of: str) -> str:

@@ -154,7 +154,7 @@ def _fit(law: Law, group: pd.DataFrame) -> Fit:
         documents, design = (
             np.vstack(group[name].to_list())[:, at] for name in ("documents", "design")
         )
-        parts = [Part(documents)]
+        parts = [Part(documents, weigh=False)]
         for _, own in group.groupby("base"):
             # The design's errors of different bases are independent, each known so well.
             place = group.index.get_indexer(own.index)
@@ -226,11 +226,17 @@ def _pools(rows: pd.DataFrame) -> dict[tuple[str, str, str], int]:
     return dict(Counter(experts[place].itertuples(index=False, name=None)))
 
 
-def write_fits(rows: pd.DataFrame, output: Path, missing: list[str]) -> dict[str, Any]:
+def write_fits(
+    rows: pd.DataFrame,
+    output: Path,
+    missing: list[str],
+    documents: Iterable[pd.DataFrame] = (),
+    tau2: Tau2 | None = None,
+) -> dict[str, Any]:
     """Fit a study and write it, as ``write`` does.
 
     Args:
-        rows: evaluation rows, as ``fit_study`` takes them.
+        rows, documents, tau2: as ``fit_study`` takes them.
         output: the folder to write into; made if it is not there.
         missing: shards of the plan that could not be read, for people to know.
 
@@ -240,7 +246,7 @@ def write_fits(rows: pd.DataFrame, output: Path, missing: list[str]) -> dict[str
     Raises:
         MergelawError: as ``fit_study``.
     """
-    return write(fit_study(rows), output, missing)
+    return write(fit_study(rows, documents, tau2), output, missing)
 
 
 def write(study: StudyFits, output: Path, missing: list[str]) -> dict[str, Any]:

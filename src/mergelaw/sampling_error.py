@@ -17,6 +17,8 @@ from mergelaw.points import CIRCLE, MACRO, POINT
 
 GROUP = ["method", "family", "domain"]
 PLACE = ["method", "family", "base", "domain"]
+# Columns with a list in each place.
+WIDE = ("documents", "design", "without")
 # (method, family, base, domain) to tau^2, the scale of the pair part (``sampling``)
 Tau2 = Mapping[tuple[str, str, str, str], float]
 
