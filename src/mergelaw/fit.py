@@ -294,7 +294,9 @@ class Fit:
             solution.problem.whitener.T @ white, 1.0 if new else 0.0
         )
         assumed = float(white @ white)
-        return weighed / assumed if assumed > 0 else 1.0, beside + missed, freedom
+        # Rounding may leave variances of nothing below 0.
+        ratio = max(weighed, 0.0) / assumed if assumed > 0 else 1.0
+        return ratio, max(beside, 0.0) + missed, freedom
 
     def _reach(
         self, level: float, gradient: Array, own: bool = False, new: bool = False
