@@ -199,9 +199,8 @@ def expert(
             raise MergelawError("expert: training needs --base and --corpus")
         prepare_torch(threads)
         settings = config.Training.model_validate(own["training"])
-        return training.fine_tune(
-            settings, own["seed"], base, named(corpora), folder, state, save_every
-        )
+        fine_tune = training.trainers()[settings.trainer]
+        return fine_tune(settings, own["seed"], base, named(corpora), folder, state, save_every)
 
     inputs = ({"base": base} if base else {}) | inputs_of("corpus", named(corpora or []))
     make(output, "expert", own, inputs, work)

@@ -8,7 +8,7 @@ same number of threads).
 import json
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -187,6 +187,13 @@ def fine_tune(
         "long_documents": encoded.long_documents,
         "dropped_tokens": encoded.dropped_tokens,
     }
+
+
+def trainers() -> dict[str, Callable[..., dict[str, Any]]]:
+    """What fine-tunes an expert, by the name of the configuration; all take the same arguments."""
+    from mergelaw import openrlhf
+
+    return {"trl": fine_tune, "openrlhf": openrlhf.fine_tune}
 
 
 def load(folder: Path, dtype: str, device_map: Any = None) -> Any:
