@@ -8,6 +8,7 @@ what it has, launches torchrun there (on every node of a SLURM job), and takes t
 import json
 import os
 import random
+import shlex
 import shutil
 import signal
 import subprocess
@@ -30,7 +31,14 @@ INSTALL = f"install openrlhf=={VERSION} there, as envs/openrlhf.yaml does"
 
 # Files of a run, in its folder of state. OpenRLHF splits a dataset's path at "," and "@", which
 # ours have, so it runs in that folder and every path is relative.
-MODEL, DATA, STATES, OUTPUT, MERGED, LOG = "model", "data.jsonl", "states", "output", "merged", "log"
+MODEL, DATA, STATES, OUTPUT, MERGED, LOG = (
+    "model",
+    "data.jsonl",
+    "states",
+    "output",
+    "merged",
+    "log",
+)
 SAMPLE = 64  # documents on which both tokenizers are compared
 STATES_SAVED = 10  # in a training; OpenRLHF counts steps, not seconds
 
@@ -217,10 +225,14 @@ def environment(python: str) -> dict[str, str]:
 def ask(python: str, what: str, question: dict[str, Any], folder: Path) -> dict[str, Any]:
     """An answer of ``openrlhf_inside``, run by the other interpreter in ``folder``."""
     program = Path(__file__).with_name("openrlhf_inside.py").read_text(encoding="utf-8")
-    words = [python, "-c", program, what, json.dumps(question)]
     try:
         run = subprocess.run(
-            words, cwd=folder, env=environment(python), stdout=subprocess.PIPE, text=True
+            [python, "-c", program, what],
+            input=json.dumps(question),  # sampled documents have no room on a command line
+            cwd=folder,
+            env=environment(python),
+            stdout=subprocess.PIPE,
+            text=True,
         )
         return json.loads(run.stdout.strip().splitlines()[-1])
     except (OSError, ValueError, IndexError):
@@ -330,14 +342,13 @@ def encoded(tokenizer: Any, documents: Sequence[corpus.Document]) -> Iterator[An
 
 
 def write_data(path: Path, rows: list[dict[str, str]], count: int, seed: int) -> None:
-    """``count`` rows: all in their order, or as many as are wanted, in orders drawn by ``seed``."""
-    rng, order = random.Random(seed), list(range(len(rows)))
-    while len(order) < count or (count < len(rows) and order == sorted(order)):
-        more = list(range(len(rows)))
-        rng.shuffle(more)
-        order = more if count <= len(rows) else order + more
+    """``count`` rows: each once, in their order, or as often as it takes, in orders by lot."""
+    order, rng = list(range(len(rows))), random.Random(seed)
+    if count != len(rows):
+        passes = [rng.sample(order, len(order)) for _ in range(ceil(count / len(rows)))]
+        order = [place for one in passes for place in one][:count]
     with path.open("w", encoding="utf-8") as file:
-        for place in order[:count]:
+        for place in order:
             file.write(json.dumps(rows[place]) + "\n")
 
 
@@ -440,7 +451,7 @@ def fine_tune(
         "dropped_documents": made.dropped_documents,
         "dropped_tokens": made.dropped_tokens,
         "other_tokens": different,
-        "command": words,
+        "command": shlex.join(words),
         "trainer_versions": versions,
     }
 

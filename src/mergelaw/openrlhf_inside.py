@@ -1,5 +1,5 @@
-"""What is asked of the interpreter that OpenRLHF is installed for, in its own words: JSON in, JSON
-out on the last line. It runs there as a text, so it imports nothing of mergelaw.
+"""What is asked of the interpreter that OpenRLHF is installed for: JSON on stdin, JSON on the last
+line of stdout. It runs there as a text, so it imports nothing of mergelaw.
 
     versions    of the packages that make a training; imports nothing
     machine     whether OpenRLHF can be imported, which GPUs it sees, how its tokenizer cuts texts
@@ -11,7 +11,16 @@ import sys
 from importlib import import_module, metadata
 from pathlib import Path
 
-PACKAGES = "openrlhf deepspeed transformers torch flash-attn ring-flash-attn peft datasets".split()
+PACKAGES = (
+    "openrlhf",
+    "deepspeed",
+    "transformers",
+    "torch",
+    "flash-attn",
+    "ring-flash-attn",
+    "peft",
+    "datasets",
+)
 
 
 def versions() -> dict:
@@ -48,7 +57,7 @@ def losses(question: dict) -> dict:
     """By step; a training that was resumed has logged some steps twice, the last counts."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    found = {}
+    found: dict[int, float] = {}
     for path in sorted(Path(question["log"]).rglob("events.*"), key=lambda p: p.stat().st_mtime):
         events = EventAccumulator(str(path)).Reload()
         if "train/loss_mean" in events.Tags()["scalars"]:
@@ -57,6 +66,6 @@ def losses(question: dict) -> dict:
 
 
 if __name__ == "__main__":
-    asked = json.loads(sys.argv[2])
+    asked = json.load(sys.stdin)
     told = {"versions": lambda _: versions(), "machine": machine, "losses": losses}[sys.argv[1]]
     print(json.dumps(told(asked)))
