@@ -360,7 +360,9 @@ def stage_model(base: Path, folder: Path, end: str | None) -> None:
     """
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
-    training.link(base, folder)
+    for source in base.iterdir():
+        if source.name in COMPANIONS or source.suffix == ".safetensors" or source.name == INDEX:
+            (folder / source.name).symlink_to(source.resolve())
     changes: dict[str, dict[str, Any]] = {
         "config.json": {},
         "tokenizer_config.json": {"eos_token": end} if end else {},
@@ -440,12 +442,11 @@ def fine_tune(
     losses = ask(python, "losses", {"log": LOG}, state)["losses"]
     return {
         "steps": count,
-        "train_loss": sum(loss for _, loss in losses) / len(losses) if losses else None,
         "resumed_at_step": resumed,
         "device": machine.device,
         "nodes": machine.nodes,
         "gpus": machine.gpus,
-        "losses": losses,
+        **training.curve(losses),
         "documents": len(made.rows),
         "long_documents": made.long_documents,
         "dropped_documents": made.dropped_documents,

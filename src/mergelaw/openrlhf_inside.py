@@ -54,7 +54,8 @@ def machine(question: dict) -> dict:
 
 
 def losses(question: dict) -> dict:
-    """By step; a training that was resumed has logged some steps twice, the last counts."""
+    """By step, as the first process counts them. A resumed training has logged some steps twice, of
+    which the last counts, and may lack some before the kill."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     found: dict[int, float] = {}
