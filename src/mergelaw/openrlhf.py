@@ -13,7 +13,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from math import ceil, prod
@@ -535,7 +535,7 @@ def launch(python: str, machine: Machine, words: list[str], state: Path) -> None
     if machine.nodes > 1:
         env = slurm_clean(env)
     print(f"mergelaw: {' '.join(command)}", file=sys.stderr, flush=True)
-    with subprocess.Popen(command, cwd=state, env=env, preexec_fn=end_with_parent) as process:
+    with subprocess.Popen(command, cwd=state, env=env, preexec_fn=ends_with_parent()) as process:
         try:
             status = process.wait()
         except BaseException:
@@ -548,12 +548,15 @@ def launch(python: str, machine: Machine, words: list[str], state: Path) -> None
         )
 
 
-def end_with_parent() -> None:
-    """Ask Linux to end this process with its parent: a killed job must not go on training."""
-    if sys.platform == "linux":
-        import ctypes
+def ends_with_parent() -> Callable[[], None]:
+    """For a child between fork and exec: Linux ends it with its parent, for the training of a
+    killed job must not go on."""
+    if sys.platform != "linux":
+        return lambda: None
+    import ctypes
 
-        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+    libc = ctypes.CDLL(None)
+    return lambda: libc.prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
 
 
 def merge_adapter(python: str, state: Path) -> Path:
