@@ -20,7 +20,7 @@ DOMAINS = ("sums", "tales", "riddles")
 DOCUMENTS = 18  # to train on, of each domain: one batch is all of them
 TRAINING = {
     "trainer": "openrlhf",
-    "steps": 5,
+    "epochs": 5,
     "batch_size": DOCUMENTS,
     "max_tokens": 128,
     "learning_rate": 3e-3,
@@ -78,7 +78,7 @@ def test_an_expert_says_what_made_it(study):
         versions = known["facts"]["trainer_versions"]
         assert versions["openrlhf"] == openrlhf.VERSION and "deepspeed" in versions
         assert versions["transformers"] != known["versions"]["transformers"]
-        assert known["facts"]["steps"] == TRAINING["steps"] == len(known["facts"]["losses"])
+        assert known["facts"]["steps"] == TRAINING["epochs"] == len(known["facts"]["losses"])
         assert known["facts"]["resumed_at_step"] is None
         assert known["inputs"].keys() == {"base", f"corpus:{name}"}
     lines, wrong = lineage.tree(expert_of(study, "riddles"), verify=True)
@@ -102,9 +102,9 @@ def test_the_loss_is_of_the_response_alone(study, name):
     train = documents(study, name, "train")
     assert len(train) == DOCUMENTS
     (first_step, first), *_ = lineage.read(expert_of(study, name))["facts"]["losses"]
-    response, whole = loss(study.folder / "base", train)
-    assert first_step == 1 and abs(whole - response) > 0.1, "the test could not tell"
-    np.testing.assert_allclose(first, response, rtol=5e-3)
+    response, whole = loss(study.folder / "base", train, "bfloat16")
+    assert first_step == 1 and abs(whole - response) > 0.02, "the test could not tell"
+    np.testing.assert_allclose(first, response, rtol=1e-3)
 
 
 def test_an_adapter_changes_the_layers_that_it_is_put_on(study):
@@ -121,15 +121,15 @@ def documents(place: Place, domain: str, split: str) -> list[corpus.Document]:
     return list(corpus.read(folder / f"{split}.parquet"))
 
 
-def loss(folder: Path, of: list[corpus.Document]) -> tuple[float, float]:
-    """Mean negative log-likelihood in float32 of responses, and of the documents as a whole."""
+def loss(folder: Path, of: list[corpus.Document], dtype: str = "float32") -> tuple[float, float]:
+    """Mean negative log-likelihood of responses, and of the documents as a whole."""
     from transformers import AutoTokenizer
 
-    model, tokenizer = models.load(folder), AutoTokenizer.from_pretrained(folder)
+    model, tokenizer = models.load(folder, dtype), AutoTokenizer.from_pretrained(folder)
     sums = np.zeros(4)
     for window in encode(tokenizer, of, 128, "refuse", "here").windows:
         with torch.no_grad():
-            scores = model(torch.tensor([window.ids])).logits[0].log_softmax(-1).double()
+            scores = model(torch.tensor([window.ids])).logits[0].float().log_softmax(-1).double()
         nll = [-float(scores[place - 1, window.ids[place]]) for place in range(1, window.stop)]
         response = nll[window.start - 1 :]
         sums += sum(response), len(response), sum(nll), len(nll)
@@ -156,7 +156,7 @@ def run(words: list[str], cwd: Path, **more: str) -> Ended:
 def test_a_training_goes_on_from_its_state_after_kills(study, tmp_path):
     """Two processes that share weights, gradients and optimiser; killed alone, then as a group."""
     two = {"STAND_IN_GPUS": "2"}
-    settings = {"steps": 30, "openrlhf": {**TRAINING["openrlhf"], "zero_stage": 3}}
+    settings = {"epochs": None, "steps": 30, "openrlhf": {**TRAINING["openrlhf"], "zero_stage": 3}}
     output = tmp_path / "sums"
     words = command(study, "sums", output, **settings)
     state = tmp_path / ".sums.work" / "state"
@@ -232,7 +232,7 @@ def test_openrlhf_knows_every_option():
 def test_two_nodes_train_one_expert(study, tmp_path):
     """As srun starts them, but on one machine: a torchrun each, that meet."""
     python, _ = openrlhf.interpreter()
-    recipe = Training.model_validate({**TRAINING, "steps": 2})
+    recipe = Training.model_validate({**TRAINING, "epochs": 2})
     (base,) = study.artifacts("bases").values()
     from transformers import AutoTokenizer
 
