@@ -244,14 +244,16 @@ def ask(python: str, what: str, question: dict[str, Any], folder: Path) -> dict[
 def slurm_nodes(environ: Mapping[str, str]) -> tuple[int, str, str]:
     """(nodes, job id, this node) of the SLURM job that this runs in; one node outside of any."""
     job, host = environ.get("SLURM_JOB_ID", ""), os.uname().nodename
-    if not job or not shutil.which("squeue"):
+    if not job:
         return 1, "0", host
-    # A job step's own variables tell the step's nodes, which are fewer.
-    run = subprocess.run(
-        ["squeue", "--noheader", "--jobs", job, "--format=%D"], capture_output=True, text=True
-    )
-    found = run.stdout.strip()
-    return int(found) if found.isdigit() else 1, job, environ.get("SLURMD_NODENAME", host)
+    found = environ.get("SLURM_JOB_NUM_NODES", "1")
+    if shutil.which(
+        "squeue"
+    ):  # in a job step the variable may tell the step's nodes, which are fewer
+        words = ["squeue", "--noheader", "--jobs", job, "--format=%D"]
+        told = subprocess.run(words, capture_output=True, text=True).stdout.strip()
+        found = told if told.isdigit() else found
+    return int(found), job, environ.get("SLURMD_NODENAME", host)
 
 
 def slurm_clean(environ: Mapping[str, str]) -> dict[str, str]:
@@ -284,6 +286,8 @@ def texts(
     A response ends with its end-of-turn token, for OpenRLHF would add one of its own. It replaces
     the last token of what it cuts by that, and leaves out a document whose prompt fills the window.
     """
+    if not documents:
+        raise MergelawError(f"{where}: there are none; give their domains some")
     kinds = {document.messages is None for document in documents}
     if len(kinds) > 1:
         raise MergelawError(
@@ -291,7 +295,7 @@ def texts(
             "time, so give them to experts of their own or use 'trainer: trl'"
         )
     made = Texts([], kinds.pop(), None, [])
-    ends = set()
+    ends, special = set(), set(tokenizer.all_special_ids)
     for document, pair, (prompt, rest, scored) in encoded(tokenizer, documents):
         size = len(prompt) + len(rest)
         if size > recipe.max_tokens:
@@ -307,7 +311,7 @@ def texts(
             continue
         else:
             end = tokenizer.convert_ids_to_tokens(rest[scored - 1])
-            if rest[scored - 1] not in tokenizer.all_special_ids or end not in pair[1]:
+            if rest[scored - 1] not in special or end not in pair[1]:
                 raise MergelawError(
                     f"{where}: the chat template ends a response with no special token, and "
                     "OpenRLHF adds one; mend the template or use 'trainer: trl'"

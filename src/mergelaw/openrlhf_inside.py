@@ -43,14 +43,14 @@ def machine(question: dict) -> dict:
     from transformers import AutoTokenizer
 
     gpus = torch.cuda.device_count()
-    free = [torch.cuda.mem_get_info(device)[1] for device in range(gpus)]
+    memory = [torch.cuda.mem_get_info(device)[1] for device in range(gpus)]
     tokenizer = AutoTokenizer.from_pretrained(question["model"])
     ids = [
         tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
         for text in question["texts"]
     ]
     name = torch.cuda.get_device_name(0) if gpus else "cpu"
-    return {"gpus": gpus, "memory": min(free, default=0), "device": name, "ids": ids}
+    return {"gpus": gpus, "memory": min(memory, default=0), "device": name, "ids": ids}
 
 
 def losses(question: dict) -> dict:

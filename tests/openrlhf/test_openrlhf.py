@@ -262,6 +262,19 @@ def test_two_nodes_train_one_expert(study, tmp_path):
 # Bad input: one line, before time is spent, nothing half-written
 
 
+def test_a_workflow_does_not_begin_without_its_trainer(study, tmp_path):
+    place = Place(tmp_path, study.config)
+    (line,) = place.snakemake(MERGELAW_OPENRLHF_PYTHON="").errors()
+    assert line.startswith(
+        "MERGELAW_OPENRLHF_PYTHON is not set; name the Python of the environment"
+    )
+    named = ("--config", "openrlhf_python=/nowhere/bin/python")  # as a profile does
+    (line,) = place.snakemake(*named).errors()
+    assert line.startswith("MERGELAW_OPENRLHF_PYTHON: /nowhere/bin/python: no such program")
+    assert not list(place.results.rglob("lineage.json"))
+    assert study.planned(MERGELAW_OPENRLHF_PYTHON="") == {}, "it has nothing to train"
+
+
 @pytest.mark.parametrize(
     ("changes", "more", "said"),
     [
