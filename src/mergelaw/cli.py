@@ -167,15 +167,16 @@ def base(
 
 def ready_made(checkpoint: dict[str, Any], sources: dict[str, Any], folder: Path) -> dict[str, Any]:
     """Link a checkpoint from outside into ``folder``, after it was found to be the one meant."""
-    from mergelaw import training
+    from mergelaw.checkpoint import link, locate
 
-    source = training.locate(sources)
-    training.link(source, folder)
+    source = locate(sources)
+    link(source, folder)
     for name, known in checkpoint.get("files", {}).items():
         path = folder / name
         if path.exists() and lineage.file_digest(path) != known:
             raise MergelawError(f"{source / name}: changed since the run began; run again")
-    return {"sources": [keys.canonical_json(sources)]}
+    commit = {"commit": source.name} if "hub" in sources else {}  # the revision may be a branch
+    return {"sources": [keys.canonical_json(sources | commit)]}
 
 
 @app.command()
@@ -212,15 +213,18 @@ def task_vector(
     base: Annotated[Path, typer.Option(help="the base")],
     expert: Annotated[Path, typer.Option(help="the expert")],
     output: Output,
+    recipe: Recipe = "{}",
 ) -> None:
     """Subtract a base from its expert, without loss."""
     from mergelaw import task_vector as stage
 
+    own, how = split(recipe_of(recipe))
+
     def work(folder: Path, state: Path) -> dict[str, Any]:
         prepare_torch(1)
-        return stage.write(base, expert, folder)
+        return stage.write(base, expert, folder, **how, **own)
 
-    make(output, "task_vector", {}, {"base": base, "expert": expert}, work)
+    make(output, "task_vector", own, {"base": base, "expert": expert}, work)
 
 
 @app.command("sample")

@@ -139,7 +139,7 @@ def check_revision(hub: str | None, revision: str | None) -> None:
 
 
 class Checkpoint(Model):
-    """A model as the world has it: exactly one of `path` and `hub`."""
+    """A model, or a LoRA adapter, as the world has it: exactly one of `path` and `hub`."""
 
     path: str | None = Field(None, description="a local Hugging Face folder")
     hub: str | None = Field(None, description="a model id of the Hugging Face hub")
@@ -334,6 +334,15 @@ class Config(Model):
     )
     baselines: dict[Name, Expert] = Field(
         {}, description="models outside the pool, evaluated alone: a multitask model, say"
+    )
+    vocabulary: Literal["refuse", "common_rows"] = Field(
+        "refuse",
+        description="an expert with another number of tokens: refused, or merged in the rows that "
+        "it and its base have",
+    )
+    storage: Literal["materialised", "derived"] = Field(
+        "materialised",
+        description="task vectors: kept as files, or subtracted again whenever they are needed",
     )
     methods: dict[Name, AnyMethod] = Field(min_length=1, description="merge methods by name")
     sampling: Sampling = Field(Sampling(), description="which subsets are merged")

@@ -11,7 +11,7 @@ from mergelaw.config import BASELINES
 from mergelaw.errors import MergelawError
 from mergelaw.merge import Merger
 from mergelaw.methods import method_of
-from mergelaw.task_vector import TaskVector
+from mergelaw.task_vector import TaskVector, digest_of
 
 ROWS = "cells.parquet"
 PROGRESS_SECONDS = 10
@@ -41,8 +41,8 @@ def evaluate(
         done = _measure(recipe, missing, base, vectors, corpora, store, name)
         known |= done
         facts |= {"measured": len(done), "seconds": round(time.perf_counter() - started, 3)}
-    lineages = {name: lineage.read(path) for name, path in vectors.items()}
-    _write_rows(recipe, wanted, known, lineage.read(base), lineages, output)
+    digests = {name: digest_of(path) for name, path in vectors.items()}
+    _write_rows(recipe, wanted, known, lineage.read(base)["digest"], digests, output)
     return facts | {"tokens": sum(known[c["cell"]]["tokens"] for c in wanted if c["cell"] in known)}
 
 
@@ -55,7 +55,7 @@ def _cells(
 ) -> list[dict[str, Any]]:
     """The shard's cells: where each stands in the plan, and its identity."""
     base_digest = lineage.read(base)["digest"]
-    digests = {name: lineage.read(path)["digest"] for name, path in vectors.items()}
+    digests = {name: digest_of(path) for name, path in vectors.items()}
     sets = {domain: lineage.read(path)["files"]["eval.parquet"] for domain, path in corpora.items()}
     wanted = []
     for k, replicate, place, experts in subsets:
@@ -224,8 +224,8 @@ def _write_rows(
     recipe: Mapping[str, Any],
     wanted: Sequence[Mapping[str, Any]],
     known: Mapping[str, Mapping[str, Any]],
-    base: Mapping[str, Any],
-    vectors: Mapping[str, Mapping[str, Any]],
+    base: str,
+    vectors: Mapping[str, str],
     output: Path,
 ) -> None:
     import math
@@ -275,8 +275,8 @@ def _write_rows(
                 "device": found["device"],
                 "threads": found["threads"],
                 "cell": cell["cell"],
-                "base_digest": base["digest"],
-                "vector_digests": [vectors[expert]["digest"] for expert in cell["experts"]],
+                "base_digest": base,
+                "vector_digests": [vectors[expert] for expert in cell["experts"]],
             }
         )
     table = pd.DataFrame(rows).astype({"N_nominal": "float64"})

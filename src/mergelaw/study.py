@@ -10,6 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from mergelaw.checkpoint import files
 from mergelaw.config import BASELINES, Checkpoint, Config, Expert, Source
 from mergelaw.corpus import source_identity
 from mergelaw.errors import MergelawError
@@ -85,10 +86,13 @@ class Study:
         folder = Path(checkpoint.path or "")
         if not folder.is_dir():
             raise MergelawError(f"{folder}: no such folder; give a local Hugging Face checkpoint")
-        files = sorted(str(path) for path in folder.iterdir() if path.is_file())
-        if not files:
-            raise MergelawError(f"{folder}: is empty; give a local Hugging Face checkpoint")
-        identity = source_identity({"files": files}, self._cache)["files"]
+        names = files(folder)
+        if not names:
+            raise MergelawError(
+                f"{folder}: holds no model; give a local Hugging Face checkpoint or LoRA adapter"
+            )
+        paths = [str(folder / name) for name in names]
+        identity = source_identity({"files": paths}, self._cache)["files"]
         return {"files": {Path(name).name: value for name, value in identity}}
 
     # -- stages --------------------------------------------------------------------------------
@@ -169,11 +173,17 @@ class Study:
 
     @cached_property
     def task_vectors(self) -> dict[tuple[str, str, int], Artifact]:
+        # Only what differs from the default, so that it leaves other keys alone. How a vector is
+        # kept is no part of what it is.
+        vocabulary, storage = self.config.vocabulary, self.config.storage
+        recipe = {"vocabulary": vocabulary} if vocabulary != "refuse" else {}
+        how = {"storage": storage} if storage != "materialised" else {}
         return {
             (base, name, seed): Artifact(
                 "task_vector",
                 expert.name.replace("experts/", "task_vectors/", 1),
-                {},
+                recipe,
+                how,
                 inputs={"base": self.bases[base], "expert": expert},
             )
             for (base, name, seed), expert in self.experts.items()
