@@ -91,7 +91,9 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
         )
     other = sorted(key for key, value in config.items() if value and key not in KNOWN)
     if other:
-        raise MergelawError(f"{folder}: is a LoRA adapter with {other[0]}, not a plain one; {advice}")
+        raise MergelawError(
+            f"{folder}: is a LoRA adapter with {other[0]}, not a plain one; {advice}"
+        )
     if not (Path(folder) / ADAPTER_WEIGHTS).is_file():
         raise MergelawError(f"{folder / ADAPTER_WEIGHTS}: no such file{pickled(folder)}")
     return config
@@ -159,9 +161,12 @@ class Adapter:
             )
         shapes = [self._shape(key) for key in factors.values()]
         kinds = {self._file.get_slice(key).get_dtype() for key in factors.values()}
-        (left, right) = self._sides(name) if all(len(s) == 2 for s in shapes) else (None, None)
-        product = (left.shape[0], right.shape[1]) if left is not None else None
-        if product != self._base.shape(name) or left.shape[1] != right.shape[0]:
+        fits = all(len(shape) == 2 for shape in shapes)
+        if fits:
+            left, right = self._sides(name)
+            product = (left.shape[0], right.shape[1])
+            fits = product == self._base.shape(name) and left.shape[1] == right.shape[0]
+        if not fits:
             raise MergelawError(
                 f"{self.folder}: its factors {' and '.join(str(list(s)) for s in shapes)} give no "
                 f"tensor {name!r} of {list(self._base.shape(name))}; give an adapter of this base"

@@ -152,7 +152,9 @@ def test_an_adapter_is_merged_as_the_expert_that_it_makes(tmp_path, bases):
     base = bases["untied"]
     adapter = write_adapter(base, tmp_path / "adapter", **ADAPTERS["alpha over r"][1])
     theirs = {n: t for n, t in merged_by_peft(base, adapter).items()}
-    whole = models.write_tensors(tmp_path / "whole", theirs, json.loads((base / "config.json").read_text()))
+    whole = models.write_tensors(
+        tmp_path / "whole", theirs, json.loads((base / "config.json").read_text())
+    )
     for recipe in ({"method": "ties", "density": 0.05, "trim": "global"}, {"method": "average"}):
         made = []
         for number, expert in enumerate((adapter, whole)):
