@@ -191,7 +191,7 @@ class Study:
 
     def _drawn_from(self, base: str) -> dict[str, Any]:
         """What ``sample`` draws a base's subsets from."""
-        design = self.config.sampling.model_dump(exclude={"merges_per_shard"})
+        design = self.config.sampling_of(base).model_dump(exclude={"merges_per_shard"})
         return {"experts": list(self.config.pool()), "base": base, **design}
 
     def subsets(self, base: str) -> list[Subset]:
@@ -216,20 +216,20 @@ class Study:
 
     def shards(self, base: str) -> list[list[list[Any]]]:
         """The plan's rows, cut by rank."""
-        size, rows = self.config.sampling.merges_per_shard, self._subsets[base]
+        size, rows = self.config.sampling_of(base).merges_per_shard, self._subsets[base]
         return [rows[start : start + size] for start in range(0, len(rows), size)]
 
     @cached_property
     def evals(self) -> dict[tuple[str, str, int, int], Artifact]:
         """By (base, method, training seed, shard)."""
         config, made = self.config, {}
-        size = config.sampling.merges_per_shard
         domains = {name: domain.held_out for name, domain in config.domains.items()}
         evaluation = config.evaluation.model_dump()
         methods = {n: m.model_dump(by_alias=True) for n, m in config.methods.items()}
         single = Average().model_dump(by_alias=True)
         corpora = keyed("corpus", self.corpora)
         for base in config.bases:
+            size = config.sampling_of(base).merges_per_shard
             baselines = [[1, -1, -1, [name]] for name in config.baselines]
             plans = {method: (recipe, self.shards(base)) for method, recipe in methods.items()}
             if baselines:
