@@ -6,7 +6,6 @@ second node is declared and never started: its partition has no GPU. Needs root,
 and /etc/slurm/slurm.conf, for the jobs' inner srun reads no other.
 """
 
-import json
 import os
 import secrets
 import shutil
@@ -14,7 +13,6 @@ import signal
 import socket
 import subprocess
 import time
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
