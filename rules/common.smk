@@ -7,6 +7,7 @@ import tempfile
 from pathlib import Path
 
 from mergelaw import config as mergelaw_config
+from mergelaw import resources, slurm
 from mergelaw.errors import MergelawError
 from mergelaw.lineage import only_run
 from mergelaw.study import Study
@@ -16,6 +17,14 @@ try:
         mergelaw_config.read(path)  # Snakemake's own reader lets a key be given twice
     study = Study(mergelaw_config.parse(dict(config), " + ".join(map(str, workflow.configfiles))))
     study.by_path
+    # What nodes have, as the profile says; nothing, where everything runs on this machine.
+    given = workflow.resource_settings.default_resources or {}
+    hardware = resources.Hardware.of({n: getattr(v, "raw", v) for n, v in given.items()})
+    to_come = []
+    if hardware and workflow.is_main_process:
+        missing = [artifact for artifact in study.by_path.values() if not study.made(artifact)]
+        to_come = [resources.need_of(study, artifact) for artifact in missing]
+        resources.check(to_come, hardware)
 except MergelawError as error:
     sys.exit(f"mergelaw: error: {error}")
 
@@ -73,10 +82,30 @@ def options(pattern):
     return words
 
 
+def asks(pattern):
+    """Resources of a rule as input functions, by name: what the artifact's job asks a cluster for.
+
+    None where the profile names no hardware: on one machine nothing is to wait for a resource.
+    """
+
+    def asked(name):
+        def value(wildcards, threads, attempt):
+            made = study.by_path[pattern.format(**wildcards)]
+            need = resources.need_of(study, made)
+            return resources.ask(need, hardware, threads, attempt)[name]
+
+        return value
+
+    return {name: asked(name) for name in resources.ASKED} if hardware else {}
+
+
 def start():
     """One run at a time on a results folder, from whatever working directory."""
     global run_lock
     try:
+        if workflow.executor_plugin.name == "slurm":
+            status = workflow.executor_settings.status_command
+            slurm.check(hardware, status, any(need.counts for need in to_come))
         run_lock = only_run(study.results)
     except MergelawError as error:
         sys.exit(f"mergelaw: error: {error}")

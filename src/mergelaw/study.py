@@ -15,8 +15,10 @@ from mergelaw.config import BASELINES, Checkpoint, Config, Expert, Source
 from mergelaw.corpus import source_identity
 from mergelaw.errors import MergelawError
 from mergelaw.keys import canonical_json, digest, stage_key
+from mergelaw.lineage import LINEAGE
 from mergelaw.methods.average import Average
 from mergelaw.sampling import Subset, sample
+from mergelaw.size import Size, size_of_base
 
 
 @dataclass(frozen=True)
@@ -69,6 +71,7 @@ class Study:
         self.config = config
         self.results = Path(config.results)
         self._cache = cache or self.results / "cache" / "digests.json"
+        self._sizes: dict[str, Size] = {}
 
     # -- sources -------------------------------------------------------------------------------
 
@@ -295,6 +298,15 @@ class Study:
                 inputs={"base": self.bases[merge.base], **keyed("task-vector", pool)},
             )
         return made
+
+    def size(self, base: str) -> Size:
+        """The size of a base; MergelawError where it cannot be known yet."""
+        if base not in self._sizes:
+            self._sizes[base] = size_of_base(self.config, base)
+        return self._sizes[base]
+
+    def made(self, artifact: Artifact) -> bool:
+        return (self.results / artifact.path / LINEAGE).exists()
 
     def artifacts(self) -> Iterator[Artifact]:
         """Every artifact of the study, inputs first."""
