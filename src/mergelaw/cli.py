@@ -504,6 +504,33 @@ def config_table(
     into.write_text(f"{before}{start}\n{config_reference.tables()}\n{end}{after}", encoding="utf-8")
 
 
+@app.command()
+def estimate(
+    file: Annotated[Path, typer.Argument(help="a configuration")],
+    rates: Annotated[Path | None, typer.Option(help="what the cluster does, as YAML")] = None,
+) -> None:
+    """Say what a study will cost: jobs, GPU hours, tokens, bytes and the longest chain."""
+    from mergelaw import config
+    from mergelaw import estimate as costs
+    from mergelaw.study import Study
+
+    known = costs.read_rates(rates)
+    print(costs.text(costs.estimate(Study(config.load(file)), known), known))
+
+
+@app.command()
+def rates(configuration: Config) -> None:
+    """Print the rates that a study's results show, for `estimate --rates`."""
+    import yaml
+
+    from mergelaw import config
+    from mergelaw import estimate as costs
+    from mergelaw.study import Study
+
+    found = costs.measured(Study(config.load(configuration))).model_dump(exclude_none=True)
+    print(yaml.safe_dump(found, sort_keys=False), end="")
+
+
 @app.command("lineage")
 def show_lineage(
     path: Annotated[Path, typer.Argument(help="an artifact, or a file in one")],

@@ -4,6 +4,7 @@ A pure function of the configuration and the identity of its sources; nothing is
 nothing imports torch, for every job of the workflow parses this again.
 """
 
+import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -304,6 +305,13 @@ class Study:
         if base not in self._sizes:
             self._sizes[base] = size_of_base(self.config, base)
         return self._sizes[base]
+
+    def rows(self, artifact: Artifact) -> list[list[Any]]:
+        """The merges of a shard: k, replicate, place, experts."""
+        if artifact.rows and artifact.rows.startswith("["):
+            return json.loads(artifact.rows)
+        first, last = map(int, (artifact.rows or "0:0").split(":"))
+        return self._subsets[artifact.name.split("/")[1]][first:last]
 
     def made(self, artifact: Artifact) -> bool:
         return (self.results / artifact.path / LINEAGE).exists()
