@@ -143,7 +143,7 @@ def measured(study: Study, bases: Sequence[str] | None = None) -> Rates:
         known["facts"]["tokens"]
         / known["facts"]["cells"]
         * len(domains_of(artifact))
-        / documents_of(study, domains_of(artifact), "eval_documents")  # type: ignore[operator]
+        / documents_of(study, domains_of(artifact), "eval_documents")
         for artifact, known in found.get("evaluate", [])
     ]
     rates = Rates(float32_share=1, gpus_per_node=8 if gpus else 0)
@@ -278,7 +278,8 @@ def estimate(study: Study, rates: Rates) -> Estimate:
 
     Raises MergelawError where a base's size cannot be known yet.
     """
-    totals = {stage: [0, 0.0, 0.0, 0.0, 0.0] for stage in STAGES}
+    jobs = dict.fromkeys(STAGES, 0)
+    totals = {stage: [0.0] * 4 for stage in STAGES}  # GPU hours, hours, tokens, bytes
     ends: dict[str, tuple[float, Artifact, float]] = {}  # by path: when, what, how long
     problems: dict[str, None] = {}
     hardware = Hardware(gpus_per_node=rates.gpus_per_node, gpu_memory_gb=rates.gpu_memory_gb)
@@ -288,9 +289,9 @@ def estimate(study: Study, rates: Rates) -> Estimate:
         work = work_of(study, artifact, rates)
         start = rates.stages.get(stage, StageRate()).start_seconds
         seconds = (rates.start_seconds if start is None else start) + working(work, stage, rates)
-        for index, value in enumerate(
-            (1, work.gpus * seconds / 3600, seconds / 3600, work.tokens, work.kept)
-        ):
+        hours = seconds / 3600
+        jobs[stage] += 1
+        for index, value in enumerate((work.gpus * hours, hours, work.tokens, work.kept)):
             totals[stage][index] += value
         inputs = [a.path for a in (*artifact.inputs.values(), *artifact.unkeyed.values())]
         last = max(inputs, key=lambda path: ends[path][0], default=None)
@@ -301,10 +302,9 @@ def estimate(study: Study, rates: Rates) -> Estimate:
                 check([need_of(study, artifact)], hardware)
         except MergelawError as error:
             problems[str(error)] = None
-    rows = [Row(STAGES[stage], *values) for stage, values in totals.items() if values[0]]
-    rows.append(
-        Row("in all", *(sum(column) for column in zip(*(row[1:] for row in rows), strict=True)))
-    )
+    rows = [Row(STAGES[s], jobs[s], *values) for s, values in totals.items() if jobs[s]]
+    sums = (sum(values[i] for values in totals.values()) for i in range(4))
+    rows.append(Row("in all", sum(jobs.values()), *sums))
     chain, path = [], max(ends, key=lambda path: ends[path][0], default=None)
     while path:
         _, artifact, seconds = ends[path]
@@ -322,11 +322,11 @@ def text(found: Estimate, rates: Rates) -> str:
             f"{row.stage:<14}{row.jobs:>6}{row.gpu_hours:>12,.1f}{row.hours:>12,.2f}"
             f"{short(row.tokens):>10}{short(row.bytes):>10}"
         )
-    hours = sum(seconds for _, seconds in found.chain)
-    names = " > ".join(
-        f"{name} ({spent:.2f} h)" for name, spent in found.chain if spent >= hours / 100
+    hours = sum(spent for _, spent in found.chain)
+    long = [f"{name} ({spent:.2f} h)" for name, spent in found.chain if spent >= hours / 100]
+    lines.append(
+        f"\nlongest chain: {hours:,.2f} hours of {len(found.chain)} jobs: {' > '.join(long)}"
     )
-    lines.append(f"\nlongest chain: {hours:,.2f} hours of {len(found.chain)} jobs: {names}")
     if found.there:
         lines.append(f"{found.there} of {found.rows[-1].jobs} results are there already")
     lines += [f"does not fit: {problem}" for problem in found.problems]
@@ -346,10 +346,8 @@ def text(found: Estimate, rates: Rates) -> str:
 
 def short(value: float) -> str:
     """12.3 T, for a table."""
-    for unit in ("", " k", " M", " G", " T"):
-        if value < 1000:
-            break
-        value /= 1000
-    else:
-        unit = " P"
+    units = iter(("", " k", " M", " G", " T", " P"))
+    unit = next(units)
+    while value >= 999.5 and unit != " P":
+        value, unit = value / 1000, next(units)
     return f"{value:.3g}{unit}"
