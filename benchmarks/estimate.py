@@ -2,9 +2,9 @@
 
     python benchmarks/estimate.py config/config.yaml
 
-The study has to have run. Of each base it predicts the jobs by rates that were measured on the other
-bases alone, and, in the last lines, all of them by all rates. Seconds are processor time where
-processors did the work, wall time on GPUs.
+The study has to have run. Of each base it predicts the jobs by rates that were measured on the
+other bases alone, and, in the last lines, all of them by all rates. Seconds are processor time
+where processors did the work, wall time on GPUs.
 """
 
 import sys
