@@ -448,7 +448,7 @@ def merge(
     import yaml
 
     from mergelaw import merge as stage
-    from mergelaw.checkpoint import Tensors
+    from mergelaw.checkpoint import Tensors, is_adapter
     from mergelaw.methods import method_of
     from mergelaw.task_vector import TaskVector
 
@@ -459,14 +459,15 @@ def merge(
         method = method_of(own["method"])
         ordered = {name: TaskVector(pool[name]) for name in own["experts"]}
         stage.write(base, ordered, method, own["weights"], folder)
-        experts = {}
+        experts, adapters = {}, []
         for name in own["experts"]:
-            entry = lineage.read(pool[name])["inputs"]["expert"]
-            experts[name] = os.path.relpath(pool[name] / entry["path"], output)
+            place = pool[name] / lineage.read(pool[name])["inputs"]["expert"]["path"]
+            experts[name] = os.path.relpath(place, output)
+            adapters += [name] if is_adapter(place) else []
         with Tensors(base) as tensors:
             dtype = tensors.float_dtype()
         paths = os.path.relpath(base, output), experts
-        same = stage.mergekit_recipe(*paths, method, own["weights"], dtype)
+        same = stage.mergekit_recipe(*paths, method, own["weights"], dtype, adapters)
         if same is not None:
             text = (
                 "# The same merge by mergekit, from this folder: mergekit-yaml mergekit.yaml OUT\n"

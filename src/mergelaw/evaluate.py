@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from mergelaw import cells, corpus, cross_entropy, keys, lineage, tokens, training
+from mergelaw.checkpoint import Tensors
 from mergelaw.config import BASELINES
 from mergelaw.errors import MergelawError
 from mergelaw.merge import Merger
@@ -115,6 +116,8 @@ def _measure(
         )
     device = "cuda" if torch.cuda.is_available() else "cpu"
     several = device == "cuda" and torch.cuda.device_count() > 1
+    if device == "cuda":
+        check_room(base, settings["dtype"])
     model = training.load(base, settings["dtype"], device_map="auto" if several else device).eval()
     sets = {
         domain: cross_entropy.batches(e.windows, settings["batch_tokens"], model.device)
@@ -210,6 +213,26 @@ def _parameters(model: Any) -> dict[str, int]:
         "parameters": total,
         "non_embedding": total - sum(weight.numel() for weight in embeddings),
     }
+
+
+def check_room(base: Path, dtype: str) -> None:
+    """Raise MergelawError where the GPUs that are given cannot hold a model, before it is loaded.
+
+    Otherwise its layers would be left on the processor and on disk without a word.
+    """
+    import math
+
+    import torch
+
+    free = [torch.cuda.mem_get_info(index)[0] for index in range(torch.cuda.device_count())]
+    with Tensors(base) as tensors:
+        count = sum(math.prod(tensors.shape(name)) for name in tensors.names())
+    needed = count * getattr(torch, dtype).itemsize
+    if needed > sum(free):
+        raise MergelawError(
+            f"{base}: takes {needed / 1e9:.1f} GB in {dtype}, the {len(free)} GPUs given have "
+            f"{sum(free) / 1e9:.1f} GB free; give the job more GPUs, or evaluate in bfloat16"
+        )
 
 
 def _memory(device: Any) -> int:

@@ -7,7 +7,7 @@ element, so both give the same values.
 """
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -265,10 +265,12 @@ def mergekit_recipe(
     method: Method,
     weights: Sequence[float] | None,
     dtype: str,
+    adapters: Collection[str] = (),
 ) -> dict[str, Any] | None:
     """The merge as mergekit's YAML would say it, None where mergekit has no such rule.
 
-    ``base`` and ``experts`` (by name) are paths or hub ids, ``dtype`` is that of the result.
+    ``base`` and ``experts`` (by name) are paths or hub ids, ``dtype`` is that of the result;
+    ``adapters`` names the experts that are LoRA adapters.
     """
     rule = method.mergekit()
     if rule is None:
@@ -279,10 +281,10 @@ def mergekit_recipe(
         # Spelled out: in a plain string mergekit takes what follows an @ for a revision.
         return {"model": {"path": path}}
 
-    models: list[dict[str, Any]] = [
-        {"model": reference(path), "parameters": {"weight": weight}}
-        for path, weight in zip(experts.values(), weights, strict=True)
-    ]
+    models: list[dict[str, Any]] = []
+    for (name, path), weight in zip(experts.items(), weights, strict=True):
+        model = reference(base) | {"lora": {"path": path}} if name in adapters else reference(path)
+        models.append({"model": model, "parameters": {"weight": weight}})
     recipe = {
         "merge_method": rule["merge_method"],
         "models": models,
