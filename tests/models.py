@@ -203,6 +203,21 @@ def write_checkpoint(
     return folder
 
 
+def write_adapter(base: Path, folder: Path, **config: Any) -> Path:
+    """An adapter as peft saves it, with random weights, in the dtype of its base."""
+    from peft import LoraConfig, get_peft_model
+
+    with Tensors(base) as tensors:
+        dtype = tensors.float_dtype()
+    torch.manual_seed(1)
+    wrapped = get_peft_model(load(base, dtype), LoraConfig(task_type="CAUSAL_LM", **config))
+    for parameter in wrapped.parameters():
+        if parameter.requires_grad:
+            parameter.data += torch.randn_like(parameter) * 0.1
+    wrapped.save_pretrained(folder)
+    return folder
+
+
 def load(folder: Path, dtype: str = "float32") -> Any:
     """The resident model of a checkpoint, as an evaluation loads it."""
     from mergelaw import training

@@ -56,20 +56,6 @@ def bases(tmp_path_factory):
     return {name: models.write_checkpoint(folder / name, **how) for name, how in BASES.items()}
 
 
-def write_adapter(base, folder, **config):
-    """An adapter as peft saves it, with random weights."""
-    from peft import LoraConfig, get_peft_model
-
-    torch.manual_seed(1)
-    dtype = "bfloat16" if "half" in str(base) else "float32"
-    wrapped = get_peft_model(models.load(base, dtype), LoraConfig(task_type="CAUSAL_LM", **config))
-    for parameter in wrapped.parameters():
-        if parameter.requires_grad:
-            parameter.data += torch.randn_like(parameter) * 0.1
-    wrapped.save_pretrained(folder)
-    return folder
-
-
 def merged_by_peft(base, adapter) -> dict[str, torch.Tensor]:
     from peft import PeftModel
 
@@ -84,7 +70,7 @@ def vector_of(base, expert, folder, **how) -> TaskVector:
 @pytest.mark.parametrize("kind", ADAPTERS)
 def test_it_is_the_model_that_peft_makes_of_it(tmp_path, bases, kind):
     name, config = ADAPTERS[kind]
-    base, adapter = bases[name], write_adapter(bases[name], tmp_path / "adapter", **config)
+    base, adapter = bases[name], models.write_adapter(bases[name], tmp_path / "adapter", **config)
     vector = vector_of(base, adapter, tmp_path / "vector")
     theirs = merged_by_peft(base, adapter)
     changed = set()
@@ -101,7 +87,9 @@ def test_it_is_the_model_that_peft_makes_of_it(tmp_path, bases, kind):
 
 
 def test_any_slices_on_any_threads_give_the_same_bits(tmp_path, bases):
-    adapter = write_adapter(bases["untied"], tmp_path / "a", **ADAPTERS["embedding and head"][1])
+    adapter = models.write_adapter(
+        bases["untied"], tmp_path / "a", **ADAPTERS["embedding and head"][1]
+    )
     vector = vector_of(bases["untied"], adapter, tmp_path / "vector")
     for name in vector.names:
         whole = vector[name]
@@ -126,7 +114,7 @@ def test_any_slices_on_any_threads_give_the_same_bits(tmp_path, bases):
 def test_merges_of_an_adapter_and_a_whole_expert(tmp_path, bases, recipe):
     """Resident, streamed and written out: the same bits, though the adapter has fewer tensors."""
     base = bases["untied"]
-    adapter = write_adapter(base, tmp_path / "adapter", **ADAPTERS["alpha over r"][1])
+    adapter = models.write_adapter(base, tmp_path / "adapter", **ADAPTERS["alpha over r"][1])
     whole = models.write_expert(base, tmp_path / "whole")
     pool = {
         "adapter": vector_of(base, adapter, tmp_path / "v1"),
@@ -150,7 +138,7 @@ def test_merges_of_an_adapter_and_a_whole_expert(tmp_path, bases, recipe):
 def test_an_adapter_is_merged_as_the_expert_that_it_makes(tmp_path, bases):
     """Also where a method looks at all of an expert: the tensors it leaves alone are zeros."""
     base = bases["untied"]
-    adapter = write_adapter(base, tmp_path / "adapter", **ADAPTERS["alpha over r"][1])
+    adapter = models.write_adapter(base, tmp_path / "adapter", **ADAPTERS["alpha over r"][1])
     theirs = {n: t for n, t in merged_by_peft(base, adapter).items()}
     whole = models.write_tensors(
         tmp_path / "whole", theirs, json.loads((base / "config.json").read_text())
@@ -172,7 +160,7 @@ def test_an_adapter_is_merged_as_the_expert_that_it_makes(tmp_path, bases):
 
 @pytest.fixture
 def plain(tmp_path, bases):
-    return write_adapter(bases["tied"], tmp_path / "adapter", **ADAPTERS["alpha over r"][1])
+    return models.write_adapter(bases["tied"], tmp_path / "adapter", **ADAPTERS["alpha over r"][1])
 
 
 def refused(base, adapter, folder, *words):
@@ -217,12 +205,12 @@ def test_a_broken_configuration_is_named(tmp_path, bases, plain, text):
     ],
 )
 def test_half_of_what_the_base_ties_cannot_be_changed(tmp_path, bases, config):
-    adapter = write_adapter(bases["tied"], tmp_path / "adapter", **config)
+    adapter = models.write_adapter(bases["tied"], tmp_path / "adapter", **config)
     refused(bases["tied"], adapter, tmp_path / "vector", "embed_tokens", "head as well")
 
 
 def test_a_head_of_its_own_over_a_tied_base(tmp_path, bases):
-    adapter = write_adapter(
+    adapter = models.write_adapter(
         bases["tied"], tmp_path / "a", r=4, target_modules=ATTENTION, modules_to_save=["lm_head"]
     )
     refused(bases["tied"], adapter, tmp_path / "vector", "lm_head", "the base has no tensor")
