@@ -228,9 +228,8 @@ def expert(
         if base is None or not corpora:
             raise MergelawError("expert: training needs --base and --corpus")
         settings = config.Training.model_validate(own["training"])
-        return training.fine_tune(
-            settings, own["seed"], base, named(corpora), folder, state, save_every
-        )
+        fine_tune = training.trainers()[settings.trainer]
+        return fine_tune(settings, own["seed"], base, named(corpora), folder, state, save_every)
 
     inputs = ({"base": base} if base else {}) | inputs_of("corpus", named(corpora or []))
     model("expert", recipe, output, inputs, threads, train)

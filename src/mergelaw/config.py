@@ -202,10 +202,39 @@ class Pretraining(Optimisation):
     seed: int = Field(0, ge=0, description="seed of weights and data order")
 
 
+class Lora(Model):
+    """A low-rank adapter is trained instead of all weights, and merged into them at the end."""
+
+    rank: int = Field(ge=1, description="rank of the adapter")
+    alpha: int = Field(16, ge=1, description="its scale is alpha / rank")
+    target_modules: list[str] | None = Field(
+        None, min_length=1, description="names of the layers; null: every linear one"
+    )
+    dropout: float = Field(0.0, ge=0, lt=1, description="dropout before the adapter")
+
+
+class OpenRLHF(Model):
+    """What `trainer: openrlhf` takes besides; the names are OpenRLHF's own."""
+
+    zero_stage: Literal[0, 1, 2, 3] = Field(
+        2, description="what the GPUs share: optimiser (1), gradients too (2), weights too (3)"
+    )
+    adam_offload: bool = Field(False, description="keep the optimiser's state in host memory")
+    ring_attn_size: int = Field(
+        1, ge=1, description="GPUs that share one sequence; needs `packing`, for long documents"
+    )
+    attn_implementation: Literal["flash_attention_2", "flash_attention_3", "sdpa", "eager"] = Field(
+        "flash_attention_2", description="`packing` needs a flash attention"
+    )
+    lora: Lora | None = Field(None, description="train an adapter; null: all weights")
+
+
 class Training(Optimisation):
     """How experts are fine-tuned; the loss is on the response alone."""
 
-    trainer: Literal["trl"] = Field("trl", description="trl: TRL's SFTTrainer")
+    trainer: Literal["trl", "openrlhf"] = Field(
+        "trl", description="trl: TRL's SFTTrainer; openrlhf: OpenRLHF's command line"
+    )
     packing: bool = Field(
         False, description="several documents in one sequence, without attention across them"
     )
@@ -213,6 +242,25 @@ class Training(Optimisation):
     long_documents: Literal["refuse", "split", "truncate"] = Field(
         "refuse", description="what to do with a training document above `max_tokens`"
     )
+    openrlhf: OpenRLHF | None = Field(None, description="options of `trainer: openrlhf`")
+
+    @model_validator(mode="after")
+    def _of_the_trainer(self) -> Self:
+        if self.trainer != "openrlhf":
+            if self.openrlhf is not None:
+                raise ValueError("'openrlhf' goes with 'trainer: openrlhf' only")
+            return self
+        own = self.openrlhf or OpenRLHF()
+        flash = own.attn_implementation.startswith("flash")
+        if self.dtype != "bfloat16":
+            raise ValueError("'trainer: openrlhf' trains in bfloat16; set 'dtype: bfloat16'")
+        if self.long_documents == "split":
+            raise ValueError("'trainer: openrlhf' cannot split 'long_documents'; truncate them")
+        if self.packing and not flash:
+            raise ValueError("'packing' needs a flash attention in 'openrlhf.attn_implementation'")
+        if own.ring_attn_size > 1 and not self.packing:
+            raise ValueError("'openrlhf.ring_attn_size' needs 'packing: true'")
+        return self
 
 
 class Base(Model):
@@ -565,13 +613,19 @@ class Config(Model):
 
 
 def override(*layers: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings of which the later ones win; `steps` and `epochs` stand for each other."""
+    """Settings of which the later ones win; `steps` and `epochs` stand for each other.
+
+    The options in `openrlhf` are laid over one another one by one.
+    """
     merged: dict[str, Any] = {}
     for layer in layers:
         for key, other in (("steps", "epochs"), ("epochs", "steps")):
             if layer.get(key) is not None:
                 merged.pop(other, None)
+        options = [part["openrlhf"] for part in (merged, layer) if part.get("openrlhf")]
         merged.update(layer)
+        if len(options) == 2 and all(isinstance(part, Mapping) for part in options):
+            merged["openrlhf"] = {**options[0], **options[1]}
     return merged
 
 

@@ -154,7 +154,9 @@ class Study:
             recipe: dict[str, Any] = {"checkpoint": self._checkpoint(checkpoint)}
             sources = checkpoint.model_dump(exclude_none=True)
             return Artifact("expert", f"experts/{base}/{name}", recipe, sources)
-        training = self.config.training_of(base, name).model_dump()
+        settings = self.config.training_of(base, name)
+        unused = {"openrlhf"} if settings.openrlhf is None else set()
+        training = settings.model_dump(exclude=unused)
         recipe = {"training": training, "seed": seed}
         corpora = {d: self.corpora[d] for d in self.config.expert_domains(name)}
         return Artifact(

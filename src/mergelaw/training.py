@@ -5,13 +5,12 @@ folder that outlives a kill; a resumed run ends with the bits of an undisturbed 
 same number of threads).
 """
 
-import itertools
 import json
 import shutil
 import statistics
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -194,6 +193,13 @@ def fine_tune(
     }
 
 
+def trainers() -> dict[str, Callable[..., dict[str, Any]]]:
+    """What fine-tunes an expert, by the name of the configuration; all take the same arguments."""
+    from mergelaw import openrlhf
+
+    return {"trl": fine_tune, "openrlhf": openrlhf.fine_tune}
+
+
 def load(folder: Path, dtype: str, device_map: Any = None) -> Any:
     """A causal language model from a checkpoint folder, never running the checkpoint's code."""
     import torch
@@ -303,18 +309,24 @@ def run(trainer: Any, state: Path) -> dict[str, Any]:
                 f"training diverged: parameter {name!r} holds NaN or Inf; lower the learning rate"
             )
     # Of every step, for the trainer's own averages forget what was before a resume.
-    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    size = -(-len(losses) // LOSSES)
-    parts = [losses[start : start + size] for start in range(0, len(losses), size)]
-    ends = itertools.accumulate(map(len, parts))
+    history = [entry for entry in trainer.state.log_history if "loss" in entry]
     return {
         "steps": trainer.state.global_step,
-        "train_loss": statistics.fmean(losses),
         "resumed_at_step": int(last.name.split("-")[1]) if last else None,
         "device": str(trainer.args.device),
         "threads": torch.get_num_threads(),
-        "losses": [[end, statistics.fmean(part)] for end, part in zip(ends, parts, strict=True)],
+        **curve([(entry["step"], entry["loss"]) for entry in history]),
     }
+
+
+def curve(losses: list[tuple[int, float]]) -> dict[str, Any]:
+    """(step, loss) of every step as lineage keeps them: their mean, and the means of parts of equal
+    size with the step at which each ends."""
+    size = -(-len(losses) // LOSSES)
+    parts = [losses[start : start + size] for start in range(0, len(losses), max(size, 1))]
+    means = [[part[-1][0], statistics.fmean(loss for _, loss in part)] for part in parts]
+    whole = statistics.fmean(loss for _, loss in losses) if losses else None
+    return {"train_loss": whole, "losses": means}
 
 
 def save(model: Any, tokenizer: Any, folder: Path, dtype: str = "float32") -> None:
