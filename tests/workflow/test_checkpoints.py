@@ -1,6 +1,7 @@
 """Checkpoints as they are in the world, through whole runs: the hub's, adapters, other vocabularies."""
 
 import json
+import resource
 import shutil
 from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -208,7 +209,10 @@ def test_every_shipped_configuration_dry_runs_offline(path, tmp_path):
     """Without a model or a document on disk, in less than half a minute of the processor."""
     place = Place(tmp_path, {"results": str(tmp_path / "results")})
     shutil.copyfile(path, tmp_path / "study.yaml")
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
     jobs = place.planned(**OFFLINE, HF_HOME=str(tmp_path / "home"))
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 30
     study = place.study()
     assert sum(jobs.values()) == len(study.by_path) < 2000
     assert jobs["get_base"] == len(study.config.bases)
