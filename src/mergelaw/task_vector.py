@@ -74,12 +74,15 @@ class Whole:
 
     def part(self, name: str, start: int, stop: int, device: Any = None) -> "Tensor":
         """Elements ``start`` to ``stop`` of the flat fp32 difference; zero beyond the expert."""
-        import torch
-
         theirs, ours = self.sides(name, start, stop)
-        vector = theirs.to(device).float() - ours.to(device).float()
-        missing = stop - start - len(vector)
-        return torch.cat([vector, torch.zeros(missing, device=device)]) if missing else vector
+        return padded(theirs.to(device).float() - ours.to(device).float(), stop - start)
+
+
+def padded(vector: "Tensor", size: int) -> "Tensor":
+    import torch
+
+    missing = size - len(vector)
+    return torch.cat([vector, vector.new_zeros(missing)]) if missing else vector
 
 
 def opened(base: Tensors, expert: Path, stack: ExitStack, vocabulary: str) -> "Whole | Adapter":
@@ -119,22 +122,19 @@ def write(
             squares, before = [], []
             for start, stop in pieces(of["elements"]):
                 plain = ours[name].view(-1)[start:stop]
-                check_values(plain, base, name)
                 if isinstance(source, Whole):
-                    theirs, same = source.sides(name, start, stop)
-                    check_values(theirs, expert, name)
-                    _, index, value = difference(theirs, same)
+                    sides = source.sides(name, start, stop)
+                    vector, index, value = difference(*sides)
+                    if not torch.isfinite(vector).all():
+                        raise unusable(base, expert, name, *sides)
+                    vector = padded(vector, stop - start)
                     if len(index):
                         exceptions.add(name, index + start, value)
                         of["exceptions"] += len(index)
-                vector = source.part(name, start, stop)
-                if isinstance(source, Adapter):
-                    check_values(vector, expert, name)
-                if not torch.isfinite(vector).all():
-                    raise MergelawError(
-                        f"{expert}: tensor {name!r} differs from the base's by more than float32 "
-                        "holds; such values cannot be merged"
-                    )
+                else:
+                    vector = source.part(name, start, stop)
+                    if not torch.isfinite(vector).all():
+                        raise unusable(base, expert, name, vector, plain)
                 of["zeros"] += int((vector == 0).sum())
                 squares += squares_of(vector)
                 before += squares_of(plain)
@@ -156,13 +156,21 @@ def write(
     return {"norm": norm, **total, "storage": "derived" if derived else "materialised"}
 
 
-def check_values(values: "Tensor", folder: Path, name: str) -> None:
+def unusable(
+    base: Path, expert: Path, name: str, theirs: "Tensor", ours: "Tensor"
+) -> MergelawError:
+    """Why a difference is not finite."""
     import torch
 
-    if not torch.isfinite(values).all():
-        raise MergelawError(
-            f"{folder}: tensor {name!r} holds NaN or Inf; train it again or leave it out"
-        )
+    for folder, values in ((base, ours), (expert, theirs)):
+        if not torch.isfinite(values).all():
+            return MergelawError(
+                f"{folder}: tensor {name!r} holds NaN or Inf; train it again or leave it out"
+            )
+    return MergelawError(
+        f"{expert}: tensor {name!r} differs from the base's by more than float32 holds; such "
+        "values cannot be merged"
+    )
 
 
 def squares_of(flat: "Tensor") -> list[float]:
