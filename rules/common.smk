@@ -8,7 +8,7 @@ import tempfile
 from pathlib import Path
 
 from mergelaw import config as mergelaw_config
-from mergelaw import forkserver
+from mergelaw import forkserver, resources, slurm
 from mergelaw.errors import MergelawError
 from mergelaw.lineage import only_run, write_json
 from mergelaw.study import Study
@@ -24,6 +24,14 @@ try:
         mergelaw_config.read(path)  # Snakemake's own reader lets a key be given twice
     study = Study(mergelaw_config.parse(dict(config), " + ".join(map(str, workflow.configfiles))))
     study.by_path
+    # What nodes have, as the profile says; nothing, where everything runs on this machine.
+    given = workflow.resource_settings.default_resources or {}
+    hardware = resources.Hardware.of({n: getattr(v, "raw", v) for n, v in given.items()})
+    to_come = []
+    if hardware and workflow.is_main_process:
+        missing = [artifact for artifact in study.by_path.values() if not study.made(artifact)]
+        to_come = [resources.need_of(study, artifact) for artifact in missing]
+        resources.check(to_come, hardware)
 except MergelawError as error:
     sys.exit(f"mergelaw: error: {error}")
 
@@ -98,6 +106,23 @@ def options(pattern):
     return lambda wildcards: Arguments(study.by_path[pattern.format(**wildcards)])
 
 
+def asks(pattern):
+    """Resources of a rule as input functions, by name: what the artifact's job asks a cluster for.
+
+    None where the profile names no hardware: on one machine nothing is to wait for a resource.
+    """
+
+    def asked(name):
+        def value(wildcards, threads, attempt):
+            made = study.by_path[pattern.format(**wildcards)]
+            need = resources.need_of(study, made)
+            return resources.ask(need, hardware, threads, attempt)[name]
+
+        return value
+
+    return {name: asked(name) for name in resources.ASKED} if hardware else {}
+
+
 def check_trainers():
     """Whether what an expert is still to be trained by is there."""
     for artifact in study.experts.values():
@@ -117,6 +142,9 @@ def start():
     """
     global run_lock, forks
     try:
+        if workflow.executor_plugin.name == "slurm":
+            status = workflow.executor_settings.status_command
+            slurm.check(hardware, status, any(need.counts for need in to_come))
         check_trainers()
         run_lock = only_run(study.results)
     except MergelawError as error:

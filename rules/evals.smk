@@ -8,6 +8,8 @@ rule evaluate_merges:
     conda:
         "../envs/main.yaml"
     threads: 1
+    resources:
+        **asks("evals/{base}/{method}/{name}@{key}"),
     params:
         options=options("evals/{base}/{method}/{name}@{key}"),
         cells=f"{study.results}/cells/{{base}}",

@@ -71,7 +71,7 @@ class Source(Model):
     dataset: str | None = Field(
         None, description="a dataset of the Hugging Face hub, or a folder, for `datasets`"
     )
-    revision: str | None = Field(None, description="commit of the hub dataset")
+    revision: str | None = Field(None, description="commit of the hub dataset, or a branch")
     config: str | None = Field(None, description="configuration name of the dataset")
     split: str = Field("train", description="split of the dataset")
     where: dict[str, str | int | bool] | None = Field(
@@ -139,11 +139,11 @@ def check_revision(hub: str | None, revision: str | None) -> None:
 
 
 class Checkpoint(Model):
-    """A model as the world has it: exactly one of `path` and `hub`."""
+    """A model, or a LoRA adapter, as the world has it: exactly one of `path` and `hub`."""
 
     path: str | None = Field(None, description="a local Hugging Face folder")
     hub: str | None = Field(None, description="a model id of the Hugging Face hub")
-    revision: str | None = Field(None, description="its commit; required with `hub`")
+    revision: str | None = Field(None, description="its commit, or a branch; required with `hub`")
 
     @model_validator(mode="after")
     def _one_kind(self) -> Self:
@@ -268,12 +268,15 @@ class Base(Model):
 
     path: str | None = Field(None, description="a local Hugging Face folder")
     hub: str | None = Field(None, description="a model id of the Hugging Face hub")
-    revision: str | None = Field(None, description="its commit; required with `hub`")
+    revision: str | None = Field(None, description="its commit, or a branch; required with `hub`")
     pretraining: dict[str, Any] | None = Field(
         None, description="what differs from the study's `pretraining`"
     )
     training: dict[str, Any] = Field(
         {}, description="what differs from the study's `training` for this base's experts"
+    )
+    sampling: dict[str, Any] = Field(
+        {}, description="what differs from the study's `sampling` for this base's merges"
     )
     N: float | None = Field(
         None, gt=0, description="nominal size in billions, shown beside the counted one"
@@ -383,6 +386,15 @@ class Config(Model):
     baselines: dict[Name, Expert] = Field(
         {}, description="models outside the pool, evaluated alone: a multitask model, say"
     )
+    vocabulary: Literal["refuse", "common_rows"] = Field(
+        "refuse",
+        description="an expert with another number of tokens: refused, or merged in the rows that "
+        "it and its base have",
+    )
+    storage: Literal["materialised", "derived"] = Field(
+        "materialised",
+        description="task vectors: kept as files, or subtracted again whenever they are needed",
+    )
     methods: dict[Name, AnyMethod] = Field(min_length=1, description="merge methods by name")
     sampling: Sampling = Field(Sampling(), description="which subsets are merged")
     evaluation: Evaluation = Field(Evaluation(), description="how a merge is evaluated")
@@ -430,6 +442,11 @@ class Config(Model):
         own = {**self.baselines, **self.pool()}[expert].training
         return Training.model_validate(override(self.training, self.bases[base].training, own))
 
+    def sampling_of(self, base: str) -> Sampling:
+        """The sampling of a base's merges: the study's, then the base's own settings."""
+        own = self.bases[base].sampling
+        return Sampling.model_validate(self.sampling.model_dump() | own) if own else self.sampling
+
     def pretraining_of(self, base: str) -> Pretraining:
         """The recipe of a base of one's own: the study's, then the base's own settings."""
         own = self.bases[base].pretraining or {}
@@ -474,6 +491,7 @@ class Config(Model):
         yield from part_problems("pretraining", self.pretraining or {}, Pretraining)
         for name, base in self.bases.items():
             yield from part_problems(f"bases.{name}.training", base.training, Training)
+            yield from part_problems(f"bases.{name}.sampling", base.sampling, Sampling)
             own = base.pretraining or {}
             yield from part_problems(f"bases.{name}.pretraining", own, Pretraining)
         for where, experts in (("experts", self.pool()), ("baselines", self.baselines)):
@@ -548,26 +566,31 @@ class Config(Model):
                 )
 
     def _sampling_problems(self) -> Iterator[str]:
-        sampling, size = self.sampling, len(self.pool())
-        sizes = sampling.k or range(1, size + 1)
-        for k in sizes:
-            if k > size:
-                yield f"sampling.k: {k} is larger than the pool of {size} experts"
-        yield from repeated("sampling.k", sizes)
         yield from repeated("training_seeds", self.training_seeds)
-        draws = sampling.subsets_per_k if sampling.design == "iid" else size
-        replicates = 1 if sampling.design == "iid" else sampling.circles
-        merges = 0
-        for k in sizes:
-            level = math.comb(size, k)
-            if sampling.design != "exhaustive" and level > max(sampling.exhaustive_up_to, draws):
-                level = draws * replicates
-            merges += level
-            if merges > MAX_MERGES:
-                yield (
-                    f"sampling: over {MAX_MERGES:,} merges for each base; name fewer numbers in "
-                    "'k', or sample fewer subsets ('design', 'circles', 'subsets_per_k')"
-                )
+        size = len(self.pool())
+        for base, own in self.bases.items():
+            sampling = self.sampling_of(base)
+            at = f"bases.{base}.sampling" if own.sampling else "sampling"
+            sizes = sampling.k or range(1, size + 1)
+            for k in sizes:
+                if k > size:
+                    yield f"{at}.k: {k} is larger than the pool of {size} experts"
+            yield from repeated(f"{at}.k", sizes)
+            draws = sampling.subsets_per_k if sampling.design == "iid" else size
+            replicates = 1 if sampling.design == "iid" else sampling.circles
+            merges = 0
+            for k in sizes:
+                level = math.comb(size, k)
+                if sampling.design != "exhaustive" and level > max(
+                    sampling.exhaustive_up_to, draws
+                ):
+                    level = draws * replicates
+                merges += level
+                if merges > MAX_MERGES:
+                    yield (
+                        f"{at}: over {MAX_MERGES:,} merges for each base; name fewer numbers in "
+                        "'k', or sample fewer subsets ('design', 'circles', 'subsets_per_k')"
+                    )
 
     def _merge_problems(self, at: str, merge: Merge) -> Iterator[str]:
         named: list[tuple[str, str, Collection[str]]] = [
@@ -606,7 +629,7 @@ def override(*layers: Mapping[str, Any]) -> dict[str, Any]:
     return merged
 
 
-def part_problems(at: str, part: Mapping[str, Any], model: type[Optimisation]) -> Iterator[str]:
+def part_problems(at: str, part: Mapping[str, Any], model: type[BaseModel]) -> Iterator[str]:
     """What is wrong with a part of a recipe, whatever the other parts are."""
     try:
         model.model_validate(part)

@@ -39,6 +39,7 @@ PAIRS = (
     ("instruction", "output"),
     ("problem", "solution"),
     ("question", "answer"),
+    ("message_1", "message_2"),  # CAMEL's
 )
 
 # A synthetic source that needs more draws than this for one new document has run dry.
