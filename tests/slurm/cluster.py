@@ -12,6 +12,8 @@ import shutil
 import signal
 import socket
 import subprocess
+import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -20,7 +22,7 @@ CONFIGURATION = Path("/etc/slurm/slurm.conf")
 PACKAGES = ("slurm-wlm", "slurmdbd", "mariadb-server", "munge")
 PROGRAMS = ("slurmctld", "slurmd", "slurmdbd", "munged", "mariadbd", "sbatch", "sacct")
 GPUS = 4
-PATIENCE = 60  # seconds for a daemon to answer
+PATIENCE = 120  # seconds for a daemon to answer
 
 SLURM = """
 ClusterName=test
@@ -59,7 +61,7 @@ SlurmctldPidFile={folder}/slurmctld.pid
 SlurmdPidFile={folder}/slurmd.pid
 SlurmctldLogFile={folder}/slurmctld.log
 SlurmdLogFile={folder}/slurmd.log
-NodeName={node} NodeHostname={host} NodeAddr=127.0.0.1 CPUs=16 RealMemory=64000 Gres=gpu:{gpus} State=UNKNOWN
+NodeName={node} NodeHostname={host} NodeAddr=127.0.0.1 CPUs=16 RealMemory=500000 Gres=gpu:{gpus} State=UNKNOWN
 NodeName=bare NodeAddr=127.0.0.1 Port={ports[4]} CPUs=4 RealMemory=16000 State=DOWN
 PartitionName=main Nodes={node} Default=YES MaxTime=2-00:00:00 State=UP
 PartitionName=gpus Nodes={node} MaxTime=1-00:00:00 State=UP
@@ -195,22 +197,48 @@ class Cluster:
                 process.wait()
         CONFIGURATION.unlink(missing_ok=True)
 
-    # -- SLURM's own records -------------------------------------------------------------------
 
-    def records(self, comment: str = "") -> list[dict[str, Any]]:
-        """What the accounting database says of every job whose comment contains ``comment``."""
-        fields = ("JobID", "Comment", "State", "ReqTRES", "Timelimit", "Partition", "Account")
-        out = self.run(
-            "sacct", "-a", "-X", "-n", "-P", "-S", "now-1days", "-E", "now+1days",
-            f"--format={','.join(fields)},WorkDir,TimelimitRaw",
-        )  # fmt: skip
-        rows = []
-        for line in out.splitlines():
-            values = dict(zip((*fields, "WorkDir", "Minutes"), line.split("|"), strict=True))
-            if comment in values["Comment"]:
-                asked = dict(part.split("=") for part in values["ReqTRES"].split(",") if part)
-                rows.append(values | {"asked": asked})
-        return rows
+# -- SLURM's own records -----------------------------------------------------------------------
+
+
+def records(folder: Path, rule: str = "") -> list[dict[str, Any]]:
+    """What SLURM's database says of the jobs of a rule that were started in ``folder``.
+
+    In the order they were submitted: id, state, ``gpus``, ``megabytes`` and ``minutes`` asked for,
+    partition and account.
+    """
+    fields = ("JobIDRaw", "State", "Partition", "Account", "TimelimitRaw", "ReqTRES", "WorkDir")
+    table = subprocess.run(
+        ["sacct", "-a", "-X", "-n", "-P", "-S", "now-1days", "-E", "now+1days",
+         f"--format={','.join(fields)},Comment"],
+        check=True, capture_output=True, text=True,
+    ).stdout  # fmt: skip
+    found = []
+    for line in table.splitlines():
+        values = dict(zip((*fields, "Comment"), line.split("|"), strict=True))
+        if Path(values["WorkDir"]) != folder or f"rule_{rule}" not in values["Comment"]:
+            continue
+        asked = dict(part.split("=") for part in values["ReqTRES"].split(","))
+        found.append(
+            {
+                "id": values["JobIDRaw"],
+                "state": values["State"].split()[0],
+                "partition": values["Partition"],
+                "account": values["Account"],
+                "minutes": int(values["TimelimitRaw"]),
+                "megabytes": megabytes(asked["mem"]),
+                "gpus": int(asked.get("gres/gpu", 0)),
+                "cpus": int(asked["cpu"]),
+                "rule": values["Comment"].removeprefix("rule_").partition("_wildcards")[0],
+                "of": values["Comment"].partition("_wildcards_")[2],
+            }
+        )
+    return sorted(found, key=lambda job: int(job["id"]))
+
+
+def megabytes(text: str) -> int:
+    scale = {"M": 1, "G": 1024, "T": 1024**2}
+    return round(float(text[:-1]) * scale[text[-1]])
 
 
 def free_ports(count: int) -> list[int]:
@@ -234,3 +262,22 @@ def answers(what: str, question: Any) -> None:
         if time.monotonic() > end:
             raise RuntimeError(f"{what} does not answer after {PATIENCE} s")
         time.sleep(0.1)
+
+
+def main() -> int:
+    """Run a command on a cluster of its own: ``cluster.py pytest tests/slurm``."""
+    folder = Path(tempfile.mkdtemp(prefix="slurm-"))
+    try:
+        cluster = Cluster(folder / "cluster")
+    except RuntimeError as error:
+        print(f"cluster.py: error: {error}", file=sys.stderr)
+        return 1
+    try:
+        return subprocess.run(sys.argv[1:], env=cluster.environment()).returncode
+    finally:
+        cluster.stop()
+        shutil.rmtree(folder)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
