@@ -7,9 +7,9 @@ import tempfile
 from pathlib import Path
 
 from mergelaw import config as mergelaw_config
-from mergelaw import resources, slurm
+from mergelaw import forkserver, resources, slurm
 from mergelaw.errors import MergelawError
-from mergelaw.lineage import only_run
+from mergelaw.lineage import only_run, unique, write_json
 from mergelaw.study import Study
 
 try:
@@ -65,7 +65,11 @@ def needs(pattern):
 
 
 def options(pattern):
-    """Params function: the artifact as options of its stage's command."""
+    """Params function: the artifact as arguments of its stage's command, in a file beside its log.
+
+    A command line has no room for a thousand shards, and in a failed job's message it would bury
+    what went wrong.
+    """
 
     def words(wildcards):
         made = study.by_path[pattern.format(**wildcards)]
@@ -77,7 +81,14 @@ def options(pattern):
                 pairs.append((flag, f"{what}={path}" if flag == "task-vector" else path))
         pairs += [("rows", made.rows)] if made.rows else []
         pairs += [("output", f"{study.results}/{made.path}")]
-        return " ".join(f"--{name} {shlex.quote(value)}" for name, value in pairs)
+        file = Path(f"{study.results}/logs/{made.path}.json")
+        if not workflow.dryrun:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            # At once, for a job of another run may be reading it.
+            scratch = file.with_suffix(f".{unique()}")
+            write_json(scratch, [word for name, value in pairs for word in (f"--{name}", value)])
+            scratch.replace(file)
+        return shlex.quote(f"@{file}")
 
     return words
 
@@ -101,7 +112,7 @@ def asks(pattern):
 
 def start():
     """One run at a time on a results folder, from whatever working directory."""
-    global run_lock
+    global run_lock, forks
     try:
         if workflow.executor_plugin.name == "slurm":
             status = workflow.executor_settings.status_command
@@ -109,6 +120,8 @@ def start():
         run_lock = only_run(study.results)
     except MergelawError as error:
         sys.exit(f"mergelaw: error: {error}")
+    if workflow.local_exec and sys.platform == "linux":
+        forks = forkserver.start()
 
 
 def report_the_rest():

@@ -56,6 +56,21 @@ def test_a_flipped_byte_is_named(damaged, kind):
     assert line.count("is not what was written") == 1
 
 
+def test_a_flipped_byte_in_a_linked_checkpoint_is_named(ready):
+    (base,) = ready.artifacts("bases").values()
+    file, (report,) = base / "model.safetensors", ready.artifacts("reports").values()
+    assert file.is_symlink()
+    whole = file.read_bytes()
+    file.write_bytes(whole[:-9] + bytes([whole[-9] ^ 1]) + whole[-8:])
+    try:
+        found = ready.mergelaw("lineage", str(report), "--verify")
+    finally:
+        file.write_bytes(whole)
+    assert found.status == 1
+    (line,) = found.errors()
+    assert str(file) in line and "is not what was written" in line
+
+
 def test_what_is_damaged_is_refused_as_an_input(damaged, tmp_path):
     place = damaged.copy(tmp_path).forget("evals", "laws", "reports")
     vector = next(iter(place.artifacts("task_vectors").values()))
