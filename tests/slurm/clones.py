@@ -9,7 +9,8 @@ from typing import Any
 
 import psutil
 from cluster import records
-from studies import ROOT, TINY, Place, environment, records as documents, write_jsonl
+from studies import ROOT, TINY, Place, environment, write_jsonl
+from studies import records as documents
 
 import models
 

@@ -53,6 +53,7 @@ SlurmdParameters=config_overrides
 ReturnToService=2
 MinJobAge=86400
 KillWait=5
+PropagatePrioProcess=1
 SchedulerParameters=sched_interval=2,batch_sched_delay=0
 GresTypes=gpu
 StateSaveLocation={folder}/state

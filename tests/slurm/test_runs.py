@@ -2,9 +2,8 @@
 
 import time
 
-import pytest
 from clones import Clone
-from studies import TINY, environment, made, mergelaw, trained_config, wait_for
+from studies import TINY, trained_config, wait_for
 
 import models
 from mergelaw import resources
