@@ -1,4 +1,4 @@
-# make demo | make test | make lint | make clean-venv
+# make demo | make test | make test-slurm | make lint | make clean-venv
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -11,13 +11,17 @@ $(VENV)/.installed: requirements.txt requirements-dev.txt pyproject.toml
 	$(BIN)/pip install -q --no-deps -e .
 	touch $@
 
-.PHONY: demo test lint clean-venv
+.PHONY: demo test test-slurm lint clean-venv
 demo: $(VENV)/.installed
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python benchmarks/measure.py -- $(BIN)/snakemake --profile profiles/local
 	$(BIN)/mergelaw summary --config config/config.yaml
 
 test: $(VENV)/.installed
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest -n 2
+
+# On a real SLURM, installed from Debian's packages and started for these tests alone; needs root.
+test-slurm: $(VENV)/.installed
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python tests/slurm/cluster.py $(BIN)/python -m pytest -n 3 -rP tests/slurm
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .

@@ -90,12 +90,6 @@ class Cluster:
     """Started when made; :meth:`stop` ends what was started and removes the links."""
 
     def __init__(self, folder: Path):
-        missing = [name for name in PROGRAMS if shutil.which(name) is None]
-        if missing or os.geteuid() != 0:
-            raise RuntimeError(
-                f"a test cluster needs root and the packages {' '.join(PACKAGES)} "
-                f"(missing: {', '.join(missing) or 'root'}); see make test-slurm"
-            )
         if CONFIGURATION.exists() or CONFIGURATION.is_symlink():
             raise RuntimeError(f"{CONFIGURATION}: this machine has a SLURM of its own; not touched")
         self.folder = folder
@@ -265,12 +259,28 @@ def answers(what: str, question: Any) -> None:
         time.sleep(0.1)
 
 
+def install() -> None:
+    """Debian's packages, where their programs are missing."""
+    missing = [name for name in PROGRAMS if shutil.which(name) is None]
+    if os.geteuid() != 0 or (missing and shutil.which("apt-get") is None):
+        raise RuntimeError(
+            f"a SLURM to test on needs root, and Debian's packages {' '.join(PACKAGES)}"
+        )
+    if missing:
+        quiet = {"check": True, "stdout": subprocess.DEVNULL}
+        subprocess.run(["apt-get", "update", "-qq"], **quiet)
+        install = ["apt-get", "install", "-y", "-qq", "--no-install-recommends", *PACKAGES]
+        environment = os.environ | {"DEBIAN_FRONTEND": "noninteractive"}
+        subprocess.run(install, env=environment, **quiet)
+
+
 def main() -> int:
     """Run a command on a cluster of its own: ``cluster.py pytest tests/slurm``."""
     folder = Path(tempfile.mkdtemp(prefix="slurm-"))
     try:
+        install()
         cluster = Cluster(folder / "cluster")
-    except RuntimeError as error:
+    except (RuntimeError, subprocess.CalledProcessError) as error:
         print(f"cluster.py: error: {error}", file=sys.stderr)
         return 1
     try:

@@ -129,7 +129,9 @@ def test_without_gpus_everything_is_asked_of_the_processor():
 
 
 def test_what_fits_no_node_is_refused_in_one_line():
-    with pytest.raises(MergelawError, match=r"bases.72B: .*1 GPU of about [\d,]+ GB, .* 8 of 80 GB"):
+    with pytest.raises(
+        MergelawError, match=r"bases.72B: .*1 GPU of about [\d,]+ GB, .* 8 of 80 GB"
+    ):
         check([training("bases.72B: training an expert", BIG, TRAINING, 1)], NODES)
     check([evaluation("x", BIG, EVALUATION, 9, 1, 1)], NODES)
     own = {"zero_stage": 3, "adam_offload": True}
@@ -149,7 +151,9 @@ def test_a_profile_is_read_as_snakemake_gives_it():
 
 def test_the_profile_names_hardware_that_is_read():
     root = Path(__file__).parents[2]
-    text = (root / "slurm" / "profile.v9+.yaml").read_text()  # where snakemake --profile slurm looks
+    text = (
+        root / "slurm" / "profile.v9+.yaml"
+    ).read_text()  # where snakemake --profile slurm looks
     settings = yaml.safe_load(text)["default-resources"]
     assert Hardware.of(settings) is not None
     for name in Hardware.__dataclass_fields__:
