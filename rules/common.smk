@@ -18,8 +18,8 @@ try:
     study = Study(mergelaw_config.parse(dict(config), " + ".join(map(str, workflow.configfiles))))
     study.by_path
     # What nodes have, as the profile says; nothing, where everything runs on this machine.
-    given = workflow.resource_settings.default_resources or {}
-    hardware = resources.Hardware.of({n: getattr(v, "raw", v) for n, v in given.items()})
+    settings = workflow.resource_settings.default_resources or {}
+    hardware = resources.Hardware.of({n: getattr(v, "raw", v) for n, v in settings.items()})
     to_come = []
     if hardware and workflow.is_main_process:
         missing = [artifact for artifact in study.by_path.values() if not study.made(artifact)]
@@ -64,15 +64,18 @@ def needs(pattern):
     return inputs
 
 
-def options(pattern):
-    """Params function: the artifact as arguments of its stage's command, in a file beside its log.
+class Arguments:
+    """An artifact as arguments of its stage's command: ``@`` and a file of them, beside its log.
 
     A command line has no room for a thousand shards, and in a failed job's message it would bury
-    what went wrong.
+    what went wrong. The file is written when the command is, and not for jobs that do not run.
     """
 
-    def words(wildcards):
-        made = study.by_path[pattern.format(**wildcards)]
+    def __init__(self, artifact):
+        self.artifact = artifact
+
+    def __str__(self):
+        made = self.artifact
         pairs = [("recipe", made.recipe_json)] if made.recipe_json != "{}" else []
         for name, artifact in [*made.inputs.items(), *made.unkeyed.items()]:
             flag, _, what = name.partition(":")
@@ -81,16 +84,22 @@ def options(pattern):
                 pairs.append((flag, f"{what}={path}" if flag == "task-vector" else path))
         pairs += [("rows", made.rows)] if made.rows else []
         pairs += [("output", f"{study.results}/{made.path}")]
+        given = [word for name, value in pairs for word in (f"--{name}", value)]
         file = Path(f"{study.results}/logs/{made.path}.json")
-        if not workflow.dryrun:
+        try:
             file.parent.mkdir(parents=True, exist_ok=True)
-            # At once, for a job of another run may be reading it.
+            # By one rename, for a job of another run may be reading it.
             scratch = file.with_suffix(f".{unique()}")
-            write_json(scratch, [word for name, value in pairs for word in (f"--{name}", value)])
+            write_json(scratch, given)
             scratch.replace(file)
+        except OSError:  # a full disk, of which the command will tell
+            return shlex.join(given)
         return shlex.quote(f"@{file}")
 
-    return words
+
+def options(pattern):
+    """Params function: the arguments of the artifact's command."""
+    return lambda wildcards: Arguments(study.by_path[pattern.format(**wildcards)])
 
 
 def asks(pattern):

@@ -228,7 +228,10 @@ class Base(Model):
         {}, description="what differs from the study's `training` for this base's experts"
     )
     N: float | None = Field(
-        None, gt=0, description="nominal size in billions, shown beside the counted one"
+        None,
+        gt=0,
+        description="nominal size in billions, shown beside the counted one; of a hub model that is "
+        "not at hand, what a cluster's jobs ask for follows from it",
     )
 
     @model_validator(mode="after")

@@ -213,13 +213,16 @@ def _parameters(model: Any) -> dict[str, int]:
 
 
 def _memory(device: Any) -> int:
-    """Bytes that base and prepared vectors may take: half of what is free."""
+    """Bytes that base and prepared vectors may take: half of what is free, or of what SLURM gave."""
+    import os
+
     import psutil
     import torch
 
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0] // 2
-    return psutil.virtual_memory().available // 2
+    free = psutil.virtual_memory().available
+    return min(free, int(os.environ.get("SLURM_MEM_PER_NODE", 0)) << 20 or free) // 2
 
 
 def _synchronize(device: str) -> None:

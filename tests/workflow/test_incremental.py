@@ -205,7 +205,7 @@ def without(*rules: str) -> dict[str, int]:
 @pytest.mark.parametrize(
     ("stage", "jobs"),
     [
-        ("corpus", ALL),
+        ("corpus", ALL | {"get_base": 1}),
         ("overlap", {"check_overlap": 1}),
         ("base", without("build_corpus", "check_overlap")),
         ("expert", without("build_corpus", "check_overlap", "get_base")),
