@@ -230,8 +230,8 @@ class Base(Model):
     N: float | None = Field(
         None,
         gt=0,
-        description="nominal size in billions, shown beside the counted one; of a hub model that is "
-        "not at hand, what a cluster's jobs ask for follows from it",
+        description="nominal size in billions, shown beside the counted one; of a hub model that "
+        "is not at hand, what a cluster's jobs ask for follows from it",
     )
 
     @model_validator(mode="after")

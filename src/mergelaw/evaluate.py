@@ -213,7 +213,7 @@ def _parameters(model: Any) -> dict[str, int]:
 
 
 def _memory(device: Any) -> int:
-    """Bytes that base and prepared vectors may take: half of what is free, or of what SLURM gave."""
+    """Bytes that base and prepared vectors may take: half of what is free, or a job has."""
     import os
 
     import psutil

@@ -48,7 +48,6 @@ AccountingStorageHost=127.0.0.1
 AccountingStoragePort={ports[2]}
 AccountingStoragePass={folder}/munge.socket
 AccountingStorageTRES=gres/gpu
-AccountingStoreFlags=job_comment
 SlurmdParameters=config_overrides
 ReturnToService=2
 MinJobAge=86400
@@ -200,35 +199,39 @@ def records(folder: Path, rule: str = "") -> list[dict[str, Any]]:
     """What SLURM's database says of the jobs of a rule that were started in ``folder``.
 
     In the order they were submitted: id, state, ``gpus``, ``megabytes`` and ``minutes`` asked for,
-    partition and account.
+    partition and account. The rule stands in the comment, which the controller knows from the
+    beginning, and the database once the job has ended.
     """
+    comments = dict(
+        line.split("|", 1) for line in output("squeue", "-h", "-a", "-t", "all", "-o", "%i|%k")
+    )
     fields = ("JobIDRaw", "State", "Partition", "Account", "TimelimitRaw", "ReqTRES", "WorkDir")
-    table = subprocess.run(
-        ["sacct", "-a", "-X", "-n", "-P", "-S", "now-1days", "-E", "now+1days",
-         f"--format={','.join(fields)},Comment"],
-        check=True, capture_output=True, text=True,
-    ).stdout  # fmt: skip
+    since = ("-S", "now-1days", "-E", "now+1days")
     found = []
-    for line in table.splitlines():
-        values = dict(zip((*fields, "Comment"), line.split("|"), strict=True))
-        if Path(values["WorkDir"]) != folder or f"rule_{rule}" not in values["Comment"]:
+    for line in output("sacct", "-a", "-X", "-n", "-P", *since, f"--format={','.join(fields)}"):
+        values = dict(zip(fields, line.split("|"), strict=True))
+        name, _, wildcards = comments[values["JobIDRaw"]].partition("_wildcards_")
+        if Path(values["WorkDir"]) != folder or rule not in name:
             continue
         asked = dict(part.split("=") for part in values["ReqTRES"].split(","))
         found.append(
             {
                 "id": values["JobIDRaw"],
+                "rule": name.removeprefix("rule_"),
+                "of": wildcards,
                 "state": values["State"].split()[0],
+                "gpus": int(asked.get("gres/gpu", 0)),
+                "megabytes": megabytes(asked["mem"]),
+                "minutes": int(values["TimelimitRaw"]),
                 "partition": values["Partition"],
                 "account": values["Account"],
-                "minutes": int(values["TimelimitRaw"]),
-                "megabytes": megabytes(asked["mem"]),
-                "gpus": int(asked.get("gres/gpu", 0)),
-                "cpus": int(asked["cpu"]),
-                "rule": values["Comment"].removeprefix("rule_").partition("_wildcards")[0],
-                "of": values["Comment"].partition("_wildcards_")[2],
             }
         )
     return sorted(found, key=lambda job: int(job["id"]))
+
+
+def output(*command: str) -> list[str]:
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()
 
 
 def megabytes(text: str) -> int:
