@@ -8,8 +8,11 @@ import pytest
 
 sys.path.append(str(Path(__file__).parents[1] / "workflow"))
 
+import studies
 from clones import Clone, make_finished
 from studies import once
+
+studies.PATIENCE = 1200  # a job takes its time, and a few wait for each other
 
 
 @pytest.fixture(scope="session", autouse=True)
