@@ -103,9 +103,9 @@ def options(pattern):
 
 
 def asks(pattern):
-    """Resources of a rule as input functions, by name: what the artifact's job asks a cluster for.
+    """What an artifact's job asks a cluster for, as input functions by the resources' names.
 
-    None where the profile names no hardware: on one machine nothing is to wait for a resource.
+    Nothing where the profile names no hardware: on one machine no job is to wait for a resource.
     """
 
     def asked(name):
