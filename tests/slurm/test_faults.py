@@ -74,16 +74,14 @@ def test_a_job_over_its_memory_gets_more(place, finished):
 
 
 def test_a_job_over_its_time_goes_on_in_the_next(place, finished):
-    place.edit(
-        {"# set-resources:": "set-resources:",
-         "#   evaluate_merges: {mem_mb": "  evaluate_merges: {runtime: 19 * attempt - 18}"}
-    )  # fmt: skip
     run = place.start()
     held(place, run)  # as on storage that does not answer
+    (job,) = place.jobs("evaluate_merges")
+    subprocess.run(["scontrol", "update", f"jobid={job['id']}", "timelimit=1"], check=True)
     assert "status 0" in ended(run)
     first, second = place.jobs("evaluate_merges")
     assert (first["state"], second["state"]) == ("TIMEOUT", "COMPLETED")
-    assert (first["minutes"], second["minutes"]) == (1, 20)
+    assert second["minutes"] == 2 * job["minutes"]
     whole(place, finished)
 
 
