@@ -1,4 +1,4 @@
-# make demo | make test | make test-openrlhf | make lint | make clean-venv
+# make demo | make test | make test-slurm | make test-openrlhf | make lint | make clean-venv
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -21,7 +21,7 @@ $(OPENRLHF)/.installed: requirements-openrlhf.txt
 	echo "$(CURDIR)/tests/openrlhf/stand_ins" > $$($(OPENRLHF)/bin/python -c 'import site; print(site.getsitepackages()[0])')/stand_ins.pth
 	touch $@
 
-.PHONY: demo test test-openrlhf lint clean-venv
+.PHONY: demo test test-slurm test-openrlhf lint clean-venv
 demo: $(VENV)/.installed
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python benchmarks/measure.py -- $(BIN)/snakemake --profile profiles/local
 	$(BIN)/mergelaw summary --config config/config.yaml
@@ -32,6 +32,10 @@ test: $(VENV)/.installed
 # The first run compiles two extensions of DeepSpeed, for minutes.
 test-openrlhf: $(VENV)/.installed $(OPENRLHF)/.installed
 	PATH="$(CURDIR)/$(BIN):$$PATH" MERGELAW_OPENRLHF_PYTHON="$(CURDIR)/$(OPENRLHF)/bin/python" $(BIN)/python -m pytest tests/openrlhf
+
+# On a real SLURM, installed from Debian's packages and started for these tests alone; needs root.
+test-slurm: $(VENV)/.installed
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python tests/slurm/cluster.py $(BIN)/python -m pytest -n 3 -rP tests/slurm
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .

@@ -236,13 +236,16 @@ def check_room(base: Path, dtype: str) -> None:
 
 
 def _memory(device: Any) -> int:
-    """Bytes that base and prepared vectors may take: half of what is free."""
+    """Bytes that base and prepared vectors may take: half of what is free, or a job has."""
+    import os
+
     import psutil
     import torch
 
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0] // 2
-    return psutil.virtual_memory().available // 2
+    free = psutil.virtual_memory().available
+    return min(free, int(os.environ.get("SLURM_MEM_PER_NODE", 0)) << 20 or free) // 2
 
 
 def _synchronize(device: str) -> None:
