@@ -1,4 +1,4 @@
-# make demo | make test | make lint | make clean-venv
+# make demo | make test | make test-conformance | make bench | make lint | make clean-venv
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -11,13 +11,28 @@ $(VENV)/.installed: requirements.txt requirements-dev.txt pyproject.toml
 	$(BIN)/pip install -q --no-deps -e .
 	touch $@
 
-.PHONY: demo test lint clean-venv
+# The peers that we are compared with, apart from what we run on.
+PEERS := .venv-peers
+$(PEERS)/.installed: requirements-peers.txt
+	$(PYTHON) -m venv $(PEERS)
+	$(PEERS)/bin/pip install -q -r requirements-peers.txt
+	touch $@
+
+.PHONY: demo test test-conformance bench lint clean-venv
 demo: $(VENV)/.installed
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python benchmarks/measure.py -- $(BIN)/snakemake --profile profiles/local
 	$(BIN)/mergelaw summary --config config/config.yaml
 
 test: $(VENV)/.installed
-	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest -n 2
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest -n 2 --ignore tests/conformance
+
+# Against mergekit itself.
+test-conformance: $(VENV)/.installed $(PEERS)/.installed
+	PEERS="$(PEERS)" $(BIN)/python -m pytest tests/conformance
+
+# Times against mergekit, the paper's code and the floor. For half an hour nothing else should run.
+bench: $(VENV)/.installed $(PEERS)/.installed
+	PEERS="$(PEERS)" $(BIN)/python benchmarks/bench.py
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .
@@ -28,4 +43,4 @@ lint: $(VENV)/.installed
 	for file in config/*.yaml; do $(BIN)/mergelaw config check $$file || exit 1; done
 
 clean-venv:
-	rm -rf $(VENV)
+	rm -rf $(VENV) $(PEERS)
