@@ -112,6 +112,7 @@ def _measure(
             settings["max_tokens"],
             settings["long_documents"],
             f"evaluation documents of {domain}",
+            settings["protocol"],
         )
     device = "cuda" if torch.cuda.is_available() else "cpu"
     several = device == "cuda" and torch.cuda.device_count() > 1

@@ -232,7 +232,7 @@ def test_mergekit_gives_our_merge(merged, kind, which, name):
 
 
 def test_what_is_exported_and_what_is_not(merged):
-    studies, pairs = merged
+    _, pairs = merged
     for (_, _, name), (ours, _) in pairs.items():
         assert (ours / "mergekit.yaml").exists() == (name in EXPORTED)
 
