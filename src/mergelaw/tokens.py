@@ -4,8 +4,8 @@ Instruction data goes through the tokenizer's chat template; the response with i
 is scored. Plain text is scored as a whole, after a beginning-of-sequence token where the tokenizer
 has one (otherwise its first token is only read). Training and evaluation share this.
 
-The ``merging_eval`` protocol is that of the law's paper (its released evaluation script), to compare
-numbers with: see :func:`merging_eval_parts`.
+The ``merging_eval`` protocol is that of the law's paper (its released evaluation script), to
+compare numbers with: see :func:`merging_eval_parts`.
 """
 
 from collections.abc import Sequence
