@@ -99,10 +99,9 @@ def _measure(
     import sys
 
     import torch
-    from transformers import AutoTokenizer
 
     settings = recipe["evaluation"]
-    tokenizer = AutoTokenizer.from_pretrained(base)
+    tokenizer = training.load_tokenizer(base)
     encoded = {}
     for domain in dict.fromkeys(cell["domain"] for cell in missing):
         documents = corpus.read(corpora[domain] / "eval.parquet")
