@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from mergelaw import keys, lineage
+from mergelaw import forkserver, keys, lineage
 from mergelaw.errors import MergelawError
 
 app = typer.Typer(
@@ -35,12 +35,17 @@ SaveEvery = Annotated[float, typer.Option(help="seconds between states to resume
 
 def main() -> None:
     """Entry point: a user's mistake is one line on stderr and exit status 1."""
+    status = forkserver.hand_over(sys.argv[1:])
+    if status is not None:
+        sys.exit(status)
     # Importing torch and transformers makes objects by the million that all stay; to look for
     # garbage among them takes a fifth of the time, and at the end again as long.
     gc.set_threshold(100_000, 50, 50)
     atexit.register(gc.freeze)
+    quiet()
     try:
-        app()
+        words = [word for given in sys.argv[1:] for word in arguments(given)]
+        app(args=words, prog_name="mergelaw")
     except MergelawError as error:
         fail(str(error))
     except BrokenPipeError:
@@ -55,6 +60,19 @@ def main() -> None:
 def fail(message: str) -> None:
     print(f"mergelaw: error: {' '.join(message.split())}", file=sys.stderr)
     sys.exit(1)
+
+
+def arguments(given: str) -> list[str]:
+    """``@FILE`` stands for the arguments in a file, a JSON list; anything else for itself."""
+    if not given.startswith("@"):
+        return [given]
+    try:
+        words = json.loads(Path(given[1:]).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        words = None
+    if not isinstance(words, list) or not all(isinstance(word, str) for word in words):
+        raise MergelawError(f"{given[1:]}: not a file of arguments, a JSON list of strings")
+    return words
 
 
 def recipe_of(text: str) -> dict[str, Any]:
@@ -102,14 +120,22 @@ def make(output: Path, stage: str, recipe: dict[str, Any], inputs: dict[str, Pat
     print(f"mergelaw: {output} {'made' if made else 'is there already'}", file=sys.stderr)
 
 
-def prepare_torch(threads: int) -> None:
-    """Fix the number of threads, which bits depend on, and keep logs free of progress bars."""
-    os.environ.update(  # before the libraries are imported, which read them once
+def quiet() -> None:
+    """Keep logs free of progress bars, and linear algebra on one thread, for bits depend on it.
+
+    To be called before the libraries are imported, which read this once.
+    """
+    os.environ.update(
         TQDM_DISABLE="1",
         TOKENIZERS_PARALLELISM="false",
         HF_DATASETS_DISABLE_PROGRESS_BARS="1",
         HF_HUB_DISABLE_PROGRESS_BARS="1",
+        OPENBLAS_NUM_THREADS="1",
     )
+
+
+def prepare_torch(threads: int) -> None:
+    """Fix the number of threads, which bits depend on."""
     import torch
 
     torch.set_num_threads(threads)
