@@ -53,7 +53,7 @@ def test_any_text_with_commas(head, rows):
     outcome("\n".join(lines).encode(errors="replace"), "a.csv")
 
 
-@settings(max_examples=200)
+@settings(max_examples=100)
 @given(st.data(), st.sets(names, min_size=1, max_size=6), st.integers(0, 4))
 def test_any_values_in_known_columns(data, head, rows):
     columns = {
