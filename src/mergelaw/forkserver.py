@@ -38,6 +38,7 @@ def start() -> subprocess.Popen[bytes]:
     command = [sys.executable, "-m", "mergelaw.forkserver", address]
     server = subprocess.Popen(command, stdin=subprocess.PIPE)
     os.environ[ADDRESS] = address
+    atexit.register(server.communicate)  # so that what its forks used counts as this process's
     return server
 
 
@@ -77,7 +78,7 @@ def serve(address: str) -> None:
     from trl import SFTConfig, SFTTrainer  # noqa: F401
 
     gc.freeze()  # what was imported is never garbage, and stays shared
-    signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+    signal.signal(signal.SIGCHLD, reap)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     warnings.simplefilter("ignore", DeprecationWarning)  # that threads run: none that holds a lock
     with socket.socket(socket.AF_UNIX) as listener:
@@ -97,6 +98,13 @@ def serve(address: str) -> None:
                     work(connection)
                 os._exit(1)
             connection.close()
+
+
+def reap(*_: object) -> None:
+    """Take leave of forks that have ended."""
+    with contextlib.suppress(ChildProcessError):
+        while os.waitpid(-1, os.WNOHANG) != (0, 0):
+            pass
 
 
 def work(connection: socket.socket) -> None:
