@@ -167,17 +167,26 @@ def read(source: Path) -> tuple[pd.DataFrame, list[str]]:
     return table, []
 
 
-def choose(points: pd.DataFrame, **given: str | None) -> pd.DataFrame:
+def choose(
+    points: pd.DataFrame,
+    *,
+    method: str | None = None,
+    domain: str | None = None,
+    family: str | None = None,
+    every: Sequence[str] = (),
+) -> pd.DataFrame:
     """The points of one method, family and domain: those named, or the only ones there are.
 
-    Of several domains the macro-average is meant unless one is named.
+    Of several domains the macro-average is meant unless one is named. Columns in ``every`` are
+    left as they are.
 
     Raises:
         MergelawError: there is none of that name, or there are several and none is named.
     """
-    for name in ("family", "domain", "method"):
+    for name, wanted in (("family", family), ("domain", domain), ("method", method)):
+        if name in every:
+            continue
         found = sorted(points[name].unique())
-        wanted = given.get(name)
         if wanted is None and name == "domain" and MACRO in found:
             wanted = MACRO
         if wanted is None and len(found) > 1:
@@ -270,11 +279,13 @@ def along_k(
         low, high = centre - reach, centre + reach
         basis = f"from the recipe's errors at {', '.join(bases)}, as shares of the gain"
         if np.isnan(shares).any():
-            last = f"{sizes[np.isnan(shares)].min():g}"
-            warnings.append(f"no interval from k = {last} on: no other base was measured there")
+            unknown = sizes[np.isnan(shares)].min()
+            warnings.append(
+                f"no interval from k = {unknown:g} on: no other base was measured there"
+            )
         assumption = "this base's curve departs from the recipe's as the other bases' do"
     else:
-        low, high = _ends(fitted, level, k=sizes)
+        low, high = ends_of(fitted, level, k=sizes)
         basis, assumption = _basis_of(fitted, law, sigma)
     measured = own.set_index("k")["ce"]
     last = float(measured[max(used)])
@@ -374,7 +385,7 @@ def along_N(
         raise MergelawError("k: give numbers of experts of 1 or more")
     if sizes[-1] > M:
         warnings.append(f"k = {sizes[-1]:g} is beyond this pool of {M} experts")
-    low, high = _ends(fitted, level, N=np.full(len(sizes), N), k=sizes)
+    low, high = ends_of(fitted, level, N=np.full(len(sizes), N), k=sizes)
     centre = fitted.predict(N=np.full(len(sizes), N), k=sizes)
     nearest = rest[rest["N"] == rest["N"].max()].groupby("k")["ce"].mean()
     same = np.array([nearest.get(size, math.nan) for size in sizes])
@@ -394,7 +405,7 @@ def beyond(ladder: Sequence[float], N: float) -> list[str]:
     least, most = min(ladder), max(ladder)
     if least <= N <= most:
         return []
-    above = N > most
+    above = most < N
     factor, side = (N / most, "above") if above else (least / N, "below")
     told = f"N = {N:.4g} is {factor:.3g} times {side} the measured sizes, {least:.4g} to {most:.4g}"
     length = math.log(most / least)
@@ -406,7 +417,7 @@ def beyond(ladder: Sequence[float], N: float) -> list[str]:
 # ---- what both share
 
 
-def _ends(fitted: Fit, level: float, **at: ArrayLike) -> tuple[Array, Array]:
+def ends_of(fitted: Fit, level: float, **at: ArrayLike) -> tuple[Array, Array]:
     """Interval of what will be measured: the law's own, and what it misses at a point.
 
     NaN where the noise is unknown.
