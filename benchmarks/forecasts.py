@@ -106,11 +106,12 @@ def recipes(curves: pd.DataFrame) -> None:
                         continue
                     naive = (told["same"] - told["measured"]) / gain
                     worst = int(errors.abs().argmax())
+                    place = f"(k = {told['k'][worst]:g})"
                     rows.append(
                         {
                             "method": method,
                             "base": base,
-                            "worst error, %": f"{100 * errors[worst]:+.2f} (k = {told['k'][worst]:g})",
+                            "worst error, %": f"{100 * errors[worst]:+.2f} {place}",
                             "at the largest k, %": f"{100 * errors.iloc[-1]:+.2f}",
                             "naive at the largest k, %": f"{100 * naive.iloc[-1]:+.1f}",
                             "rms, %": f"{100 * np.sqrt(np.mean(errors**2)):.2f}",
@@ -178,8 +179,8 @@ class Table:
 def surrogates(pools: dict[tuple[str, str], Table]) -> None:
     print("## The surrogate on subsets it has not seen\n")
     print(
-        "Macro loss. Rank correlation within k and RMSE (nats) on all unseen subsets, fitted to all "
-        "singles and pairs, or to one ring of all k. Within k every subset has as many experts, so "
+        "Macro loss. Rank correlation within k and RMSE (nats) on all unseen subsets, fitted to "
+        "all singles and pairs, or to one ring of all k. Within k every subset has as many experts, so "
         "the fall with k does not help. The check is the surrogate's own, on the ring's merges.\n"
     )
     rows: list[dict[str, object]] = []
