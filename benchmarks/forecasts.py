@@ -180,8 +180,9 @@ def surrogates(pools: dict[tuple[str, str], Table]) -> None:
     print("## The surrogate on subsets it has not seen\n")
     print(
         "Macro loss. Rank correlation within k and RMSE (nats) on all unseen subsets, fitted to "
-        "all singles and pairs, or to one ring of all k. Within k every subset has as many experts, so "
-        "the fall with k does not help. The check is the surrogate's own, on the ring's merges.\n"
+        "all singles and pairs, or to one ring of all k. Within k every subset has as many "
+        "experts, so the fall with k does not help. The check is the surrogate's own, on the "
+        "ring's merges.\n"
     )
     rows: list[dict[str, object]] = []
     for (method, base), own in pools.items():
