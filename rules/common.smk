@@ -7,8 +7,9 @@ import tempfile
 from pathlib import Path
 
 from mergelaw import config as mergelaw_config
+from mergelaw import forkserver
 from mergelaw.errors import MergelawError
-from mergelaw.lineage import only_run
+from mergelaw.lineage import only_run, write_json
 from mergelaw.study import Study
 
 try:
@@ -55,11 +56,18 @@ def needs(pattern):
     return inputs
 
 
-def options(pattern):
-    """Params function: the artifact as options of its stage's command."""
+class Arguments:
+    """An artifact as arguments of its stage's command: ``@`` and a file of them, beside its log.
 
-    def words(wildcards):
-        made = study.by_path[pattern.format(**wildcards)]
+    A command line has no room for a thousand shards, and in a failed job's message it would bury
+    what went wrong. The file is written when the command is, and not for jobs that do not run.
+    """
+
+    def __init__(self, artifact):
+        self.artifact = artifact
+
+    def __str__(self):
+        made = self.artifact
         pairs = [("recipe", made.recipe_json)] if made.recipe_json != "{}" else []
         for name, artifact in [*made.inputs.items(), *made.unkeyed.items()]:
             flag, _, what = name.partition(":")
@@ -68,18 +76,30 @@ def options(pattern):
                 pairs.append((flag, f"{what}={path}" if flag == "task-vector" else path))
         pairs += [("rows", made.rows)] if made.rows else []
         pairs += [("output", f"{study.results}/{made.path}")]
-        return " ".join(f"--{name} {shlex.quote(value)}" for name, value in pairs)
+        given = [word for name, value in pairs for word in (f"--{name}", value)]
+        file = Path(f"{study.results}/logs/{made.path}.json")
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            write_json(file, given)
+        except OSError:  # a full disk, of which the command will tell
+            return shlex.join(given)
+        return shlex.quote(f"@{file}")
 
-    return words
+
+def options(pattern):
+    """Params function: the arguments of the artifact's command."""
+    return lambda wildcards: Arguments(study.by_path[pattern.format(**wildcards)])
 
 
 def start():
     """One run at a time on a results folder, from whatever working directory."""
-    global run_lock
+    global run_lock, forks
     try:
         run_lock = only_run(study.results)
     except MergelawError as error:
         sys.exit(f"mergelaw: error: {error}")
+    if workflow.local_exec and sys.platform == "linux":
+        forks = forkserver.start()
 
 
 def report_the_rest():

@@ -10,7 +10,7 @@ rule evaluate_merges:
     threads: 1
     params:
         options=options("evals/{base}/{method}/{name}@{key}"),
-        cells=f"{study.results}/cells/{{base}}/{{method}}",
+        cells=f"{study.results}/cells/{{base}}",
     message:
         "cross-entropy of {wildcards.method} on {wildcards.base}, shard {wildcards.name}"
     shell:

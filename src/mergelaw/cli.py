@@ -1,5 +1,6 @@
 """The command line: one command a stage, and what people ask of a results folder."""
 
+import atexit
 import gc
 import json
 import os
@@ -9,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from mergelaw import keys, lineage
+from mergelaw import forkserver, keys, lineage
 from mergelaw.errors import MergelawError
 
 app = typer.Typer(
@@ -55,11 +56,17 @@ SaveEvery = Annotated[float, typer.Option(help="seconds between states to resume
 
 def main() -> None:
     """Entry point: a user's mistake is one line on stderr and exit status 1."""
+    status = forkserver.hand_over(sys.argv[1:])
+    if status is not None:
+        sys.exit(status)
     # Importing torch and transformers makes objects by the million that all stay; to look for
-    # garbage among them takes a fifth of the time.
+    # garbage among them takes a fifth of the time, and at the end again as long.
     gc.set_threshold(100_000, 50, 50)
+    atexit.register(gc.freeze)
+    quiet()
     try:
-        app()
+        words = [word for given in sys.argv[1:] for word in arguments(given)]
+        app(args=words, prog_name="mergelaw")
     except MergelawError as error:
         fail(str(error))
     except BrokenPipeError:
@@ -74,6 +81,19 @@ def main() -> None:
 def fail(message: str) -> None:
     print(f"mergelaw: error: {' '.join(message.split())}", file=sys.stderr)
     sys.exit(1)
+
+
+def arguments(given: str) -> list[str]:
+    """``@FILE`` stands for the arguments in a file, a JSON list; anything else for itself."""
+    if not given.startswith("@"):
+        return [given]
+    try:
+        words = json.loads(Path(given[1:]).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        words = None
+    if not isinstance(words, list) or not all(isinstance(word, str) for word in words):
+        raise MergelawError(f"{given[1:]}: not a file of arguments, a JSON list of strings")
+    return words
 
 
 def recipe_of(text: str) -> dict[str, Any]:
@@ -121,14 +141,22 @@ def make(output: Path, stage: str, recipe: dict[str, Any], inputs: dict[str, Pat
     print(f"mergelaw: {output} {'made' if made else 'is there already'}", file=sys.stderr)
 
 
-def prepare_torch(threads: int) -> None:
-    """Fix the number of threads, which bits depend on, and keep logs free of progress bars."""
-    os.environ.update(  # before the libraries are imported, which read them once
+def quiet() -> None:
+    """Keep logs free of progress bars, and linear algebra on one thread, for bits depend on it.
+
+    To be called before the libraries are imported, which read this once.
+    """
+    os.environ.update(
         TQDM_DISABLE="1",
         TOKENIZERS_PARALLELISM="false",
         HF_DATASETS_DISABLE_PROGRESS_BARS="1",
         HF_HUB_DISABLE_PROGRESS_BARS="1",
+        OPENBLAS_NUM_THREADS="1",
     )
+
+
+def prepare_torch(threads: int) -> None:
+    """Fix the number of threads, which bits depend on."""
     import torch
 
     torch.set_num_threads(threads)
@@ -172,31 +200,35 @@ def base(
     save_every: SaveEvery = 600,
 ) -> None:
     """Fetch a base model, or pre-train one."""
-    from mergelaw import config, training
 
-    own, sources = split(recipe_of(recipe))
+    def train(own: dict[str, Any], folder: Path, state: Path) -> dict[str, Any]:
+        from mergelaw import config, training
 
-    def work(folder: Path, state: Path) -> dict[str, Any]:
-        if "checkpoint" in own:
-            return ready_made(own["checkpoint"], sources, folder)
-        prepare_torch(threads)
         settings = config.Pretraining.model_validate(own["pretraining"])
         return training.pretrain(settings, named(corpora or []), folder, state, save_every)
 
-    make(output, "base", own, inputs_of("corpus", named(corpora or [])), work)
+    model("base", recipe, output, inputs_of("corpus", named(corpora or [])), threads, train)
 
 
-def ready_made(checkpoint: dict[str, Any], sources: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """Link a checkpoint from outside into ``folder``, after it was found to be the one meant."""
-    from mergelaw import training
+def model(stage: str, recipe: str, output: Path, inputs: dict, threads: int, train: Any) -> None:
+    """Make a checkpoint: train it, or link one from outside that is found to be the one meant."""
+    own, sources = split(recipe_of(recipe))
 
-    source = training.locate(sources)
-    training.link(source, folder)
-    for name, known in checkpoint.get("files", {}).items():
-        path = folder / name
-        if path.exists() and lineage.file_digest(path) != known:
-            raise MergelawError(f"{source / name}: changed since the run began; run again")
-    return {"sources": [keys.canonical_json(sources)]}
+    def work(folder: Path, state: Path) -> dict[str, Any]:
+        if "checkpoint" not in own:
+            prepare_torch(threads)
+            return train(own, folder, state)
+        from mergelaw import training
+
+        source = training.locate(sources)
+        training.link(source, folder)
+        for name, known in own["checkpoint"].get("files", {}).items():
+            path = folder / name
+            if path.exists() and lineage.file_digest(path) != known:
+                raise MergelawError(f"{source / name}: changed since the run began; run again")
+        return {"sources": [keys.canonical_json(sources)]}
+
+    make(output, stage, own, inputs, work)
 
 
 @app.command()
@@ -209,23 +241,19 @@ def expert(
     save_every: SaveEvery = 600,
 ) -> None:
     """Train an expert, or take a ready-made one."""
-    from mergelaw import config, training
 
-    own, sources = split(recipe_of(recipe))
+    def train(own: dict[str, Any], folder: Path, state: Path) -> dict[str, Any]:
+        from mergelaw import config, training
 
-    def work(folder: Path, state: Path) -> dict[str, Any]:
-        if "checkpoint" in own:
-            return ready_made(own["checkpoint"], sources, folder)
         if base is None or not corpora:
             raise MergelawError("expert: training needs --base and --corpus")
-        prepare_torch(threads)
         settings = config.Training.model_validate(own["training"])
         return training.fine_tune(
             settings, own["seed"], base, named(corpora), folder, state, save_every
         )
 
     inputs = ({"base": base} if base else {}) | inputs_of("corpus", named(corpora or []))
-    make(output, "expert", own, inputs, work)
+    model("expert", recipe, output, inputs, threads, train)
 
 
 @app.command("task-vector")

@@ -14,7 +14,6 @@ from mergelaw.methods import method_of
 from mergelaw.task_vector import TaskVector
 
 ROWS = "cells.parquet"
-PROGRESS_SECONDS = 10
 
 
 def evaluate(
@@ -23,27 +22,26 @@ def evaluate(
     base: Path,
     vectors: Mapping[str, Path],
     corpora: Mapping[str, Path],
-    store: Path,
+    folder: Path,
     name: str,
     output: Path,
 ) -> dict[str, Any]:
     """Measure what of a shard is not in the store yet; write all its rows to ``output``.
 
     ``subsets``: rows (k, replicate, place, experts) of the plan; ``vectors``: task vectors by
-    expert; ``corpora``: corpora by domain; ``store``: folder of the cells, ``name``: this writer's.
+    expert; ``corpora``: corpora by domain; ``folder``: the cell store, ``name``: this writer's.
     """
     wanted = _cells(recipe, subsets, base, vectors, corpora)
-    known = cells.read(store)
-    missing = [cell for cell in wanted if cell["cell"] not in known]
     facts: dict[str, Any] = {"cells": len(wanted), "measured": 0}
-    if missing:
-        started = time.perf_counter()
-        done = _measure(recipe, missing, base, vectors, corpora, store, name)
-        known |= done
-        facts |= {"measured": len(done), "seconds": round(time.perf_counter() - started, 3)}
+    with cells.Store(folder, name, {cell["cell"] for cell in wanted}) as store:
+        missing = [cell for cell in wanted if cell["cell"] not in store.known]
+        if missing:
+            started = time.perf_counter()
+            measured = _measure(recipe, missing, base, vectors, corpora, store)
+            facts |= {"measured": measured, "seconds": round(time.perf_counter() - started, 3)}
     lineages = {name: lineage.read(path) for name, path in vectors.items()}
-    _write_rows(recipe, wanted, known, lineage.read(base), lineages, output)
-    return facts | {"tokens": sum(known[c["cell"]]["tokens"] for c in wanted if c["cell"] in known)}
+    _write_rows(recipe, wanted, store.known, lineage.read(base), lineages, output)
+    return facts | {"tokens": sum(store.known[cell["cell"]]["tokens"] for cell in wanted)}
 
 
 def _cells(
@@ -92,9 +90,12 @@ def _measure(
     base: Path,
     vectors: Mapping[str, Path],
     corpora: Mapping[str, Path],
-    store: Path,
-    name: str,
-) -> dict[str, dict[str, Any]]:
+    store: cells.Store,
+) -> int:
+    """Measure the missing cells into the store; the number of those measured here.
+
+    What another process is measuring is left to the end, and mostly found measured then.
+    """
     import sys
 
     import torch
@@ -127,52 +128,66 @@ def _measure(
     by_merge: dict[str, dict[str, Mapping[str, Any]]] = {}
     for cell in missing:
         by_merge.setdefault(cell["merge"], {})[cell["cell"]] = cell
-    done: dict[str, dict[str, Any]] = {}
+    measured = count = 0
     shown = started = time.perf_counter()
-    with (
-        Merger(
-            model, base, pool, method, _memory(model.device), store.parent / "prepared"
-        ) as merger,
-        cells.Writer(store, name) as writer,
-    ):
-        for count, group in enumerate(by_merge.values(), 1):
-            measured = []
-            clock = time.perf_counter()
-            merger.merge(next(iter(group.values()))["experts"])
-            _synchronize(device)
-            merge_seconds = time.perf_counter() - clock
-            for cell in group.values():
-                domain = cell["domain"]
-                clock = time.perf_counter()
-                nll = cross_entropy.nll(model, sets[domain], encoded[domain].documents)
-                measured.append(
-                    {
-                        "cell": cell["cell"],
-                        "document_nll": base64.b64encode(nll.astype("<f8").tobytes()).decode(),
-                        "document_tokens": _tokens(encoded[domain]),
-                        "tokens": sum(_tokens(encoded[domain])),
-                        "bytes": encoded[domain].scored_bytes,
-                        "long_documents": encoded[domain].long_documents,
-                        "dropped_tokens": encoded[domain].dropped_tokens,
-                        "merge_seconds": merge_seconds,
-                        "eval_seconds": time.perf_counter() - clock,
-                        "device": _device_name(device),
-                        "threads": torch.get_num_threads(),
-                        **counts,
-                    }
-                )
-            writer.append(measured)
-            done |= {cell["cell"]: cell for cell in measured}
-            now = time.perf_counter()
-            if now - shown > PROGRESS_SECONDS:
-                shown = now
-                left = (now - started) / count * (len(by_merge) - count)
-                print(
-                    f"mergelaw: {count} of {len(by_merge)} merges, {left:.0f} s left",
-                    file=sys.stderr,
-                    flush=True,
-                )
-    return done
+    cache = store.folder / "prepared"
+    with Merger(model, base, pool, method, _memory(model.device), cache) as merger:
+        waiting, wait = list(by_merge), False
+        while waiting:
+            elsewhere = []
+            for merge in waiting:
+                with store.claim(merge, wait) as claimed:
+                    if not claimed:
+                        elsewhere.append(merge)
+                        continue
+                    group = [c for c in by_merge[merge].values() if c["cell"] not in store.known]
+                    if group:
+                        clock = time.perf_counter()
+                        merger.merge(group[0]["experts"])
+                        _synchronize(device)
+                        facts = {**counts, "merge_seconds": time.perf_counter() - clock}
+                        store.append([_cell(model, cell, sets, encoded, facts) for cell in group])
+                        measured += len(group)
+                count += 1
+                now = time.perf_counter()
+                if now - shown > training.PROGRESS_SECONDS:
+                    shown = now
+                    left = (now - started) / count * (len(by_merge) - count)
+                    print(
+                        f"mergelaw: {count} of {len(by_merge)} merges, {left:.0f} s left",
+                        file=sys.stderr,
+                        flush=True,
+                    )
+            waiting, wait = elsewhere, True
+    return measured
+
+
+def _cell(
+    model: Any,
+    cell: Mapping[str, Any],
+    sets: Mapping[str, Any],
+    encoded: Mapping[str, tokens.Encoded],
+    facts: Mapping[str, Any],
+) -> dict[str, Any]:
+    """Measure one cell of the merge that is resident."""
+    import torch
+
+    domain = cell["domain"]
+    clock = time.perf_counter()
+    nll = cross_entropy.nll(model, sets[domain], encoded[domain].documents)
+    return {
+        "cell": cell["cell"],
+        "document_nll": base64.b64encode(nll.astype("<f8").tobytes()).decode(),
+        "document_tokens": _tokens(encoded[domain]),
+        "tokens": sum(_tokens(encoded[domain])),
+        "bytes": encoded[domain].scored_bytes,
+        "long_documents": encoded[domain].long_documents,
+        "dropped_tokens": encoded[domain].dropped_tokens,
+        "eval_seconds": time.perf_counter() - clock,
+        "device": _device_name(model.device.type),
+        "threads": torch.get_num_threads(),
+        **facts,
+    }
 
 
 def _tokens(encoded: tokens.Encoded) -> list[int]:

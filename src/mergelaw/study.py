@@ -304,5 +304,6 @@ class Study:
         return {artifact.path: artifact for artifact in self.artifacts()}
 
     def targets(self) -> list[str]:
-        """What the workflow is asked for: the report and the merges to be written out."""
-        return [a.path for a in (self.report, *self.merges.values())]
+        """What the workflow is asked for: what nothing else that is made needs."""
+        ends = (self.overlap, *self.plans.values(), self.report, *self.merges.values())
+        return [artifact.path for artifact in ends]

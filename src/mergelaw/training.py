@@ -5,8 +5,11 @@ folder that outlives a kill; a resumed run ends with the bits of an undisturbed 
 same number of threads).
 """
 
+import itertools
 import json
 import shutil
+import statistics
+import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,6 +20,8 @@ from mergelaw.checkpoint import COMPANIONS, Tensors, read_config
 from mergelaw.config import Optimisation, Pretraining, Training
 from mergelaw.errors import MergelawError
 
+PROGRESS_SECONDS = 10
+LOSSES = 100  # entries that lineage keeps of a training's losses
 END = "<|end|>"
 SPECIAL = ("<|pad|>", END, "<|system|>", "<|user|>", "<|assistant|>")
 CHAT_TEMPLATE = (
@@ -78,7 +83,7 @@ def pretrain(
         model=model,
         args=arguments(TrainingArguments, recipe, recipe.seed, state),
         train_dataset=Dataset.from_dict({"input_ids": blocks, "labels": blocks}),
-        callbacks=[save_by_the_clock(save_every)],
+        callbacks=[by_the_clock(save_every)],
     )
     facts = run(trainer, state)
     save(trainer.model, tokenizer, folder)
@@ -172,7 +177,7 @@ def fine_tune(
         ),
         train_dataset=Dataset.from_list(rows),
         processing_class=tokenizer,
-        callbacks=[save_by_the_clock(save_every)],
+        callbacks=[by_the_clock(save_every)],
     )
     facts = run(trainer, state)
     with Tensors(base) as stored:
@@ -236,7 +241,7 @@ def arguments(cls: Any, recipe: Optimisation, seed: int, state: Path, **more: An
         use_cpu=cpu,
         save_strategy="no",
         save_total_limit=2,
-        logging_steps=10,
+        logging_steps=1,
         report_to=[],
         disable_tqdm=True,
         logging_strategy="steps",
@@ -245,26 +250,43 @@ def arguments(cls: Any, recipe: Optimisation, seed: int, state: Path, **more: An
     )
 
 
-def save_by_the_clock(seconds: float) -> Any:
-    """A callback that saves the trainer's state when so many seconds have passed."""
+def by_the_clock(save_every: float) -> Any:
+    """A callback that saves the trainer's state and tells how far it is, each in its seconds."""
     from transformers import TrainerCallback
 
-    class SaveByTheClock(TrainerCallback):
-        last = time.monotonic()
+    class ByTheClock(TrainerCallback):
+        started = saved = shown = time.monotonic()
+        first = 0
+
+        def on_train_begin(self, args, state, control, **kwargs):
+            self.started, self.first = time.monotonic(), state.global_step
 
         def on_step_end(self, args, state, control, **kwargs):
-            if time.monotonic() - self.last >= seconds and state.global_step < state.max_steps:
-                self.last = time.monotonic()
+            if time.monotonic() - self.saved >= save_every and state.global_step < state.max_steps:
+                self.saved = time.monotonic()
                 control.should_save = True
             return control
 
-    return SaveByTheClock()
+        def on_log(self, args, state, control, logs=None, **kwargs):
+            now = time.monotonic()
+            if now - self.shown > PROGRESS_SECONDS and logs and "loss" in logs:
+                self.shown, step, last = now, state.global_step, state.max_steps
+                left = (now - self.started) / (step - self.first) * (last - step)
+                print(
+                    f"mergelaw: step {step} of {last}, loss {logs['loss']:.3f}, {left:.0f} s left",
+                    file=sys.stderr,
+                    flush=True,
+                )
+
+    return ByTheClock()
 
 
 def run(trainer: Any, state: Path) -> dict[str, Any]:
     """Train from the last whole state on, or from the beginning; check what came out."""
     import torch
+    from transformers import PrinterCallback
 
+    trainer.remove_callback(PrinterCallback)
     last = None
     for path in sorted(state.glob("checkpoint-*"), key=lambda p: int(p.name.split("-")[1])):
         try:  # written last by the trainer: the state before it is whole
@@ -274,21 +296,24 @@ def run(trainer: Any, state: Path) -> dict[str, Any]:
             shutil.rmtree(path)
     # Asked for by full determinism: every fresh buffer is filled with NaN, half of a tiny step.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
-    result = trainer.train(resume_from_checkpoint=str(last) if last else None)
+    trainer.train(resume_from_checkpoint=str(last) if last else None)
     for name, parameter in trainer.model.named_parameters():
         if not torch.isfinite(parameter).all():
             raise MergelawError(
                 f"training diverged: parameter {name!r} holds NaN or Inf; lower the learning rate"
             )
+    # Of every step, for the trainer's own averages forget what was before a resume.
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    size = -(-len(losses) // LOSSES)
+    parts = [losses[start : start + size] for start in range(0, len(losses), size)]
+    ends = itertools.accumulate(map(len, parts))
     return {
         "steps": trainer.state.global_step,
-        "train_loss": result.training_loss,
+        "train_loss": statistics.fmean(losses),
         "resumed_at_step": int(last.name.split("-")[1]) if last else None,
         "device": str(trainer.args.device),
         "threads": torch.get_num_threads(),
-        "losses": [
-            [entry["step"], entry["loss"]] for entry in trainer.state.log_history if "loss" in entry
-        ],
+        "losses": [[end, statistics.fmean(part)] for end, part in zip(ends, parts, strict=True)],
     }
 
 
