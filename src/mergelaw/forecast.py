@@ -164,6 +164,8 @@ def read(source: Path) -> tuple[pd.DataFrame, list[str]]:
         raise MergelawError(
             f"{file}: lacks the column {', '.join(absent)}: written by another version, fit again"
         )
+    if "se" in table:  # where nothing was known of it
+        table["se"] = table["se"].fillna(0.0)
     return table, []
 
 
@@ -264,7 +266,7 @@ def along_k(
     if not asked or any(not math.isfinite(size) or size < 1 for size in asked):
         raise MergelawError(f"k = {', '.join(f'{s:g}' for s in asked)}: give numbers of 1 or more")
     sizes = np.array(sorted(asked), dtype=float)
-    warnings = []
+    warnings = sampled(own[own["k"].isin(used)])
     if sizes[-1] > M:
         warnings.append(
             f"k = {sizes[-1]:g} is beyond this pool of {M} experts: it takes experts like these "
@@ -390,7 +392,7 @@ def along_N(
     nearest = rest[rest["N"] == rest["N"].max()].groupby("k")["ce"].mean()
     same = np.array([nearest.get(size, math.nan) for size in sizes])
     ladder = sorted(rest["N"].unique())
-    warnings += beyond(ladder, N)
+    warnings += [*beyond(ladder, N), *sampled(rest)]
     table = _table(sizes, centre, low, high, measured, same)
     basis, _ = _basis_of(fitted, MERGING, None)
     return Forecast(
@@ -415,6 +417,21 @@ def beyond(ladder: Sequence[float], N: float) -> list[str]:
 
 
 # ---- what both share
+
+
+def sampled(points: pd.DataFrame) -> list[str]:
+    """A warning where points are means over some subsets and nobody knows their errors."""
+    if "subsets" not in points or ("se" in points and (points["se"] > 0).any()):
+        return []
+    every = [math.comb(int(M), int(k)) for M, k in zip(points["M"], points["k"], strict=True)]
+    some = points[points["subsets"] < every]
+    if some.empty:
+        return []
+    return [
+        f"points at {len(some['k'].unique())} levels of k are means over some subsets, without "
+        "standard errors: what sampling adds, to b most of all, is not in the intervals; measure "
+        "three circles or more"
+    ]
 
 
 def ends_of(fitted: Fit, level: float, **at: ArrayLike) -> tuple[Array, Array]:

@@ -25,7 +25,7 @@ from scipy.special import ndtri, stdtrit
 
 from mergelaw import lineage
 from mergelaw.errors import MergelawError
-from mergelaw.forecast import base_of, beyond, billions, ends_of, fit
+from mergelaw.forecast import base_of, beyond, billions, ends_of, fit, sampled
 from mergelaw.law import LAWS, LEVEL, MERGING, MERGING_FIXED_N, Law
 
 Array = NDArray[np.float64]
@@ -135,7 +135,7 @@ class Curve:
         if law is MERGING:
             self._at = {"N": self.N}
             self.warnings += beyond(sorted(points["N"].unique()), self.N)
-        self.warnings += self.fitted.warnings
+        self.warnings += [*sampled(self.table), *self.fitted.warnings]
 
     @property
     def law(self) -> Law:

@@ -201,6 +201,14 @@ def test_sizes_that_cannot_be_are_refused():
             forecast.along_N(study(), **given_)
 
 
+def test_points_over_some_subsets_without_errors_carry_a_warning():
+    points = study().assign(subsets=9)
+    assert any("some subsets" in told for told in forecast.along_k(points, "3B").warnings)
+    assert not forecast.sampled(points.assign(se=1e-4))
+    assert not forecast.sampled(points.assign(subsets=126))
+    assert not forecast.sampled(study())
+
+
 # ---- reading, choosing, telling
 
 
