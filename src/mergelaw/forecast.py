@@ -89,14 +89,16 @@ class Forecast:
     def to_dict(self) -> dict[str, Any]:
         """The forecast as values that strict JSON can hold."""
         places = ("recipe", "method", "family", "domain", "base", "N", "level", "basis")
-        rows = self.table.astype(object).where(self.table.notna(), None).to_dict("records")
+        finite = self.table.replace([math.inf, -math.inf], math.nan)
+        rows = finite.astype(object).where(finite.notna(), None).to_dict("records")
+        score = self.score or {}
         return {
             **{name: getattr(self, name) for name in places},
             "used": list(self.used),
             "assumption": self.assumption,
             "warnings": list(self.warnings),
             "forecast": rows,
-            "score": self.score,
+            "score": {n: v if math.isfinite(v) else None for n, v in score.items()} or None,
         }
 
     def summary(self) -> str:

@@ -247,6 +247,13 @@ def test_a_forecast_is_json_and_text():
     found = forecast.along_k(study(noise=1e-3), "3B", k=[3, 20])
     told = json.loads(json.dumps(found.to_dict(), allow_nan=False))
     assert told["forecast"][1]["low"] is None and told["forecast"][1]["measured"] is None
+    # nothing smaller was measured at k = 9: no naive forecast there, and none is made up
+    points = study()
+    points = points[(points["N"] == 14.0) | (points["k"] < 9)]
+    told = json.loads(
+        json.dumps(forecast.along_N(points, base="14B", k=[9]).to_dict(), allow_nan=False)
+    )
+    assert told["score"]["same"] is None and told["forecast"][0]["same"] is None
     text = found.summary()
     assert "three-point forecast, average, macro, 3B" in text
     assert "intervals held" in text and "assumes most of all" in text

@@ -215,7 +215,7 @@ def test_the_difference_estimate_is_unbiased_whatever_the_loss():
     by_set = {tuple(np.flatnonzero(w)): value for w, value in zip(every, losses, strict=True)}
     estimates, plains = [], []
     random = np.random.default_rng(0)
-    for _ in range(300):
+    for _ in range(80):
         circle = list(random.permutation(M))
         chosen = rotations(circle, pattern("ring", 4, M))
         w = np.array([np.isin(range(M), places) / 4 for places in chosen])
@@ -226,7 +226,7 @@ def test_the_difference_estimate_is_unbiased_whatever_the_loss():
         plains.append(row["plain"])
         assert np.isnan(row["se"]) and row["circles"] == 1
     truth = losses[sizes == 4].mean()
-    error = np.std(estimates) / np.sqrt(300)
+    error = np.std(estimates) / np.sqrt(80)
     assert np.mean(estimates) == pytest.approx(truth, abs=4 * error + 1e-12)
     assert np.std(estimates) < np.std(plains)
     exact = table[table["k"] == 2].iloc[0]
