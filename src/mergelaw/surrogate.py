@@ -392,6 +392,29 @@ def fit_rows(rows: pd.DataFrame) -> dict[str, Surrogate]:
     return fit(weights, losses.to_numpy(), experts, list(losses.columns))
 
 
+def tau2_of(rows: pd.DataFrame) -> dict[tuple[str, str, str, str], float]:
+    """Scale of V_design where a surrogate may tell it: standard errors from a single circle.
+
+    Args:
+        rows: evaluation rows of a study.
+
+    Returns:
+        tau^2 (nats squared) by (method, family, base, domain), macro among the domains, for every
+        surrogate whose check passed; one training seed each.
+    """
+    found = {}
+    merges = rows[rows["role"] == "merge"]
+    for (method, family, base), own in merges.groupby(["method", "family", "base"]):
+        try:
+            surrogates = fit_rows(own)
+        except MergelawError:
+            continue  # several seeds, or too few merges: then there is nothing to tell
+        for domain, surrogate in surrogates.items():
+            if surrogate.usable:
+                found[str(method), str(family), str(base), domain] = surrogate.tau2
+    return found
+
+
 def difference_estimate(rows: pd.DataFrame) -> pd.DataFrame:
     """Estimate E[L|k] by surrogate and circles: closer than circles alone, and as unbiased.
 

@@ -258,6 +258,18 @@ def test_rows_of_average_and_task_arithmetic_are_two_scales_of_one_landscape():
     )
 
 
+def test_tau2_is_told_where_the_check_passes_only():
+    M = 7
+    parts = landscape(M, 4)
+    w = subsets(M, (1, 2, 3, 4))
+    own = rows_of(w, loss(parts, w), M)
+    rough = rows_of(w, np.random.default_rng(0).uniform(1, 2, len(w)), M).assign(base="rough")
+    few = rows_of(w[-1:], loss(parts, w[-1:]), M).assign(base="few")
+    found = surrogate.tau2_of(pd.concat([own, rough, few]))
+    assert list(found) == [("m", "f", "b", "d")]
+    assert found["m", "f", "b", "d"] == pytest.approx(surrogate.fit_rows(own)["d"].tau2)
+
+
 def test_several_domains_have_a_macro_surrogate():
     M = 4
     w = subsets(M, (1, 2))
