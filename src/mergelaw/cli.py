@@ -361,7 +361,11 @@ def fit(
         from mergelaw import fits
         from mergelaw.evaluate import read_rows
 
-        return fits.write_fits(read_rows(list(shards.values())), folder, [])
+        paths = list(shards.values())
+        documents = (read_rows([path], documents=True) for path in paths)
+        told = fits.write_fits(read_rows(paths), folder, [], documents)
+        print((folder / "summary.txt").read_text(encoding="utf-8"), end="")
+        return told
 
     inputs = inputs_of("evals", shards)
     make(output, "fit", {}, inputs, work)
@@ -876,7 +880,8 @@ def partial(configuration: Config) -> None:
     folder = study.results / "partial" / study.config.name
     shutil.rmtree(folder, ignore_errors=True)
     (folder / "laws").mkdir(parents=True)
-    laws.write_fits(rows, folder / "laws", missing)
+    paths = [study.results / artifact.path for artifact in there]
+    laws.write_fits(rows, folder / "laws", missing, (read_rows([p], True) for p in paths))
     facts = {"measured so far": f"{len(there)} of {len(study.evals)} shards"}
     stage.write_report(folder / "laws", rows, folder, title=study.config.name, facts=facts)
     some = ", ".join(missing[:6]) + (", ..." if len(missing) > 6 else "")
