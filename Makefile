@@ -1,7 +1,10 @@
-# make demo | make test | make lint | make clean-venv
+# make demo | make test | make test-conformance | make test-openrlhf | make test-slurm
+# make bench | make lint | make clean-venv
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+OPENRLHF := .venv-openrlhf
+PEERS := .venv-peers
 
 # What is installed is what the two files say; a change of either installs again.
 $(VENV)/.installed: requirements.txt requirements-dev.txt pyproject.toml
@@ -11,13 +14,44 @@ $(VENV)/.installed: requirements.txt requirements-dev.txt pyproject.toml
 	$(BIN)/pip install -q --no-deps -e .
 	touch $@
 
-.PHONY: demo test lint clean-venv
+# OpenRLHF has an environment of its own, here without GPUs; tests/openrlhf/stand_ins has what it
+# imports of flash-attn, which cannot be built without CUDA.
+$(OPENRLHF)/.installed: requirements-openrlhf.txt
+	$(PYTHON) -m venv $(OPENRLHF)
+	$(OPENRLHF)/bin/pip install -q -r requirements-openrlhf.txt
+	$(OPENRLHF)/bin/pip install -q --no-deps --no-build-isolation deepspeed==0.19.6 openrlhf==0.11.2
+	echo "$(CURDIR)/tests/openrlhf/stand_ins" > $$($(OPENRLHF)/bin/python -c 'import site; print(site.getsitepackages()[0])')/stand_ins.pth
+	touch $@
+
+# The peers that we are compared with, apart from what we run on.
+$(PEERS)/.installed: requirements-peers.txt
+	$(PYTHON) -m venv $(PEERS)
+	$(PEERS)/bin/pip install -q -r requirements-peers.txt
+	touch $@
+
+.PHONY: demo test test-conformance test-openrlhf test-slurm bench lint clean-venv
 demo: $(VENV)/.installed
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python benchmarks/measure.py -- $(BIN)/snakemake --profile profiles/local
 	$(BIN)/mergelaw summary --config config/config.yaml
 
 test: $(VENV)/.installed
-	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest -n 2 --dist loadgroup
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest -n 2
+
+# Against mergekit itself.
+test-conformance: $(VENV)/.installed $(PEERS)/.installed
+	PEERS="$(PEERS)" $(BIN)/python -m pytest tests/conformance
+
+# Times against mergekit, the paper's code and the floor. For half an hour nothing else should run.
+bench: $(VENV)/.installed $(PEERS)/.installed
+	PEERS="$(PEERS)" $(BIN)/python benchmarks/bench.py
+
+# The first run compiles two extensions of DeepSpeed, for minutes.
+test-openrlhf: $(VENV)/.installed $(OPENRLHF)/.installed
+	PATH="$(CURDIR)/$(BIN):$$PATH" MERGELAW_OPENRLHF_PYTHON="$(CURDIR)/$(OPENRLHF)/bin/python" $(BIN)/python -m pytest tests/openrlhf
+
+# On a real SLURM, installed from Debian's packages and started for these tests alone; needs root.
+test-slurm: $(VENV)/.installed
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python tests/slurm/cluster.py $(BIN)/python -m pytest -n 3 -rP tests/slurm
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .
@@ -28,4 +62,4 @@ lint: $(VENV)/.installed
 	for file in config/*.yaml; do $(BIN)/mergelaw config check $$file || exit 1; done
 
 clean-venv:
-	rm -rf $(VENV)
+	rm -rf $(VENV) $(OPENRLHF) $(PEERS)

@@ -8,6 +8,8 @@ rule get_base:
     conda:
         "../envs/main.yaml"
     threads: 1
+    resources:
+        **asks("bases/{name}@{key}"),
     params:
         options=options("bases/{name}@{key}"),
     message:

@@ -1,5 +1,6 @@
 # The study behind the configuration, and the few helpers that rules use.
 import json
+import os
 import shlex
 import subprocess
 import sys
@@ -7,15 +8,30 @@ import tempfile
 from pathlib import Path
 
 from mergelaw import config as mergelaw_config
+from mergelaw import forkserver, resources, slurm
 from mergelaw.errors import MergelawError
-from mergelaw.lineage import only_run
+from mergelaw.lineage import only_run, unique, write_json
 from mergelaw.study import Study
+
+# What a profile may say besides, for it is about the machine: which Python OpenRLHF is installed for.
+if "openrlhf_python" in config:
+    os.environ.update(MERGELAW_OPENRLHF_PYTHON=str(config.pop("openrlhf_python")))
+# For envs/main.yaml, which Snakemake copies before pip reads it.
+os.environ.update(MERGELAW_ROOT=str(Path(workflow.basedir).parent))
 
 try:
     for path in workflow.configfiles:
         mergelaw_config.read(path)  # Snakemake's own reader lets a key be given twice
     study = Study(mergelaw_config.parse(dict(config), " + ".join(map(str, workflow.configfiles))))
     study.by_path
+    # What nodes have, as the profile says; nothing, where everything runs on this machine.
+    settings = workflow.resource_settings.default_resources or {}
+    hardware = resources.Hardware.of({n: getattr(v, "raw", v) for n, v in settings.items()})
+    to_come = []
+    if hardware and workflow.is_main_process:
+        missing = [artifact for artifact in study.by_path.values() if not study.made(artifact)]
+        to_come = [resources.need_of(study, artifact) for artifact in missing]
+        resources.check(to_come, hardware)
 except MergelawError as error:
     sys.exit(f"mergelaw: error: {error}")
 
@@ -55,11 +71,18 @@ def needs(pattern):
     return inputs
 
 
-def options(pattern):
-    """Params function: the artifact as options of its stage's command."""
+class Arguments:
+    """An artifact as arguments of its stage's command: ``@`` and a file of them, beside its log.
 
-    def words(wildcards):
-        made = study.by_path[pattern.format(**wildcards)]
+    A command line has no room for a thousand shards, and in a failed job's message it would bury
+    what went wrong. The file is written when the command is, and not for jobs that do not run.
+    """
+
+    def __init__(self, artifact):
+        self.artifact = artifact
+
+    def __str__(self):
+        made = self.artifact
         pairs = [("recipe", made.recipe_json)] if made.recipe_json != "{}" else []
         for name, artifact in [*made.inputs.items(), *made.unkeyed.items()]:
             flag, _, what = name.partition(":")
@@ -68,18 +91,70 @@ def options(pattern):
                 pairs.append((flag, f"{what}={path}" if flag == "task-vector" else path))
         pairs += [("rows", made.rows)] if made.rows else []
         pairs += [("output", f"{study.results}/{made.path}")]
-        return " ".join(f"--{name} {shlex.quote(value)}" for name, value in pairs)
+        given = [word for name, value in pairs for word in (f"--{name}", value)]
+        file = Path(f"{study.results}/logs/{made.path}.json")
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            # By one rename, for a job of another run may be reading it.
+            scratch = file.with_suffix(f".{unique()}")
+            write_json(scratch, given)
+            scratch.replace(file)
+        except OSError:  # a full disk, of which the command will tell
+            return shlex.join(given)
+        return shlex.quote(f"@{file}")
 
-    return words
+
+def options(pattern):
+    """Params function: the arguments of the artifact's command."""
+    return lambda wildcards: Arguments(study.by_path[pattern.format(**wildcards)])
+
+
+def asks(pattern):
+    """What an artifact's job asks a cluster for, as input functions by the resources' names.
+
+    Nothing where the profile names no hardware: on one machine no job is to wait for a resource.
+    """
+
+    def asked(name):
+        def value(wildcards, threads, attempt):
+            made = study.by_path[pattern.format(**wildcards)]
+            need = resources.need_of(study, made)
+            return resources.ask(need, hardware, threads, attempt)[name]
+
+        return value
+
+    return {name: asked(name) for name in resources.ASKED} if hardware else {}
+
+
+def check_trainers():
+    """Whether what an expert is still to be trained by is there."""
+    for artifact in study.experts.values():
+        trainer = artifact.recipe.get("training", {}).get("trainer")
+        (lineage,) = tracked([artifact.path])
+        if trainer == "openrlhf" and not Path(lineage).exists():
+            from mergelaw import openrlhf
+
+            openrlhf.interpreter()
+            return
 
 
 def start():
-    """One run at a time on a results folder, from whatever working directory."""
-    global run_lock
+    """One run at a time on a results folder, from whatever working directory.
+
+    What every training would fail for is said before the first job.
+    """
+    global run_lock, forks
     try:
+        if workflow.executor_plugin.name == "slurm":
+            status = workflow.executor_settings.status_command
+            slurm.check(hardware, status, any(need.counts for need in to_come))
+        check_trainers()
         run_lock = only_run(study.results)
     except MergelawError as error:
         sys.exit(f"mergelaw: error: {error}")
+    here = workflow.local_exec and not workflow.deployment_settings.deployment_method
+    if here and sys.platform == "linux":  # where jobs run with this very Python
+        forks = forkserver.start()
 
 
 def report_the_rest():

@@ -8,9 +8,11 @@ rule evaluate_merges:
     conda:
         "../envs/main.yaml"
     threads: 1
+    resources:
+        **asks("evals/{base}/{method}/{name}@{key}"),
     params:
         options=options("evals/{base}/{method}/{name}@{key}"),
-        cells=f"{study.results}/cells/{{base}}/{{method}}",
+        cells=f"{study.results}/cells/{{base}}",
     message:
         "cross-entropy of {wildcards.method} on {wildcards.base}, shard {wildcards.name}"
     shell:

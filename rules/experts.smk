@@ -8,6 +8,8 @@ rule get_expert:
     conda:
         "../envs/main.yaml"
     threads: 1
+    resources:
+        **asks("experts/{base}/{name}@{key}"),
     params:
         options=options("experts/{base}/{name}@{key}"),
     message:

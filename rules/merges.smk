@@ -24,6 +24,8 @@ rule write_merge:
         "<results>/logs/merges/{base}/{method}/{name}@{key}.log",
     conda:
         "../envs/main.yaml"
+    resources:
+        **asks("merges/{base}/{method}/{name}@{key}"),
     params:
         options=options("merges/{base}/{method}/{name}@{key}"),
     message:

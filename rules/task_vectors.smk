@@ -7,6 +7,8 @@ rule make_task_vector:
         "<results>/logs/task_vectors/{base}/{name}@{key}.log",
     conda:
         "../envs/main.yaml"
+    resources:
+        **asks("task_vectors/{base}/{name}@{key}"),
     params:
         options=options("task_vectors/{base}/{name}@{key}"),
     message:

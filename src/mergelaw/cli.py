@@ -1,5 +1,6 @@
 """The command line: one command a stage, and what people ask of a results folder."""
 
+import atexit
 import gc
 import json
 import os
@@ -9,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from mergelaw import keys, lineage
+from mergelaw import forkserver, keys, lineage
 from mergelaw.errors import MergelawError
 
 app = typer.Typer(
@@ -20,6 +21,11 @@ app = typer.Typer(
 )
 config_app = typer.Typer(help="Check and describe configurations.", no_args_is_help=True)
 app.add_typer(config_app, name="config")
+plan_app = typer.Typer(
+    help="Questions to a fitted law, answered with interval, reason and assumption.",
+    no_args_is_help=True,
+)
+app.add_typer(plan_app, name="plan")
 
 Recipe = Annotated[str, typer.Option(help="the stage's recipe: JSON, or a file of it")]
 Output = Annotated[Path, typer.Option(help="folder of the artifact to be made")]
@@ -29,16 +35,38 @@ Corpora = Annotated[list[Path], typer.Option("--corpus", help="corpora, one or m
 Vectors = Annotated[
     list[str], typer.Option("--task-vector", help="NAME=FOLDER of an expert, one or more")
 ]
+Points = Annotated[
+    Path, typer.Argument(help="a folder that `mergelaw fit` wrote, or a table of points")
+]
+MethodName = Annotated[str | None, typer.Option("--method", help="merge method, if several")]
+Domain = Annotated[str | None, typer.Option(help="evaluation domain; macro if there is one")]
+Family = Annotated[str | None, typer.Option(help="family of bases, if several")]
+BaseName = Annotated[str | None, typer.Option("--base", help="a measured base, by its name")]
+Size = Annotated[float | None, typer.Option("--N", help="size of the base, in billions")]
+Level = Annotated[float, typer.Option(help="level of the intervals")]
+Json = Annotated[bool, typer.Option("--json", help="print JSON")]
+CostsFile = Annotated[
+    Path | None,
+    typer.Option(
+        help="CSV of costs by N: training, merging, evaluation, serving; else the lineage's seconds"
+    ),
+]
 SaveEvery = Annotated[float, typer.Option(help="seconds between states to resume from")]
 
 
 def main() -> None:
     """Entry point: a user's mistake is one line on stderr and exit status 1."""
+    status = forkserver.hand_over(sys.argv[1:])
+    if status is not None:
+        sys.exit(status)
     # Importing torch and transformers makes objects by the million that all stay; to look for
-    # garbage among them takes a fifth of the time.
+    # garbage among them takes a fifth of the time, and at the end again as long.
     gc.set_threshold(100_000, 50, 50)
+    atexit.register(gc.freeze)
+    quiet()
     try:
-        app()
+        words = [word for given in sys.argv[1:] for word in arguments(given)]
+        app(args=words, prog_name="mergelaw")
     except MergelawError as error:
         fail(str(error))
     except BrokenPipeError:
@@ -53,6 +81,19 @@ def main() -> None:
 def fail(message: str) -> None:
     print(f"mergelaw: error: {' '.join(message.split())}", file=sys.stderr)
     sys.exit(1)
+
+
+def arguments(given: str) -> list[str]:
+    """``@FILE`` stands for the arguments in a file, a JSON list; anything else for itself."""
+    if not given.startswith("@"):
+        return [given]
+    try:
+        words = json.loads(Path(given[1:]).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        words = None
+    if not isinstance(words, list) or not all(isinstance(word, str) for word in words):
+        raise MergelawError(f"{given[1:]}: not a file of arguments, a JSON list of strings")
+    return words
 
 
 def recipe_of(text: str) -> dict[str, Any]:
@@ -100,14 +141,22 @@ def make(output: Path, stage: str, recipe: dict[str, Any], inputs: dict[str, Pat
     print(f"mergelaw: {output} {'made' if made else 'is there already'}", file=sys.stderr)
 
 
-def prepare_torch(threads: int) -> None:
-    """Fix the number of threads, which bits depend on, and keep logs free of progress bars."""
-    os.environ.update(  # before the libraries are imported, which read them once
+def quiet() -> None:
+    """Keep logs free of progress bars, and linear algebra on one thread, for bits depend on it.
+
+    To be called before the libraries are imported, which read this once.
+    """
+    os.environ.update(
         TQDM_DISABLE="1",
         TOKENIZERS_PARALLELISM="false",
         HF_DATASETS_DISABLE_PROGRESS_BARS="1",
         HF_HUB_DISABLE_PROGRESS_BARS="1",
+        OPENBLAS_NUM_THREADS="1",
     )
+
+
+def prepare_torch(threads: int) -> None:
+    """Fix the number of threads, which bits depend on."""
     import torch
 
     torch.set_num_threads(threads)
@@ -151,31 +200,36 @@ def base(
     save_every: SaveEvery = 600,
 ) -> None:
     """Fetch a base model, or pre-train one."""
-    from mergelaw import config, training
 
-    own, sources = split(recipe_of(recipe))
+    def train(own: dict[str, Any], folder: Path, state: Path) -> dict[str, Any]:
+        from mergelaw import config, training
 
-    def work(folder: Path, state: Path) -> dict[str, Any]:
-        if "checkpoint" in own:
-            return ready_made(own["checkpoint"], sources, folder)
-        prepare_torch(threads)
         settings = config.Pretraining.model_validate(own["pretraining"])
         return training.pretrain(settings, named(corpora or []), folder, state, save_every)
 
-    make(output, "base", own, inputs_of("corpus", named(corpora or [])), work)
+    model("base", recipe, output, inputs_of("corpus", named(corpora or [])), threads, train)
 
 
-def ready_made(checkpoint: dict[str, Any], sources: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """Link a checkpoint from outside into ``folder``, after it was found to be the one meant."""
-    from mergelaw import training
+def model(stage: str, recipe: str, output: Path, inputs: dict, threads: int, train: Any) -> None:
+    """Make a checkpoint: train it, or link one from outside that is found to be the one meant."""
+    own, sources = split(recipe_of(recipe))
 
-    source = training.locate(sources)
-    training.link(source, folder)
-    for name, known in checkpoint.get("files", {}).items():
-        path = folder / name
-        if path.exists() and lineage.file_digest(path) != known:
-            raise MergelawError(f"{source / name}: changed since the run began; run again")
-    return {"sources": [keys.canonical_json(sources)]}
+    def work(folder: Path, state: Path) -> dict[str, Any]:
+        if "checkpoint" not in own:
+            prepare_torch(threads)
+            return train(own, folder, state)
+        from mergelaw.checkpoint import link, locate
+
+        source = locate(sources)
+        link(source, folder)
+        for name, known in own["checkpoint"].get("files", {}).items():
+            path = folder / name
+            if path.exists() and lineage.file_digest(path) != known:
+                raise MergelawError(f"{source / name}: changed since the run began; run again")
+        commit = {"commit": source.name} if "hub" in sources else {}  # the revision may be a branch
+        return {"sources": [keys.canonical_json(sources | commit)]}
+
+    make(output, stage, own, inputs, work)
 
 
 @app.command()
@@ -188,23 +242,18 @@ def expert(
     save_every: SaveEvery = 600,
 ) -> None:
     """Train an expert, or take a ready-made one."""
-    from mergelaw import config, training
 
-    own, sources = split(recipe_of(recipe))
+    def train(own: dict[str, Any], folder: Path, state: Path) -> dict[str, Any]:
+        from mergelaw import config, training
 
-    def work(folder: Path, state: Path) -> dict[str, Any]:
-        if "checkpoint" in own:
-            return ready_made(own["checkpoint"], sources, folder)
         if base is None or not corpora:
             raise MergelawError("expert: training needs --base and --corpus")
-        prepare_torch(threads)
         settings = config.Training.model_validate(own["training"])
-        return training.fine_tune(
-            settings, own["seed"], base, named(corpora), folder, state, save_every
-        )
+        fine_tune = training.trainers()[settings.trainer]
+        return fine_tune(settings, own["seed"], base, named(corpora), folder, state, save_every)
 
     inputs = ({"base": base} if base else {}) | inputs_of("corpus", named(corpora or []))
-    make(output, "expert", own, inputs, work)
+    model("expert", recipe, output, inputs, threads, train)
 
 
 @app.command("task-vector")
@@ -212,15 +261,18 @@ def task_vector(
     base: Annotated[Path, typer.Option(help="the base")],
     expert: Annotated[Path, typer.Option(help="the expert")],
     output: Output,
+    recipe: Recipe = "{}",
 ) -> None:
     """Subtract a base from its expert, without loss."""
     from mergelaw import task_vector as stage
 
+    own, how = split(recipe_of(recipe))
+
     def work(folder: Path, state: Path) -> dict[str, Any]:
         prepare_torch(1)
-        return stage.write(base, expert, folder)
+        return stage.write(base, expert, folder, **how, **own)
 
-    make(output, "task_vector", {}, {"base": base, "expert": expert}, work)
+    make(output, "task_vector", own, {"base": base, "expert": expert}, work)
 
 
 @app.command("sample")
@@ -342,6 +394,234 @@ def fit_own(table: Path, output: Path | None) -> None:
 
 
 @app.command()
+def forecast(
+    source: Points,
+    recipe: Annotated[str, typer.Option(help="three-point, end-point or size")] = "three-point",
+    base: BaseName = None,
+    N: Size = None,
+    k: Annotated[str | None, typer.Option(help="numbers of experts, 6,9,12; else all")] = None,
+    method: MethodName = None,
+    domain: Domain = None,
+    family: Family = None,
+    sigma: Annotated[
+        float | None, typer.Option(help="what a law misses at a point, in nats per token")
+    ] = None,
+    level: Level = 0.9,
+    as_json: Json = False,
+) -> None:
+    """Forecast losses from few points, beside what was measured, if it was."""
+    from mergelaw import forecast as stage
+
+    points, warnings = chosen(source, method, domain, family)
+    try:
+        sizes = None if k is None else [float(part) for part in k.split(",")]
+    except ValueError:
+        raise MergelawError(f"--k {k}: give numbers with commas between them") from None
+    if recipe == stage.SIZE:
+        if sigma is not None:
+            raise MergelawError("--sigma: the size recipe finds it from residuals; leave it out")
+        found = stage.along_N(points, N, base=base, k=sizes, level=level)
+    else:
+        name = base_name(points, base, N)
+        found = stage.along_k(points, name, recipe, k=sizes, sigma=sigma, level=level)
+    tell(found, warnings, as_json)
+
+
+def chosen(source: Path, method: str | None, domain: str | None, family: str | None) -> Any:
+    """Points of one method, domain and family, and what was assumed on reading them."""
+    from mergelaw import forecast
+
+    points, warnings = forecast.read(source)
+    return forecast.choose(points, method=method, domain=domain, family=family), warnings
+
+
+def size_of(points: Any, base: str | None, N: float | None) -> float:
+    """The size that is asked about, by a base's name or as a number."""
+    from mergelaw import forecast
+
+    if base is not None and N is not None:
+        raise MergelawError("give --base or --N, not both")
+    if base is not None:
+        return float(forecast.base_of(points, base)["N"].iloc[0])
+    if N is None:
+        sizes = points["N"].unique()
+        if len(sizes) > 1:
+            raise MergelawError(
+                f"which size? give --N in billions, or --base: {', '.join(points['base'].unique())}"
+            )
+        return float(sizes[0])
+    return N
+
+
+def base_name(points: Any, base: str | None, N: float | None) -> str:
+    """The measured base that is meant, by its name or its size."""
+    from mergelaw.plan import measured_base
+
+    if base is not None and N is None:
+        return base
+    return measured_base(points, size_of(points, base, N))
+
+
+def tell(answer: Any, warnings: list[str], as_json: bool) -> None:
+    """Print an answer; what was assumed on the way to it goes first."""
+    from mergelaw.plan import to_json
+
+    for warning in warnings:
+        print(f"mergelaw: {warning}", file=sys.stderr)
+    print(to_json(answer) if as_json else answer.summary())
+
+
+def costs_of(source: Path, costs: Path | None) -> Any:
+    from mergelaw.plan import Costs
+
+    return Costs.measured(source) if costs is None else Costs.read(costs)
+
+
+@plan_app.command("loss")
+def plan_loss(
+    source: Points,
+    k: Annotated[float, typer.Option("--k", help="number of experts")],
+    base: BaseName = None,
+    N: Size = None,
+    method: MethodName = None,
+    domain: Domain = None,
+    family: Family = None,
+    level: Level = 0.9,
+    as_json: Json = False,
+) -> None:
+    """The loss to expect at (N, k)."""
+    from mergelaw import plan
+
+    points, warnings = chosen(source, method, domain, family)
+    tell(plan.loss(points, size_of(points, base, N), k, level), warnings, as_json)
+
+
+@plan_app.command("experts")
+def plan_experts(
+    source: Points,
+    target: Annotated[float, typer.Option(help="loss to reach, in nats per token")],
+    base: BaseName = None,
+    N: Size = None,
+    method: MethodName = None,
+    domain: Domain = None,
+    family: Family = None,
+    level: Level = 0.9,
+    as_json: Json = False,
+) -> None:
+    """How many experts reach a target loss."""
+    from mergelaw import plan
+
+    points, warnings = chosen(source, method, domain, family)
+    tell(plan.experts(points, size_of(points, base, N), target, level), warnings, as_json)
+
+
+@plan_app.command("stop")
+def plan_stop(
+    source: Points,
+    threshold: Annotated[float, typer.Option(help="a gain that is just worth it, in nats")],
+    base: BaseName = None,
+    N: Size = None,
+    method: MethodName = None,
+    domain: Domain = None,
+    family: Family = None,
+    level: Level = 0.9,
+    as_json: Json = False,
+) -> None:
+    """From how many experts on one more gains too little."""
+    from mergelaw import plan
+
+    points, warnings = chosen(source, method, domain, family)
+    tell(plan.stop(points, size_of(points, base, N), threshold, level), warnings, as_json)
+
+
+@plan_app.command("budget")
+def plan_budget(
+    source: Points,
+    k: Annotated[int, typer.Option("--k", help="experts merged now")],
+    base: BaseName = None,
+    N: Size = None,
+    budget: Annotated[
+        float | None, typer.Option(help="what may be spent; else gains per cost are compared")
+    ] = None,
+    costs: CostsFile = None,
+    have: Annotated[int | None, typer.Option(help="experts trained at this size; else k")] = None,
+    serve: Annotated[float, typer.Option(help="million tokens to be served")] = 0,
+    sizes: Annotated[
+        list[float] | None, typer.Option("--size", help="larger bases to consider, in billions")
+    ] = None,
+    method: MethodName = None,
+    domain: Domain = None,
+    family: Family = None,
+    level: Level = 0.9,
+    as_json: Json = False,
+) -> None:
+    """Whether the next unit of budget goes to a larger base or to more experts."""
+    from mergelaw import plan
+
+    points, warnings = chosen(source, method, domain, family)
+    answer = plan.budget(
+        points,
+        size_of(points, base, N),
+        k,
+        costs_of(source, costs),
+        amount=budget,
+        have=have,
+        serve=serve,
+        sizes=sizes or None,
+        level=level,
+    )
+    tell(answer, warnings, as_json)
+
+
+@plan_app.command("rule")
+def plan_rule(
+    source: Points,
+    k: Annotated[int | None, typer.Option("--k", help="number of experts; else every")] = None,
+    base: BaseName = None,
+    N: Size = None,
+    domain: Domain = None,
+    family: Family = None,
+    level: Level = 0.9,
+    as_json: Json = False,
+) -> None:
+    """Which merge method has the lowest loss, at one (N, k) or over all."""
+    from mergelaw import forecast, plan
+
+    table, warnings = forecast.read(source)
+    points = forecast.choose(table, domain=domain, family=family, every=["method"])
+    size = None if base is None and N is None else size_of(points, base, N)
+    tell(plan.rule(points, size, k, level), warnings, as_json)
+
+
+@plan_app.command("measure")
+def plan_measure(
+    source: Points,
+    k: Annotated[float, typer.Option("--k", help="number of experts of the forecast")],
+    base: BaseName = None,
+    N: Size = None,
+    share: Annotated[float, typer.Option(help="of the interval's width that is to be left")] = 0.5,
+    costs: CostsFile = None,
+    method: MethodName = None,
+    domain: Domain = None,
+    family: Family = None,
+    level: Level = 0.9,
+    as_json: Json = False,
+) -> None:
+    """Which measurements to buy next to halve a forecast's interval."""
+    from mergelaw import plan
+
+    points, warnings = chosen(source, method, domain, family)
+    try:
+        prices = costs_of(source, costs)
+    except MergelawError:
+        if costs is not None:
+            raise
+        prices = None  # what narrows the interval most is worth knowing without prices
+    size = size_of(points, base, N)
+    tell(plan.measure(points, size, k, prices, share=share, level=level), warnings, as_json)
+
+
+@app.command()
 def report(
     recipe: Recipe,
     laws: Annotated[Path, typer.Option(help="the fitted laws")],
@@ -420,7 +700,7 @@ def merge(
     import yaml
 
     from mergelaw import merge as stage
-    from mergelaw.checkpoint import Tensors
+    from mergelaw.checkpoint import Tensors, is_adapter
     from mergelaw.methods import method_of
     from mergelaw.task_vector import TaskVector
 
@@ -431,14 +711,15 @@ def merge(
         method = method_of(own["method"])
         ordered = {name: TaskVector(pool[name]) for name in own["experts"]}
         stage.write(base, ordered, method, own["weights"], folder)
-        experts = {}
+        experts, adapters = {}, []
         for name in own["experts"]:
-            entry = lineage.read(pool[name])["inputs"]["expert"]
-            experts[name] = os.path.relpath(pool[name] / entry["path"], output)
+            place = pool[name] / lineage.read(pool[name])["inputs"]["expert"]["path"]
+            experts[name] = os.path.relpath(place, output)
+            adapters += [name] if is_adapter(place) else []
         with Tensors(base) as tensors:
             dtype = tensors.float_dtype()
         paths = os.path.relpath(base, output), experts
-        same = stage.mergekit_recipe(*paths, method, own["weights"], dtype)
+        same = stage.mergekit_recipe(*paths, method, own["weights"], dtype, adapters)
         if same is not None:
             text = (
                 "# The same merge by mergekit, from this folder: mergekit-yaml mergekit.yaml OUT\n"
@@ -500,6 +781,33 @@ def config_table(
     if not (found and closed):
         raise MergelawError(f"{into}: lacks the markers {start} and {end}; add them")
     into.write_text(f"{before}{start}\n{config_reference.tables()}\n{end}{after}", encoding="utf-8")
+
+
+@app.command()
+def estimate(
+    file: Annotated[Path, typer.Argument(help="a configuration")],
+    rates: Annotated[Path | None, typer.Option(help="what the cluster does, as YAML")] = None,
+) -> None:
+    """Say what a study will cost: jobs, GPU hours, tokens, bytes and the longest chain."""
+    from mergelaw import config
+    from mergelaw import estimate as costs
+    from mergelaw.study import Study
+
+    known = costs.read_rates(rates)
+    print(costs.text(costs.estimate(Study(config.load(file)), known), known))
+
+
+@app.command()
+def rates(configuration: Config) -> None:
+    """Print the rates that a study's results show, for `estimate --rates`."""
+    import yaml
+
+    from mergelaw import config
+    from mergelaw import estimate as costs
+    from mergelaw.study import Study
+
+    found = costs.measured(Study(config.load(configuration))).model_dump(exclude_none=True)
+    print(yaml.safe_dump(found, sort_keys=False), end="")
 
 
 @app.command("lineage")

@@ -7,14 +7,14 @@ from pathlib import Path
 from typing import Any
 
 from mergelaw import cells, corpus, cross_entropy, keys, lineage, tokens, training
+from mergelaw.checkpoint import Tensors
 from mergelaw.config import BASELINES
 from mergelaw.errors import MergelawError
 from mergelaw.merge import Merger
 from mergelaw.methods import method_of
-from mergelaw.task_vector import TaskVector
+from mergelaw.task_vector import TaskVector, digest_of
 
 ROWS = "cells.parquet"
-PROGRESS_SECONDS = 10
 
 
 def evaluate(
@@ -23,27 +23,26 @@ def evaluate(
     base: Path,
     vectors: Mapping[str, Path],
     corpora: Mapping[str, Path],
-    store: Path,
+    folder: Path,
     name: str,
     output: Path,
 ) -> dict[str, Any]:
     """Measure what of a shard is not in the store yet; write all its rows to ``output``.
 
     ``subsets``: rows (k, replicate, place, experts) of the plan; ``vectors``: task vectors by
-    expert; ``corpora``: corpora by domain; ``store``: folder of the cells, ``name``: this writer's.
+    expert; ``corpora``: corpora by domain; ``folder``: the cell store, ``name``: this writer's.
     """
     wanted = _cells(recipe, subsets, base, vectors, corpora)
-    known = cells.read(store)
-    missing = [cell for cell in wanted if cell["cell"] not in known]
     facts: dict[str, Any] = {"cells": len(wanted), "measured": 0}
-    if missing:
-        started = time.perf_counter()
-        done = _measure(recipe, missing, base, vectors, corpora, store, name)
-        known |= done
-        facts |= {"measured": len(done), "seconds": round(time.perf_counter() - started, 3)}
-    lineages = {name: lineage.read(path) for name, path in vectors.items()}
-    _write_rows(recipe, wanted, known, lineage.read(base), lineages, output)
-    return facts | {"tokens": sum(known[c["cell"]]["tokens"] for c in wanted if c["cell"] in known)}
+    with cells.Store(folder, name, {cell["cell"] for cell in wanted}) as store:
+        missing = [cell for cell in wanted if cell["cell"] not in store.known]
+        if missing:
+            started = time.perf_counter()
+            measured = _measure(recipe, missing, base, vectors, corpora, store)
+            facts |= {"measured": measured, "seconds": round(time.perf_counter() - started, 3)}
+    digests = {name: digest_of(path) for name, path in vectors.items()}
+    _write_rows(recipe, wanted, store.known, lineage.read(base)["digest"], digests, output)
+    return facts | {"tokens": sum(store.known[cell["cell"]]["tokens"] for cell in wanted)}
 
 
 def _cells(
@@ -55,7 +54,7 @@ def _cells(
 ) -> list[dict[str, Any]]:
     """The shard's cells: where each stands in the plan, and its identity."""
     base_digest = lineage.read(base)["digest"]
-    digests = {name: lineage.read(path)["digest"] for name, path in vectors.items()}
+    digests = {name: digest_of(path) for name, path in vectors.items()}
     sets = {domain: lineage.read(path)["files"]["eval.parquet"] for domain, path in corpora.items()}
     wanted = []
     for k, replicate, place, experts in subsets:
@@ -92,16 +91,18 @@ def _measure(
     base: Path,
     vectors: Mapping[str, Path],
     corpora: Mapping[str, Path],
-    store: Path,
-    name: str,
-) -> dict[str, dict[str, Any]]:
+    store: cells.Store,
+) -> int:
+    """Measure the missing cells into the store; the number of those measured here.
+
+    What another process is measuring is left to the end, and mostly found measured then.
+    """
     import sys
 
     import torch
-    from transformers import AutoTokenizer
 
     settings = recipe["evaluation"]
-    tokenizer = AutoTokenizer.from_pretrained(base)
+    tokenizer = training.load_tokenizer(base)
     encoded = {}
     for domain in dict.fromkeys(cell["domain"] for cell in missing):
         documents = corpus.read(corpora[domain] / "eval.parquet")
@@ -111,9 +112,12 @@ def _measure(
             settings["max_tokens"],
             settings["long_documents"],
             f"evaluation documents of {domain}",
+            settings["protocol"],
         )
     device = "cuda" if torch.cuda.is_available() else "cpu"
     several = device == "cuda" and torch.cuda.device_count() > 1
+    if device == "cuda":
+        check_room(base, settings["dtype"])
     model = training.load(base, settings["dtype"], device_map="auto" if several else device).eval()
     sets = {
         domain: cross_entropy.batches(e.windows, settings["batch_tokens"], model.device)
@@ -127,52 +131,66 @@ def _measure(
     by_merge: dict[str, dict[str, Mapping[str, Any]]] = {}
     for cell in missing:
         by_merge.setdefault(cell["merge"], {})[cell["cell"]] = cell
-    done: dict[str, dict[str, Any]] = {}
+    measured = count = 0
     shown = started = time.perf_counter()
-    with (
-        Merger(
-            model, base, pool, method, _memory(model.device), store.parent / "prepared"
-        ) as merger,
-        cells.Writer(store, name) as writer,
-    ):
-        for count, group in enumerate(by_merge.values(), 1):
-            measured = []
-            clock = time.perf_counter()
-            merger.merge(next(iter(group.values()))["experts"])
-            _synchronize(device)
-            merge_seconds = time.perf_counter() - clock
-            for cell in group.values():
-                domain = cell["domain"]
-                clock = time.perf_counter()
-                nll = cross_entropy.nll(model, sets[domain], encoded[domain].documents)
-                measured.append(
-                    {
-                        "cell": cell["cell"],
-                        "document_nll": base64.b64encode(nll.astype("<f8").tobytes()).decode(),
-                        "document_tokens": _tokens(encoded[domain]),
-                        "tokens": sum(_tokens(encoded[domain])),
-                        "bytes": encoded[domain].scored_bytes,
-                        "long_documents": encoded[domain].long_documents,
-                        "dropped_tokens": encoded[domain].dropped_tokens,
-                        "merge_seconds": merge_seconds,
-                        "eval_seconds": time.perf_counter() - clock,
-                        "device": _device_name(device),
-                        "threads": torch.get_num_threads(),
-                        **counts,
-                    }
-                )
-            writer.append(measured)
-            done |= {cell["cell"]: cell for cell in measured}
-            now = time.perf_counter()
-            if now - shown > PROGRESS_SECONDS:
-                shown = now
-                left = (now - started) / count * (len(by_merge) - count)
-                print(
-                    f"mergelaw: {count} of {len(by_merge)} merges, {left:.0f} s left",
-                    file=sys.stderr,
-                    flush=True,
-                )
-    return done
+    cache = store.folder / "prepared"
+    with Merger(model, base, pool, method, _memory(model.device), cache) as merger:
+        waiting, wait = list(by_merge), False
+        while waiting:
+            elsewhere = []
+            for merge in waiting:
+                with store.claim(merge, wait) as claimed:
+                    if not claimed:
+                        elsewhere.append(merge)
+                        continue
+                    group = [c for c in by_merge[merge].values() if c["cell"] not in store.known]
+                    if group:
+                        clock = time.perf_counter()
+                        merger.merge(group[0]["experts"])
+                        _synchronize(device)
+                        facts = {**counts, "merge_seconds": time.perf_counter() - clock}
+                        store.append([_cell(model, cell, sets, encoded, facts) for cell in group])
+                        measured += len(group)
+                count += 1
+                now = time.perf_counter()
+                if now - shown > training.PROGRESS_SECONDS:
+                    shown = now
+                    left = (now - started) / count * (len(by_merge) - count)
+                    print(
+                        f"mergelaw: {count} of {len(by_merge)} merges, {left:.0f} s left",
+                        file=sys.stderr,
+                        flush=True,
+                    )
+            waiting, wait = elsewhere, True
+    return measured
+
+
+def _cell(
+    model: Any,
+    cell: Mapping[str, Any],
+    sets: Mapping[str, Any],
+    encoded: Mapping[str, tokens.Encoded],
+    facts: Mapping[str, Any],
+) -> dict[str, Any]:
+    """Measure one cell of the merge that is resident."""
+    import torch
+
+    domain = cell["domain"]
+    clock = time.perf_counter()
+    nll = cross_entropy.nll(model, sets[domain], encoded[domain].documents)
+    return {
+        "cell": cell["cell"],
+        "document_nll": base64.b64encode(nll.astype("<f8").tobytes()).decode(),
+        "document_tokens": _tokens(encoded[domain]),
+        "tokens": sum(_tokens(encoded[domain])),
+        "bytes": encoded[domain].scored_bytes,
+        "long_documents": encoded[domain].long_documents,
+        "dropped_tokens": encoded[domain].dropped_tokens,
+        "eval_seconds": time.perf_counter() - clock,
+        "device": _device_name(model.device.type),
+        "threads": torch.get_num_threads(),
+        **facts,
+    }
 
 
 def _tokens(encoded: tokens.Encoded) -> list[int]:
@@ -197,14 +215,37 @@ def _parameters(model: Any) -> dict[str, int]:
     }
 
 
+def check_room(base: Path, dtype: str) -> None:
+    """Raise MergelawError where the GPUs that are given cannot hold a model, before it is loaded.
+
+    Otherwise its layers would be left on the processor and on disk without a word.
+    """
+    import math
+
+    import torch
+
+    free = [torch.cuda.mem_get_info(index)[0] for index in range(torch.cuda.device_count())]
+    with Tensors(base) as tensors:
+        count = sum(math.prod(tensors.shape(name)) for name in tensors.names())
+    needed = count * getattr(torch, dtype).itemsize
+    if needed > sum(free):
+        raise MergelawError(
+            f"{base}: takes {needed / 1e9:.1f} GB in {dtype}, the {len(free)} GPUs given have "
+            f"{sum(free) / 1e9:.1f} GB free; give the job more GPUs, or evaluate in bfloat16"
+        )
+
+
 def _memory(device: Any) -> int:
-    """Bytes that base and prepared vectors may take: half of what is free."""
+    """Bytes that base and prepared vectors may take: half of what is free, or a job has."""
+    import os
+
     import psutil
     import torch
 
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0] // 2
-    return psutil.virtual_memory().available // 2
+    free = psutil.virtual_memory().available
+    return min(free, int(os.environ.get("SLURM_MEM_PER_NODE", 0)) << 20 or free) // 2
 
 
 def _synchronize(device: str) -> None:
@@ -224,8 +265,8 @@ def _write_rows(
     recipe: Mapping[str, Any],
     wanted: Sequence[Mapping[str, Any]],
     known: Mapping[str, Mapping[str, Any]],
-    base: Mapping[str, Any],
-    vectors: Mapping[str, Mapping[str, Any]],
+    base: str,
+    vectors: Mapping[str, str],
     output: Path,
 ) -> None:
     import math
@@ -275,8 +316,8 @@ def _write_rows(
                 "device": found["device"],
                 "threads": found["threads"],
                 "cell": cell["cell"],
-                "base_digest": base["digest"],
-                "vector_digests": [vectors[expert]["digest"] for expert in cell["experts"]],
+                "base_digest": base,
+                "vector_digests": [vectors[expert] for expert in cell["experts"]],
             }
         )
     table = pd.DataFrame(rows).astype({"N_nominal": "float64"})

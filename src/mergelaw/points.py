@@ -187,7 +187,8 @@ def _read(path: Path) -> pd.DataFrame:
     try:
         return pd.read_csv(path) if path.suffix == ".csv" else pd.read_parquet(path)
     except (ValueError, OSError) as error:  # pandas' and pyarrow's parsers raise ValueErrors
-        raise MergelawError(f"{path}: cannot be read as a table: {error}") from None
+        reason = " ".join(str(error).split())  # they may take several lines
+        raise MergelawError(f"{path}: cannot be read as a table: {reason}") from None
 
 
 def _numbers(path: Path, table: pd.DataFrame, name: str) -> pd.Series:

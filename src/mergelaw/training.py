@@ -7,8 +7,10 @@ same number of threads).
 
 import json
 import shutil
+import statistics
+import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,8 @@ from mergelaw.checkpoint import COMPANIONS, Tensors, read_config
 from mergelaw.config import Optimisation, Pretraining, Training
 from mergelaw.errors import MergelawError
 
+PROGRESS_SECONDS = 10
+LOSSES = 100  # entries that lineage keeps of a training's losses
 END = "<|end|>"
 SPECIAL = ("<|pad|>", END, "<|system|>", "<|user|>", "<|assistant|>")
 CHAT_TEMPLATE = (
@@ -78,7 +82,7 @@ def pretrain(
         model=model,
         args=arguments(TrainingArguments, recipe, recipe.seed, state),
         train_dataset=Dataset.from_dict({"input_ids": blocks, "labels": blocks}),
-        callbacks=[save_by_the_clock(save_every)],
+        callbacks=[by_the_clock(save_every)],
     )
     facts = run(trainer, state)
     save(trainer.model, tokenizer, folder)
@@ -116,9 +120,7 @@ def train_tokenizer(recipe: Pretraining, documents: list[corpus.Document]) -> An
 
 def check_tokenizer(tokenizer: Any, folder: Path) -> None:
     """Some architectures bring their own tokenizer class, which gives other ids when reloaded."""
-    from transformers import AutoTokenizer
-
-    again = AutoTokenizer.from_pretrained(folder)
+    again = load_tokenizer(folder)
     text = "<|user|>What is 12 + 30?<|assistant|>42<|end|>\n\nzinc, Zn"
     if again(text, verbose=False)["input_ids"] != tokenizer(text, verbose=False)["input_ids"]:
         raise MergelawError(
@@ -138,10 +140,9 @@ def fine_tune(
 ) -> dict[str, Any]:
     """Full fine-tuning of ``base`` on the corpora's training documents, by TRL's SFTTrainer."""
     from datasets import Dataset
-    from transformers import AutoTokenizer
     from trl import SFTConfig, SFTTrainer
 
-    tokenizer = AutoTokenizer.from_pretrained(base)
+    tokenizer = load_tokenizer(base)
     documents = [d for path in corpora.values() for d in corpus.read(path / "train.parquet")]
     where = f"training documents of {', '.join(corpora)}"
     encoded = tokens.encode(tokenizer, documents, recipe.max_tokens, recipe.long_documents, where)
@@ -172,7 +173,7 @@ def fine_tune(
         ),
         train_dataset=Dataset.from_list(rows),
         processing_class=tokenizer,
-        callbacks=[save_by_the_clock(save_every)],
+        callbacks=[by_the_clock(save_every)],
     )
     facts = run(trainer, state)
     with Tensors(base) as stored:
@@ -187,6 +188,13 @@ def fine_tune(
         "long_documents": encoded.long_documents,
         "dropped_tokens": encoded.dropped_tokens,
     }
+
+
+def trainers() -> dict[str, Callable[..., dict[str, Any]]]:
+    """What fine-tunes an expert, by the name of the configuration; all take the same arguments."""
+    from mergelaw import openrlhf
+
+    return {"trl": fine_tune, "openrlhf": openrlhf.fine_tune}
 
 
 def load(folder: Path, dtype: str, device_map: Any = None) -> Any:
@@ -207,6 +215,20 @@ def load(folder: Path, dtype: str, device_map: Any = None) -> Any:
         raise MergelawError(
             f"{folder}: transformers cannot load this {kind} model "
             f"({str(error).strip().splitlines()[0]})"
+        ) from None
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """The tokenizer of a checkpoint folder, never running the checkpoint's code."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:  # whatever a half-copied or foreign one raises
+        raise MergelawError(
+            f"{folder}: transformers cannot load its tokenizer "
+            f"({(str(error).strip() or type(error).__name__).splitlines()[0]}); copy its "
+            "files into the checkpoint"
         ) from None
 
 
@@ -236,7 +258,7 @@ def arguments(cls: Any, recipe: Optimisation, seed: int, state: Path, **more: An
         use_cpu=cpu,
         save_strategy="no",
         save_total_limit=2,
-        logging_steps=10,
+        logging_steps=1,
         report_to=[],
         disable_tqdm=True,
         logging_strategy="steps",
@@ -245,26 +267,43 @@ def arguments(cls: Any, recipe: Optimisation, seed: int, state: Path, **more: An
     )
 
 
-def save_by_the_clock(seconds: float) -> Any:
-    """A callback that saves the trainer's state when so many seconds have passed."""
+def by_the_clock(save_every: float) -> Any:
+    """A callback that saves the trainer's state and tells how far it is, each in its seconds."""
     from transformers import TrainerCallback
 
-    class SaveByTheClock(TrainerCallback):
-        last = time.monotonic()
+    class ByTheClock(TrainerCallback):
+        started = saved = shown = time.monotonic()
+        first = 0
+
+        def on_train_begin(self, args, state, control, **kwargs):
+            self.started, self.first = time.monotonic(), state.global_step
 
         def on_step_end(self, args, state, control, **kwargs):
-            if time.monotonic() - self.last >= seconds and state.global_step < state.max_steps:
-                self.last = time.monotonic()
+            if time.monotonic() - self.saved >= save_every and state.global_step < state.max_steps:
+                self.saved = time.monotonic()
                 control.should_save = True
             return control
 
-    return SaveByTheClock()
+        def on_log(self, args, state, control, logs=None, **kwargs):
+            now = time.monotonic()
+            if now - self.shown > PROGRESS_SECONDS and logs and "loss" in logs:
+                self.shown, step, last = now, state.global_step, state.max_steps
+                left = (now - self.started) / (step - self.first) * (last - step)
+                print(
+                    f"mergelaw: step {step} of {last}, loss {logs['loss']:.3f}, {left:.0f} s left",
+                    file=sys.stderr,
+                    flush=True,
+                )
+
+    return ByTheClock()
 
 
 def run(trainer: Any, state: Path) -> dict[str, Any]:
     """Train from the last whole state on, or from the beginning; check what came out."""
     import torch
+    from transformers import PrinterCallback
 
+    trainer.remove_callback(PrinterCallback)
     last = None
     for path in sorted(state.glob("checkpoint-*"), key=lambda p: int(p.name.split("-")[1])):
         try:  # written last by the trainer: the state before it is whole
@@ -274,22 +313,31 @@ def run(trainer: Any, state: Path) -> dict[str, Any]:
             shutil.rmtree(path)
     # Asked for by full determinism: every fresh buffer is filled with NaN, half of a tiny step.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
-    result = trainer.train(resume_from_checkpoint=str(last) if last else None)
+    trainer.train(resume_from_checkpoint=str(last) if last else None)
     for name, parameter in trainer.model.named_parameters():
         if not torch.isfinite(parameter).all():
             raise MergelawError(
                 f"training diverged: parameter {name!r} holds NaN or Inf; lower the learning rate"
             )
+    # Of every step, for the trainer's own averages forget what was before a resume.
+    history = [entry for entry in trainer.state.log_history if "loss" in entry]
     return {
         "steps": trainer.state.global_step,
-        "train_loss": result.training_loss,
         "resumed_at_step": int(last.name.split("-")[1]) if last else None,
         "device": str(trainer.args.device),
         "threads": torch.get_num_threads(),
-        "losses": [
-            [entry["step"], entry["loss"]] for entry in trainer.state.log_history if "loss" in entry
-        ],
+        **curve([(entry["step"], entry["loss"]) for entry in history]),
     }
+
+
+def curve(losses: list[tuple[int, float]]) -> dict[str, Any]:
+    """(step, loss) of every step as lineage keeps them: their mean, and the means of parts of equal
+    size with the step at which each ends."""
+    size = -(-len(losses) // LOSSES)
+    parts = [losses[start : start + size] for start in range(0, len(losses), max(size, 1))]
+    means = [[part[-1][0], statistics.fmean(loss for _, loss in part)] for part in parts]
+    whole = statistics.fmean(loss for _, loss in losses) if losses else None
+    return {"train_loss": whole, "losses": means}
 
 
 def save(model: Any, tokenizer: Any, folder: Path, dtype: str = "float32") -> None:
@@ -298,43 +346,3 @@ def save(model: Any, tokenizer: Any, folder: Path, dtype: str = "float32") -> No
     model.to(getattr(torch, dtype)).save_pretrained(folder)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
-
-
-def link(source: Path, folder: Path) -> list[str]:
-    """Make ``folder`` a checkpoint by links to the files of ``source``; return their names."""
-    Tensors(source).__exit__()  # whole, and of a kind that we read
-    names = [
-        path.name
-        for path in sorted(source.iterdir())
-        if path.name in COMPANIONS
-        or path.name.endswith((".safetensors", ".safetensors.index.json"))
-    ]
-    for name in names:
-        (folder / name).symlink_to((source / name).resolve())
-    return names
-
-
-def locate(checkpoint: Mapping[str, Any]) -> Path:
-    """The local folder of a checkpoint; a hub id is fetched, or found in the hub's cache."""
-    if checkpoint.get("path") is not None:
-        folder = Path(checkpoint["path"])
-        if not folder.is_dir():
-            raise MergelawError(f"{folder}: no such folder; give a local Hugging Face checkpoint")
-        return folder
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError
-
-    hub, revision = checkpoint["hub"], checkpoint["revision"]
-    patterns = ["*.safetensors", "*.json", "*.jinja", "tokenizer.model", "merges.txt", "vocab.txt"]
-    try:
-        return Path(snapshot_download(hub, revision=revision, allow_patterns=patterns))
-    except GatedRepoError:
-        raise MergelawError(
-            f"{hub}: is gated; accept its licence on its page and log in with 'hf auth login'"
-        ) from None
-    except (LocalEntryNotFoundError, HfHubHTTPError, OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise MergelawError(
-            f"{hub} at {revision}: not in the hub's cache and cannot be fetched ({reason}); "
-            "check id, revision and network, or download it before"
-        ) from None

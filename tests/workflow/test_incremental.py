@@ -205,9 +205,12 @@ def without(*rules: str) -> dict[str, int]:
 @pytest.mark.parametrize(
     ("stage", "jobs"),
     [
+        ("corpus", ALL | {"get_base": 1}),
+        ("overlap", {"check_overlap": 1}),
         ("base", without("build_corpus", "check_overlap")),
         ("expert", without("build_corpus", "check_overlap", "get_base")),
         ("task_vector", {"make_task_vector": 6, "evaluate_merges": 2, **FOLLOWS}),
+        ("plan", {"sample_merges": 2}),
         ("evaluate", {"evaluate_merges": 2, **FOLLOWS}),
         ("fit", FOLLOWS),
         ("report", {"write_report": 1}),
@@ -223,3 +226,13 @@ def test_a_raised_version_of_the_evaluation_measures_everything_again(ready, tmp
     place.finish("--until", "evaluate_merges", PYTHONPATH=raised("evaluate", tmp_path))
     assert len(set(place.cells())) == len(place.cells()) == 2 * len(cells)
     assert place.planned() == {}
+
+
+def test_a_raised_version_of_the_merge_writes_merges_again(ready, tmp_path):
+    place = ready.copy(tmp_path)
+    merge = {"base": "tiny", "method": "average", "experts": ["amber", "birch"]}
+    place.configure(place.config | {"merges": {"both": merge}})
+    assert place.planned() == {"write_merge": 1}
+    place.finish()
+    assert place.planned() == {}
+    assert place.planned(PYTHONPATH=raised("merge", tmp_path)) == {"write_merge": 1}

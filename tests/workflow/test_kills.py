@@ -102,6 +102,8 @@ def test_a_training_killed_at_random_moments_ends_with_the_same_bits(trained, tm
     subprocess.run(command(place, artifact, hunted), check=True, **quiet)
     ours, theirs = lineage.verified(hunted), lineage.verified(calm)
     assert ours["files"] == theirs["files"]
+    for fact in ("losses", "train_loss"):
+        assert ours["facts"][fact] == theirs["facts"][fact]
     assert theirs["facts"]["resumed_at_step"] is None
     assert 0 < ours["facts"]["resumed_at_step"] <= reached
     assert not state.parent.exists()

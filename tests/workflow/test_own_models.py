@@ -230,6 +230,6 @@ def test_a_baseline_and_two_training_seeds_beside_ready_made_experts(ready, tmp_
     assert with_sums.groupby(["domain", "place", "merge"])["cell"].nunique().eq(1).all()
     seeds = {seed: set(table["cell"]) for seed, table in with_sums.groupby("seed")}
     assert not seeds[0] & seeds[1]
-    # Two seeds that are measured at the same time may both measure what no trained expert is in.
-    assert set(place.cells()) == set(rows["cell"])
-    assert len(place.cells()) <= len(rows)
+    # What no trained expert is in is one cell for both seeds, measured once, by whoever is first.
+    assert sorted(place.cells()) == sorted(set(rows["cell"]))
+    assert len(place.cells()) < len(rows)

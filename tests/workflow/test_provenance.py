@@ -56,6 +56,26 @@ def test_a_flipped_byte_is_named(damaged, kind):
     assert line.count("is not what was written") == 1
 
 
+def test_a_flipped_byte_in_a_linked_checkpoint_is_named(ready, tmp_path):
+    place = ready.copy(tmp_path / "study")
+    (base,), (report,) = place.artifacts("bases").values(), place.artifacts("reports").values()
+    file, elsewhere = base / "model.safetensors", tmp_path / "model.safetensors"
+    assert file.is_symlink()
+    whole = file.read_bytes()
+    file.unlink()
+    file.symlink_to(elsewhere)
+    for place_of_flip in (9, len(whole) // 2, len(whole) - 9):
+        flipped = bytearray(whole)
+        flipped[place_of_flip] ^= 1
+        elsewhere.write_bytes(flipped)
+        found = place.mergelaw("lineage", str(report), "--verify")
+        assert found.status == 1
+        (line,) = found.errors()
+        assert str(file) in line and "is not what was written" in line
+    elsewhere.write_bytes(whole)
+    assert place.mergelaw("lineage", str(report), "--verify").status == 0
+
+
 def test_what_is_damaged_is_refused_as_an_input(damaged, tmp_path):
     place = damaged.copy(tmp_path).forget("evals", "laws", "reports")
     vector = next(iter(place.artifacts("task_vectors").values()))

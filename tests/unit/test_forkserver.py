@@ -1,0 +1,126 @@
+"""A command run by a fork is the same command: streams, folder, environment, exit status, end."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from mergelaw import forkserver
+
+MERGELAW = [sys.executable, "-c", "from mergelaw.cli import main; main()"]
+
+
+def wait_for(condition) -> None:
+    for _ in range(600):
+        if condition():
+            return
+        time.sleep(0.1)
+    raise AssertionError("waited a minute for nothing")
+
+
+@pytest.fixture(scope="module")
+def server():
+    process, address = started()
+    yield address
+    ended(process, address)
+
+
+def started() -> tuple[subprocess.Popen[bytes], str]:
+    process = forkserver.start()
+    address = os.environ.pop(forkserver.ADDRESS)
+    wait_for(Path(address).exists)
+    return process, address
+
+
+def ended(process, address: str) -> None:
+    process.stdin.close()
+    assert process.wait(10) == 0
+    assert not Path(address).parent.exists()
+
+
+def environment(address: str, **more: str) -> dict[str, str]:
+    return {**os.environ, forkserver.ADDRESS: address, **more}
+
+
+def corpus(output: str, documents: int) -> list[str]:
+    recipe = {
+        "source": {"synthetic": "algebra"},
+        "sources": {"source": {"synthetic": "algebra"}},
+        "train_documents": documents,
+        "eval_documents": 5,
+        "seed": 0,
+    }
+    return [*MERGELAW, "corpus", "--recipe", json.dumps(recipe), "--output", output]
+
+
+def forks(address: str) -> list[psutil.Process]:
+    """Living processes that the server has forked."""
+    family = [p for p in psutil.process_iter(["cmdline"]) if address in (p.info["cmdline"] or ())]
+    return [process for process in family if process.parent() in family]
+
+
+@pytest.mark.parametrize(
+    ("words", "status"), [(["config", "schema"], 0), (["nonsense"], 2), (["fit", "@nowhere"], 1)]
+)
+def test_it_prints_and_ends_as_by_itself(server, tmp_path, words, status):
+    runs = [
+        subprocess.run([*MERGELAW, *words], env=env, capture_output=True, cwd=tmp_path, check=False)
+        for env in (environment(server), dict(os.environ))
+    ]
+    assert runs[0].returncode == runs[1].returncode == status
+    assert (runs[0].stdout, runs[0].stderr) == (runs[1].stdout, runs[1].stderr)
+    assert runs[0].stdout or runs[0].stderr
+
+
+def test_it_works_in_the_commands_folder_and_environment(server, tmp_path):
+    (tmp_path / "study.yaml").write_text("name: ${NOT_EXPANDED}")
+    program = "import os, mergelaw.cli as c; c.main()"
+    run = [sys.executable, "-c", program, "config", "check", "study.yaml"]
+    ended = subprocess.run(
+        run, env=environment(server), cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert ended.returncode == 1 and ended.stderr.startswith("mergelaw: error: study.yaml")
+    assert subprocess.run(corpus("here", 5), env=environment(server), cwd=tmp_path, check=True)
+    assert (tmp_path / "here" / "lineage.json").exists()
+
+
+def test_the_fork_dies_with_its_command(server, tmp_path):
+    command = subprocess.Popen(corpus(str(tmp_path / "big"), 10**6), env=environment(server))
+    wait_for(lambda: forks(server))
+    command.kill()
+    command.wait()
+    wait_for(lambda: not forks(server))
+    assert not (tmp_path / "big").exists()
+
+
+def test_the_command_fails_with_its_fork(server, tmp_path):
+    command = subprocess.Popen(corpus(str(tmp_path / "big"), 10**6), env=environment(server))
+    wait_for(lambda: forks(server))
+    for fork in forks(server):
+        fork.kill()
+    assert command.wait(10) == 128 + signal.SIGKILL
+
+
+def test_without_a_server_the_command_runs_by_itself(tmp_path):
+    nobody = environment(str(tmp_path / "socket"))
+    assert (
+        subprocess.run(
+            [*MERGELAW, "config", "schema"], env=nobody, capture_output=True, check=False
+        ).returncode
+        == 0
+    )
+
+
+def test_a_fork_outlives_the_server(tmp_path):
+    process, address = started()
+    command = subprocess.Popen(corpus(str(tmp_path / "some"), 3000), env=environment(address))
+    wait_for(lambda: forks(address))
+    ended(process, address)
+    assert command.wait(120) == 0
+    assert (tmp_path / "some" / "lineage.json").exists()
