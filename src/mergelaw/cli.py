@@ -359,11 +359,8 @@ def fit(
 
     def work(folder: Path, state: Path) -> dict[str, Any]:
         from mergelaw import fits
-        from mergelaw.evaluate import read_rows
 
-        paths = list(shards.values())
-        documents = (read_rows([path], documents=True) for path in paths)
-        told = fits.write_fits(read_rows(paths), folder, [], documents)
+        told = fits.write_artifacts(list(shards.values()), folder, [])
         print((folder / "summary.txt").read_text(encoding="utf-8"), end="")
         return told
 
@@ -880,8 +877,7 @@ def partial(configuration: Config) -> None:
     folder = study.results / "partial" / study.config.name
     shutil.rmtree(folder, ignore_errors=True)
     (folder / "laws").mkdir(parents=True)
-    paths = [study.results / artifact.path for artifact in there]
-    laws.write_fits(rows, folder / "laws", missing, (read_rows([p], True) for p in paths))
+    laws.write_artifacts([study.results / a.path for a in there], folder / "laws", missing)
     facts = {"measured so far": f"{len(there)} of {len(study.evals)} shards"}
     stage.write_report(folder / "laws", rows, folder, title=study.config.name, facts=facts)
     some = ", ".join(missing[:6]) + (", ..." if len(missing) > 6 else "")

@@ -107,7 +107,7 @@ def test_circles_tell_their_own_scale():
 def test_one_circle_is_told_of_unless_a_surrogate_knows():
     rows = study(circles=1)
     table, (warning,) = described(rows)
-    assert "one circle only on b1, b20, b4" in warning and "circles to 3" in warning
+    assert "one circle only of average on b1, b20, b4" in warning and "circles to 3" in warning
     assert not np.vstack(table.query("domain == 'x'")["design"]).any()
     tau2 = {("average", "f", f"b{N}", d): 4e-4 for N in (1, 4, 20) for d in ("x", "y", MACRO)}
     table, warnings = described(rows, tau2=tau2)
