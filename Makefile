@@ -1,7 +1,8 @@
-# make demo | make test | make test-slurm | make lint | make clean-venv
+# make demo | make test | make test-slurm | make test-openrlhf | make lint | make clean-venv
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+OPENRLHF := .venv-openrlhf
 
 # What is installed is what the two files say; a change of either installs again.
 $(VENV)/.installed: requirements.txt requirements-dev.txt pyproject.toml
@@ -11,7 +12,16 @@ $(VENV)/.installed: requirements.txt requirements-dev.txt pyproject.toml
 	$(BIN)/pip install -q --no-deps -e .
 	touch $@
 
-.PHONY: demo test test-slurm lint clean-venv
+# OpenRLHF has an environment of its own, here without GPUs; tests/openrlhf/stand_ins has what it
+# imports of flash-attn, which cannot be built without CUDA.
+$(OPENRLHF)/.installed: requirements-openrlhf.txt
+	$(PYTHON) -m venv $(OPENRLHF)
+	$(OPENRLHF)/bin/pip install -q -r requirements-openrlhf.txt
+	$(OPENRLHF)/bin/pip install -q --no-deps --no-build-isolation deepspeed==0.19.6 openrlhf==0.11.2
+	echo "$(CURDIR)/tests/openrlhf/stand_ins" > $$($(OPENRLHF)/bin/python -c 'import site; print(site.getsitepackages()[0])')/stand_ins.pth
+	touch $@
+
+.PHONY: demo test test-slurm test-openrlhf lint clean-venv
 demo: $(VENV)/.installed
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python benchmarks/measure.py -- $(BIN)/snakemake --profile profiles/local
 	$(BIN)/mergelaw summary --config config/config.yaml
@@ -23,6 +33,10 @@ test: $(VENV)/.installed
 test-slurm: $(VENV)/.installed
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python tests/slurm/cluster.py $(BIN)/python -m pytest -n 3 -rP tests/slurm
 
+# The first run compiles two extensions of DeepSpeed, for minutes.
+test-openrlhf: $(VENV)/.installed $(OPENRLHF)/.installed
+	PATH="$(CURDIR)/$(BIN):$$PATH" MERGELAW_OPENRLHF_PYTHON="$(CURDIR)/$(OPENRLHF)/bin/python" $(BIN)/python -m pytest tests/openrlhf
+
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -32,4 +46,4 @@ lint: $(VENV)/.installed
 	for file in config/*.yaml; do $(BIN)/mergelaw config check $$file || exit 1; done
 
 clean-venv:
-	rm -rf $(VENV)
+	rm -rf $(VENV) $(OPENRLHF)

@@ -32,7 +32,8 @@ def read_table(paths: list[str]) -> pd.DataFrame:
             raise MergelawError(f"--table {path}: no file {found}; give files of CE rows")
         files += matches
     table = pd.concat([pd.read_parquet(file, columns=COLUMNS) for file in files])
-    return table[table["k"] > 0]
+    table["experts"] = table["experts"].map(tuple)
+    return table[table["k"] > 0].drop_duplicates()  # studies in one folder share their merges
 
 
 def losses_by_bitmask(rows: pd.DataFrame, where: str) -> tuple[np.ndarray, int]:

@@ -1,5 +1,6 @@
 # The study behind the configuration, and the few helpers that rules use.
 import json
+import os
 import shlex
 import subprocess
 import sys
@@ -11,6 +12,12 @@ from mergelaw import forkserver, resources, slurm
 from mergelaw.errors import MergelawError
 from mergelaw.lineage import only_run, unique, write_json
 from mergelaw.study import Study
+
+# What a profile may say besides, for it is about the machine: which Python OpenRLHF is installed for.
+if "openrlhf_python" in config:
+    os.environ["MERGELAW_OPENRLHF_PYTHON"] = str(config.pop("openrlhf_python"))
+# For envs/main.yaml, which Snakemake copies before pip reads it.
+os.environ["MERGELAW_ROOT"] = str(Path(workflow.basedir).parent)
 
 try:
     for path in workflow.configfiles:
@@ -119,13 +126,29 @@ def asks(pattern):
     return {name: asked(name) for name in resources.ASKED} if hardware else {}
 
 
+def check_trainers():
+    """Whether what an expert is still to be trained by is there."""
+    for artifact in study.experts.values():
+        trainer = artifact.recipe.get("training", {}).get("trainer")
+        (lineage,) = tracked([artifact.path])
+        if trainer == "openrlhf" and not Path(lineage).exists():
+            from mergelaw import openrlhf
+
+            openrlhf.interpreter()
+            return
+
+
 def start():
-    """One run at a time on a results folder, from whatever working directory."""
+    """One run at a time on a results folder, from whatever working directory.
+
+    What every training would fail for is said before the first job.
+    """
     global run_lock, forks
     try:
         if workflow.executor_plugin.name == "slurm":
             status = workflow.executor_settings.status_command
             slurm.check(hardware, status, any(need.counts for need in to_come))
+        check_trainers()
         run_lock = only_run(study.results)
     except MergelawError as error:
         sys.exit(f"mergelaw: error: {error}")

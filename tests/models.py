@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from mergelaw import lineage, task_vector
+from mergelaw import checkpoint, lineage, task_vector
 from mergelaw.checkpoint import COMPANIONS, INDEX, WEIGHTS, Tensors
 from mergelaw.corpus import Document
 from mergelaw.task_vector import TaskVector
@@ -90,11 +90,23 @@ def write_expert(
     return folder
 
 
-def write_task_vector(base: Path, expert: Path, folder: Path) -> TaskVector:
+def as_artifact(source: Path, stage: str) -> Path:
+    """The artifact that the pipeline makes of a checkpoint or adapter from outside."""
+    folder = source.with_name(f"{source.name}@artifact")
+    lineage.make(folder, stage, {}, {}, lambda work, state: checkpoint.link(source, work))
+    return folder
+
+
+def write_task_vector(base: Path, expert: Path, folder: Path, **how: Any) -> TaskVector:
     """The task vector as the artifact that the pipeline makes of it."""
-    lineage.make(
-        folder, "task_vector", {}, {}, lambda work, state: task_vector.write(base, expert, work)
-    )
+    inputs = {}
+    if how.get("storage") == "derived" or checkpoint.is_adapter(expert):  # it reads them again
+        inputs = {"base": as_artifact(base, "base"), "expert": as_artifact(expert, "expert")}
+
+    def work(made: Path, state: Path) -> dict[str, Any]:
+        return task_vector.write(base, expert, made, **how)
+
+    lineage.make(folder, "task_vector", {}, inputs, work)
     return TaskVector(folder)
 
 
@@ -188,6 +200,21 @@ def write_checkpoint(
         config_text = json.loads((folder / "config.json").read_text())
         (folder / WEIGHTS).unlink()
         write_tensors(folder, tensors, config_text, shards)
+    return folder
+
+
+def write_adapter(base: Path, folder: Path, **config: Any) -> Path:
+    """An adapter as peft saves it, with random weights, in the dtype of its base."""
+    from peft import LoraConfig, get_peft_model
+
+    with Tensors(base) as tensors:
+        dtype = tensors.float_dtype()
+    torch.manual_seed(1)
+    wrapped = get_peft_model(load(base, dtype), LoraConfig(task_type="CAUSAL_LM", **config))
+    for parameter in wrapped.parameters():
+        if parameter.requires_grad:
+            parameter.data += torch.randn_like(parameter) * 0.1
+    wrapped.save_pretrained(folder)
     return folder
 
 

@@ -197,15 +197,16 @@ def model(stage: str, recipe: str, output: Path, inputs: dict, threads: int, tra
         if "checkpoint" not in own:
             prepare_torch(threads)
             return train(own, folder, state)
-        from mergelaw import training
+        from mergelaw.checkpoint import link, locate
 
-        source = training.locate(sources)
-        training.link(source, folder)
+        source = locate(sources)
+        link(source, folder)
         for name, known in own["checkpoint"].get("files", {}).items():
             path = folder / name
             if path.exists() and lineage.file_digest(path) != known:
                 raise MergelawError(f"{source / name}: changed since the run began; run again")
-        return {"sources": [keys.canonical_json(sources)]}
+        commit = {"commit": source.name} if "hub" in sources else {}  # the revision may be a branch
+        return {"sources": [keys.canonical_json(sources | commit)]}
 
     make(output, stage, own, inputs, work)
 
@@ -227,9 +228,8 @@ def expert(
         if base is None or not corpora:
             raise MergelawError("expert: training needs --base and --corpus")
         settings = config.Training.model_validate(own["training"])
-        return training.fine_tune(
-            settings, own["seed"], base, named(corpora), folder, state, save_every
-        )
+        fine_tune = training.trainers()[settings.trainer]
+        return fine_tune(settings, own["seed"], base, named(corpora), folder, state, save_every)
 
     inputs = ({"base": base} if base else {}) | inputs_of("corpus", named(corpora or []))
     model("expert", recipe, output, inputs, threads, train)
@@ -240,15 +240,18 @@ def task_vector(
     base: Annotated[Path, typer.Option(help="the base")],
     expert: Annotated[Path, typer.Option(help="the expert")],
     output: Output,
+    recipe: Recipe = "{}",
 ) -> None:
     """Subtract a base from its expert, without loss."""
     from mergelaw import task_vector as stage
 
+    own, how = split(recipe_of(recipe))
+
     def work(folder: Path, state: Path) -> dict[str, Any]:
         prepare_torch(1)
-        return stage.write(base, expert, folder)
+        return stage.write(base, expert, folder, **how, **own)
 
-    make(output, "task_vector", {}, {"base": base, "expert": expert}, work)
+    make(output, "task_vector", own, {"base": base, "expert": expert}, work)
 
 
 @app.command("sample")
@@ -444,7 +447,7 @@ def merge(
     import yaml
 
     from mergelaw import merge as stage
-    from mergelaw.checkpoint import Tensors
+    from mergelaw.checkpoint import Tensors, is_adapter
     from mergelaw.methods import method_of
     from mergelaw.task_vector import TaskVector
 
@@ -455,14 +458,15 @@ def merge(
         method = method_of(own["method"])
         ordered = {name: TaskVector(pool[name]) for name in own["experts"]}
         stage.write(base, ordered, method, own["weights"], folder)
-        experts = {}
+        experts, adapters = {}, []
         for name in own["experts"]:
-            entry = lineage.read(pool[name])["inputs"]["expert"]
-            experts[name] = os.path.relpath(pool[name] / entry["path"], output)
+            place = pool[name] / lineage.read(pool[name])["inputs"]["expert"]["path"]
+            experts[name] = os.path.relpath(place, output)
+            adapters += [name] if is_adapter(place) else []
         with Tensors(base) as tensors:
             dtype = tensors.float_dtype()
         paths = os.path.relpath(base, output), experts
-        same = stage.mergekit_recipe(*paths, method, own["weights"], dtype)
+        same = stage.mergekit_recipe(*paths, method, own["weights"], dtype, adapters)
         if same is not None:
             text = (
                 "# The same merge by mergekit, from this folder: mergekit-yaml mergekit.yaml OUT\n"
@@ -524,6 +528,33 @@ def config_table(
     if not (found and closed):
         raise MergelawError(f"{into}: lacks the markers {start} and {end}; add them")
     into.write_text(f"{before}{start}\n{config_reference.tables()}\n{end}{after}", encoding="utf-8")
+
+
+@app.command()
+def estimate(
+    file: Annotated[Path, typer.Argument(help="a configuration")],
+    rates: Annotated[Path | None, typer.Option(help="what the cluster does, as YAML")] = None,
+) -> None:
+    """Say what a study will cost: jobs, GPU hours, tokens, bytes and the longest chain."""
+    from mergelaw import config
+    from mergelaw import estimate as costs
+    from mergelaw.study import Study
+
+    known = costs.read_rates(rates)
+    print(costs.text(costs.estimate(Study(config.load(file)), known), known))
+
+
+@app.command()
+def rates(configuration: Config) -> None:
+    """Print the rates that a study's results show, for `estimate --rates`."""
+    import yaml
+
+    from mergelaw import config
+    from mergelaw import estimate as costs
+    from mergelaw.study import Study
+
+    found = costs.measured(Study(config.load(configuration))).model_dump(exclude_none=True)
+    print(yaml.safe_dump(found, sort_keys=False), end="")
 
 
 @app.command("lineage")

@@ -71,7 +71,7 @@ class Source(Model):
     dataset: str | None = Field(
         None, description="a dataset of the Hugging Face hub, or a folder, for `datasets`"
     )
-    revision: str | None = Field(None, description="commit of the hub dataset")
+    revision: str | None = Field(None, description="commit of the hub dataset, or a branch")
     config: str | None = Field(None, description="configuration name of the dataset")
     split: str = Field("train", description="split of the dataset")
     where: dict[str, str | int | bool] | None = Field(
@@ -139,11 +139,11 @@ def check_revision(hub: str | None, revision: str | None) -> None:
 
 
 class Checkpoint(Model):
-    """A model as the world has it: exactly one of `path` and `hub`."""
+    """A model, or a LoRA adapter, as the world has it: exactly one of `path` and `hub`."""
 
     path: str | None = Field(None, description="a local Hugging Face folder")
     hub: str | None = Field(None, description="a model id of the Hugging Face hub")
-    revision: str | None = Field(None, description="its commit; required with `hub`")
+    revision: str | None = Field(None, description="its commit, or a branch; required with `hub`")
 
     @model_validator(mode="after")
     def _one_kind(self) -> Self:
@@ -202,10 +202,39 @@ class Pretraining(Optimisation):
     seed: int = Field(0, ge=0, description="seed of weights and data order")
 
 
+class Lora(Model):
+    """A low-rank adapter is trained instead of all weights, and merged into them at the end."""
+
+    rank: int = Field(ge=1, description="rank of the adapter")
+    alpha: int = Field(16, ge=1, description="its scale is alpha / rank")
+    target_modules: list[str] | None = Field(
+        None, min_length=1, description="names of the layers; null: every linear one"
+    )
+    dropout: float = Field(0.0, ge=0, lt=1, description="dropout before the adapter")
+
+
+class OpenRLHF(Model):
+    """What `trainer: openrlhf` takes besides; the names are OpenRLHF's own."""
+
+    zero_stage: Literal[0, 1, 2, 3] = Field(
+        2, description="what the GPUs share: optimiser (1), gradients too (2), weights too (3)"
+    )
+    adam_offload: bool = Field(False, description="keep the optimiser's state in host memory")
+    ring_attn_size: int = Field(
+        1, ge=1, description="GPUs that share one sequence; needs `packing`, for long documents"
+    )
+    attn_implementation: Literal["flash_attention_2", "flash_attention_3", "sdpa", "eager"] = Field(
+        "flash_attention_2", description="`packing` needs a flash attention"
+    )
+    lora: Lora | None = Field(None, description="train an adapter; null: all weights")
+
+
 class Training(Optimisation):
     """How experts are fine-tuned; the loss is on the response alone."""
 
-    trainer: Literal["trl"] = Field("trl", description="trl: TRL's SFTTrainer")
+    trainer: Literal["trl", "openrlhf"] = Field(
+        "trl", description="trl: TRL's SFTTrainer; openrlhf: OpenRLHF's command line"
+    )
     packing: bool = Field(
         False, description="several documents in one sequence, without attention across them"
     )
@@ -213,6 +242,25 @@ class Training(Optimisation):
     long_documents: Literal["refuse", "split", "truncate"] = Field(
         "refuse", description="what to do with a training document above `max_tokens`"
     )
+    openrlhf: OpenRLHF | None = Field(None, description="options of `trainer: openrlhf`")
+
+    @model_validator(mode="after")
+    def _of_the_trainer(self) -> Self:
+        if self.trainer != "openrlhf":
+            if self.openrlhf is not None:
+                raise ValueError("'openrlhf' goes with 'trainer: openrlhf' only")
+            return self
+        own = self.openrlhf or OpenRLHF()
+        flash = own.attn_implementation.startswith("flash")
+        if self.dtype != "bfloat16":
+            raise ValueError("'trainer: openrlhf' trains in bfloat16; set 'dtype: bfloat16'")
+        if self.long_documents == "split":
+            raise ValueError("'trainer: openrlhf' cannot split 'long_documents'; truncate them")
+        if self.packing and not flash:
+            raise ValueError("'packing' needs a flash attention in 'openrlhf.attn_implementation'")
+        if own.ring_attn_size > 1 and not self.packing:
+            raise ValueError("'openrlhf.ring_attn_size' needs 'packing: true'")
+        return self
 
 
 class Base(Model):
@@ -220,12 +268,15 @@ class Base(Model):
 
     path: str | None = Field(None, description="a local Hugging Face folder")
     hub: str | None = Field(None, description="a model id of the Hugging Face hub")
-    revision: str | None = Field(None, description="its commit; required with `hub`")
+    revision: str | None = Field(None, description="its commit, or a branch; required with `hub`")
     pretraining: dict[str, Any] | None = Field(
         None, description="what differs from the study's `pretraining`"
     )
     training: dict[str, Any] = Field(
         {}, description="what differs from the study's `training` for this base's experts"
+    )
+    sampling: dict[str, Any] = Field(
+        {}, description="what differs from the study's `sampling` for this base's merges"
     )
     N: float | None = Field(
         None,
@@ -338,6 +389,15 @@ class Config(Model):
     baselines: dict[Name, Expert] = Field(
         {}, description="models outside the pool, evaluated alone: a multitask model, say"
     )
+    vocabulary: Literal["refuse", "common_rows"] = Field(
+        "refuse",
+        description="an expert with another number of tokens: refused, or merged in the rows that "
+        "it and its base have",
+    )
+    storage: Literal["materialised", "derived"] = Field(
+        "materialised",
+        description="task vectors: kept as files, or subtracted again whenever they are needed",
+    )
     methods: dict[Name, AnyMethod] = Field(min_length=1, description="merge methods by name")
     sampling: Sampling = Field(Sampling(), description="which subsets are merged")
     evaluation: Evaluation = Field(Evaluation(), description="how a merge is evaluated")
@@ -385,6 +445,11 @@ class Config(Model):
         own = {**self.baselines, **self.pool()}[expert].training
         return Training.model_validate(override(self.training, self.bases[base].training, own))
 
+    def sampling_of(self, base: str) -> Sampling:
+        """The sampling of a base's merges: the study's, then the base's own settings."""
+        own = self.bases[base].sampling
+        return Sampling.model_validate(self.sampling.model_dump() | own) if own else self.sampling
+
     def pretraining_of(self, base: str) -> Pretraining:
         """The recipe of a base of one's own: the study's, then the base's own settings."""
         own = self.bases[base].pretraining or {}
@@ -429,6 +494,7 @@ class Config(Model):
         yield from part_problems("pretraining", self.pretraining or {}, Pretraining)
         for name, base in self.bases.items():
             yield from part_problems(f"bases.{name}.training", base.training, Training)
+            yield from part_problems(f"bases.{name}.sampling", base.sampling, Sampling)
             own = base.pretraining or {}
             yield from part_problems(f"bases.{name}.pretraining", own, Pretraining)
         for where, experts in (("experts", self.pool()), ("baselines", self.baselines)):
@@ -503,26 +569,31 @@ class Config(Model):
                 )
 
     def _sampling_problems(self) -> Iterator[str]:
-        sampling, size = self.sampling, len(self.pool())
-        sizes = sampling.k or range(1, size + 1)
-        for k in sizes:
-            if k > size:
-                yield f"sampling.k: {k} is larger than the pool of {size} experts"
-        yield from repeated("sampling.k", sizes)
         yield from repeated("training_seeds", self.training_seeds)
-        draws = sampling.subsets_per_k if sampling.design == "iid" else size
-        replicates = 1 if sampling.design == "iid" else sampling.circles
-        merges = 0
-        for k in sizes:
-            level = math.comb(size, k)
-            if sampling.design != "exhaustive" and level > max(sampling.exhaustive_up_to, draws):
-                level = draws * replicates
-            merges += level
-            if merges > MAX_MERGES:
-                yield (
-                    f"sampling: over {MAX_MERGES:,} merges for each base; name fewer numbers in "
-                    "'k', or sample fewer subsets ('design', 'circles', 'subsets_per_k')"
-                )
+        size = len(self.pool())
+        for base, own in self.bases.items():
+            sampling = self.sampling_of(base)
+            at = f"bases.{base}.sampling" if own.sampling else "sampling"
+            sizes = sampling.k or range(1, size + 1)
+            for k in sizes:
+                if k > size:
+                    yield f"{at}.k: {k} is larger than the pool of {size} experts"
+            yield from repeated(f"{at}.k", sizes)
+            draws = sampling.subsets_per_k if sampling.design == "iid" else size
+            replicates = 1 if sampling.design == "iid" else sampling.circles
+            merges = 0
+            for k in sizes:
+                level = math.comb(size, k)
+                if sampling.design != "exhaustive" and level > max(
+                    sampling.exhaustive_up_to, draws
+                ):
+                    level = draws * replicates
+                merges += level
+                if merges > MAX_MERGES:
+                    yield (
+                        f"{at}: over {MAX_MERGES:,} merges for each base; name fewer numbers in "
+                        "'k', or sample fewer subsets ('design', 'circles', 'subsets_per_k')"
+                    )
 
     def _merge_problems(self, at: str, merge: Merge) -> Iterator[str]:
         named: list[tuple[str, str, Collection[str]]] = [
@@ -545,17 +616,23 @@ class Config(Model):
 
 
 def override(*layers: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings of which the later ones win; `steps` and `epochs` stand for each other."""
+    """Settings of which the later ones win; `steps` and `epochs` stand for each other.
+
+    The options in `openrlhf` are laid over one another one by one.
+    """
     merged: dict[str, Any] = {}
     for layer in layers:
         for key, other in (("steps", "epochs"), ("epochs", "steps")):
             if layer.get(key) is not None:
                 merged.pop(other, None)
+        options = [part["openrlhf"] for part in (merged, layer) if part.get("openrlhf")]
         merged.update(layer)
+        if len(options) == 2 and all(isinstance(part, Mapping) for part in options):
+            merged["openrlhf"] = {**options[0], **options[1]}
     return merged
 
 
-def part_problems(at: str, part: Mapping[str, Any], model: type[Optimisation]) -> Iterator[str]:
+def part_problems(at: str, part: Mapping[str, Any], model: type[BaseModel]) -> Iterator[str]:
     """What is wrong with a part of a recipe, whatever the other parts are."""
     try:
         model.model_validate(part)

@@ -20,7 +20,9 @@ from mergelaw.config import (
     Domain,
     Evaluation,
     Expert,
+    Lora,
     Merge,
+    OpenRLHF,
     Pretraining,
     Sampling,
     Source,
@@ -68,7 +70,7 @@ def tables() -> str:
     """The keys of a configuration as Markdown, a table for each model; for config/README.md."""
     models: list[type[BaseModel]] = [
         *(Config, Corpus, Domain, Source, Base, Checkpoint, Pretraining, Expert, Training),
-        *(Sampling, Evaluation, Merge),
+        *(OpenRLHF, Lora, Sampling, Evaluation, Merge),
         *registry().values(),
     ]
     defs = schema()["$defs"]

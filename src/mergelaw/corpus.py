@@ -14,6 +14,7 @@ the corpus stays the same. Nothing heavy is imported before a record has to be r
 import hashlib
 import json
 import os
+import re
 import reprlib
 import tempfile
 import unicodedata
@@ -38,6 +39,7 @@ PAIRS = (
     ("instruction", "output"),
     ("problem", "solution"),
     ("question", "answer"),
+    ("message_1", "message_2"),  # CAMEL's
 )
 
 # A synthetic source that needs more draws than this for one new document has run dry.
@@ -249,6 +251,7 @@ def _dataset_records(source: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
             split=source["split"],
             revision=source.get("revision"),
         )
+        check_revision(name, source.get("revision"), [f["filename"] for f in rows.cache_files])
         for record in rows:
             number += 1
             yield f"{name}, row {number}", record
@@ -265,6 +268,20 @@ def _dataset_records(source: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
             " check its id, revision, config and split, and that this machine is online or has"
             " it in its cache"
         ) from error
+
+
+def check_revision(name: str, revision: str | None, files: list[str]) -> None:
+    """Without network `datasets` takes whatever version its cache holds; its folder tells which."""
+    cached = {Path(file).parent.name for file in files}
+    if revision and is_commit(revision) and any(is_commit(c) and c != revision for c in cached):
+        raise MergelawError(
+            f"{name}: revision {revision} is not in the cache, {', '.join(cached)} is:"
+            " go online once, or pin that one"
+        )
+
+
+def is_commit(text: str) -> bool:
+    return re.fullmatch("[0-9a-f]{40}", text) is not None
 
 
 def _source_name(source: Mapping[str, Any]) -> str:

@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from mergelaw import cells, corpus, cross_entropy, keys, lineage, tokens, training
+from mergelaw.checkpoint import Tensors
 from mergelaw.config import BASELINES
 from mergelaw.errors import MergelawError
 from mergelaw.merge import Merger
 from mergelaw.methods import method_of
-from mergelaw.task_vector import TaskVector
+from mergelaw.task_vector import TaskVector, digest_of
 
 ROWS = "cells.parquet"
 
@@ -39,8 +40,8 @@ def evaluate(
             started = time.perf_counter()
             measured = _measure(recipe, missing, base, vectors, corpora, store)
             facts |= {"measured": measured, "seconds": round(time.perf_counter() - started, 3)}
-    lineages = {name: lineage.read(path) for name, path in vectors.items()}
-    _write_rows(recipe, wanted, store.known, lineage.read(base), lineages, output)
+    digests = {name: digest_of(path) for name, path in vectors.items()}
+    _write_rows(recipe, wanted, store.known, lineage.read(base)["digest"], digests, output)
     return facts | {"tokens": sum(store.known[cell["cell"]]["tokens"] for cell in wanted)}
 
 
@@ -53,7 +54,7 @@ def _cells(
 ) -> list[dict[str, Any]]:
     """The shard's cells: where each stands in the plan, and its identity."""
     base_digest = lineage.read(base)["digest"]
-    digests = {name: lineage.read(path)["digest"] for name, path in vectors.items()}
+    digests = {name: digest_of(path) for name, path in vectors.items()}
     sets = {domain: lineage.read(path)["files"]["eval.parquet"] for domain, path in corpora.items()}
     wanted = []
     for k, replicate, place, experts in subsets:
@@ -115,6 +116,8 @@ def _measure(
         )
     device = "cuda" if torch.cuda.is_available() else "cpu"
     several = device == "cuda" and torch.cuda.device_count() > 1
+    if device == "cuda":
+        check_room(base, settings["dtype"])
     model = training.load(base, settings["dtype"], device_map="auto" if several else device).eval()
     sets = {
         domain: cross_entropy.batches(e.windows, settings["batch_tokens"], model.device)
@@ -212,6 +215,26 @@ def _parameters(model: Any) -> dict[str, int]:
     }
 
 
+def check_room(base: Path, dtype: str) -> None:
+    """Raise MergelawError where the GPUs that are given cannot hold a model, before it is loaded.
+
+    Otherwise its layers would be left on the processor and on disk without a word.
+    """
+    import math
+
+    import torch
+
+    free = [torch.cuda.mem_get_info(index)[0] for index in range(torch.cuda.device_count())]
+    with Tensors(base) as tensors:
+        count = sum(math.prod(tensors.shape(name)) for name in tensors.names())
+    needed = count * getattr(torch, dtype).itemsize
+    if needed > sum(free):
+        raise MergelawError(
+            f"{base}: takes {needed / 1e9:.1f} GB in {dtype}, the {len(free)} GPUs given have "
+            f"{sum(free) / 1e9:.1f} GB free; give the job more GPUs, or evaluate in bfloat16"
+        )
+
+
 def _memory(device: Any) -> int:
     """Bytes that base and prepared vectors may take: half of what is free, or a job has."""
     import os
@@ -242,8 +265,8 @@ def _write_rows(
     recipe: Mapping[str, Any],
     wanted: Sequence[Mapping[str, Any]],
     known: Mapping[str, Mapping[str, Any]],
-    base: Mapping[str, Any],
-    vectors: Mapping[str, Mapping[str, Any]],
+    base: str,
+    vectors: Mapping[str, str],
     output: Path,
 ) -> None:
     import math
@@ -293,8 +316,8 @@ def _write_rows(
                 "device": found["device"],
                 "threads": found["threads"],
                 "cell": cell["cell"],
-                "base_digest": base["digest"],
-                "vector_digests": [vectors[expert]["digest"] for expert in cell["experts"]],
+                "base_digest": base,
+                "vector_digests": [vectors[expert] for expert in cell["experts"]],
             }
         )
     table = pd.DataFrame(rows).astype({"N_nominal": "float64"})

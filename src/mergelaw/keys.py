@@ -17,7 +17,7 @@ STAGES: dict[str, int] = {
     "overlap": 1,
     "base": 1,
     "expert": 1,
-    "task_vector": 1,
+    "task_vector": 2,
     "plan": 1,
     "evaluate": 1,
     "fit": 2,

@@ -7,13 +7,13 @@ element, so both give the same values.
 """
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mergelaw import lineage
-from mergelaw.checkpoint import COMPANIONS, FLOATS, WEIGHTS, Tensors, Writer
+from mergelaw.checkpoint import COMPANIONS, COMPUTED, FLOATS, WEIGHTS, Tensors, Writer
 from mergelaw.errors import MergelawError
 from mergelaw.keys import digest
 from mergelaw.methods import Method
@@ -111,7 +111,7 @@ class Merger:
 
     def _transformed(self, expert: str, name: str, start: int, stop: int) -> "Tensor":
         vector = self.vectors[expert]
-        values = vector[name][start:stop].to(self._parameters[name].device)
+        values = vector.part(name, start, stop, self._parameters[name].device)
         return self.method.transform(values, self._prepared[expert], vector.digest, name, start)
 
     def _slices(
@@ -183,6 +183,11 @@ def parameters_by_tensor(model: "nn.Module", base: Tensors) -> dict[str, "nn.Par
         candidates = [c for n in names for c in (n, n.removeprefix(prefix), prefix + n)]
         name = next((c for c in candidates if c in base), None)
         parameter = by_id[key]
+        if name is not None and COMPUTED.search(name):
+            raise MergelawError(
+                f"{base.folder}: parameter {name!r} has the name of a table that other models "
+                "compute; such a model cannot be merged"
+            )
         if name is None or tuple(parameter.shape) != base.shape(name):
             raise MergelawError(
                 f"{base.folder}: parameter {names[0]!r} is not stored as such (transformers "
@@ -229,7 +234,11 @@ def write(
                     stop = min(start + SLICE, len(out))
                     parts = [
                         method.transform(
-                            vector[name][start:stop], prepared[expert], vector.digest, name, start
+                            vector.part(name, start, stop),
+                            prepared[expert],
+                            vector.digest,
+                            name,
+                            start,
                         )
                         for expert, vector in holders.items()
                     ]
@@ -256,10 +265,12 @@ def mergekit_recipe(
     method: Method,
     weights: Sequence[float] | None,
     dtype: str,
+    adapters: Collection[str] = (),
 ) -> dict[str, Any] | None:
     """The merge as mergekit's YAML would say it, None where mergekit has no such rule.
 
-    ``base`` and ``experts`` (by name) are paths or hub ids, ``dtype`` is that of the result.
+    ``base`` and ``experts`` (by name) are paths or hub ids, ``dtype`` is that of the result;
+    ``adapters`` names the experts that are LoRA adapters.
     """
     rule = method.mergekit()
     if rule is None:
@@ -270,10 +281,10 @@ def mergekit_recipe(
         # Spelled out: in a plain string mergekit takes what follows an @ for a revision.
         return {"model": {"path": path}}
 
-    models: list[dict[str, Any]] = [
-        {"model": reference(path), "parameters": {"weight": weight}}
-        for path, weight in zip(experts.values(), weights, strict=True)
-    ]
+    models: list[dict[str, Any]] = []
+    for (name, path), weight in zip(experts.items(), weights, strict=True):
+        model = reference(base) | {"lora": {"path": path}} if name in adapters else reference(path)
+        models.append({"model": model, "parameters": {"weight": weight}})
     recipe = {
         "merge_method": rule["merge_method"],
         "models": models,

@@ -4,12 +4,14 @@ A pure function of the configuration and the identity of its sources; nothing is
 nothing imports torch, for every job of the workflow parses this again.
 """
 
+import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from mergelaw.checkpoint import files
 from mergelaw.config import BASELINES, Checkpoint, Config, Expert, Source
 from mergelaw.corpus import source_identity
 from mergelaw.errors import MergelawError
@@ -88,10 +90,13 @@ class Study:
         folder = Path(checkpoint.path or "")
         if not folder.is_dir():
             raise MergelawError(f"{folder}: no such folder; give a local Hugging Face checkpoint")
-        files = sorted(str(path) for path in folder.iterdir() if path.is_file())
-        if not files:
-            raise MergelawError(f"{folder}: is empty; give a local Hugging Face checkpoint")
-        identity = source_identity({"files": files}, self._cache)["files"]
+        names = files(folder)
+        if not names:
+            raise MergelawError(
+                f"{folder}: holds no model; give a local Hugging Face checkpoint or LoRA adapter"
+            )
+        paths = [str(folder / name) for name in names]
+        identity = source_identity({"files": paths}, self._cache)["files"]
         return {"files": {Path(name).name: value for name, value in identity}}
 
     # -- stages --------------------------------------------------------------------------------
@@ -149,7 +154,9 @@ class Study:
             recipe: dict[str, Any] = {"checkpoint": self._checkpoint(checkpoint)}
             sources = checkpoint.model_dump(exclude_none=True)
             return Artifact("expert", f"experts/{base}/{name}", recipe, sources)
-        training = self.config.training_of(base, name).model_dump()
+        settings = self.config.training_of(base, name)
+        unused = {"openrlhf"} if settings.openrlhf is None else set()
+        training = settings.model_dump(exclude=unused)
         recipe = {"training": training, "seed": seed}
         corpora = {d: self.corpora[d] for d in self.config.expert_domains(name)}
         return Artifact(
@@ -172,11 +179,17 @@ class Study:
 
     @cached_property
     def task_vectors(self) -> dict[tuple[str, str, int], Artifact]:
+        # Only what differs from the default, so that it leaves other keys alone. How a vector is
+        # kept is no part of what it is.
+        vocabulary, storage = self.config.vocabulary, self.config.storage
+        recipe = {"vocabulary": vocabulary} if vocabulary != "refuse" else {}
+        how = {"storage": storage} if storage != "materialised" else {}
         return {
             (base, name, seed): Artifact(
                 "task_vector",
                 expert.name.replace("experts/", "task_vectors/", 1),
-                {},
+                recipe,
+                how,
                 inputs={"base": self.bases[base], "expert": expert},
             )
             for (base, name, seed), expert in self.experts.items()
@@ -184,7 +197,7 @@ class Study:
 
     def _drawn_from(self, base: str) -> dict[str, Any]:
         """What ``sample`` draws a base's subsets from."""
-        design = self.config.sampling.model_dump(exclude={"merges_per_shard"})
+        design = self.config.sampling_of(base).model_dump(exclude={"merges_per_shard"})
         return {"experts": list(self.config.pool()), "base": base, **design}
 
     def subsets(self, base: str) -> list[Subset]:
@@ -209,20 +222,20 @@ class Study:
 
     def shards(self, base: str) -> list[list[list[Any]]]:
         """The plan's rows, cut by rank."""
-        size, rows = self.config.sampling.merges_per_shard, self._subsets[base]
+        size, rows = self.config.sampling_of(base).merges_per_shard, self._subsets[base]
         return [rows[start : start + size] for start in range(0, len(rows), size)]
 
     @cached_property
     def evals(self) -> dict[tuple[str, str, int, int], Artifact]:
         """By (base, method, training seed, shard)."""
         config, made = self.config, {}
-        size = config.sampling.merges_per_shard
         domains = {name: domain.held_out for name, domain in config.domains.items()}
         evaluation = config.evaluation.model_dump()
         methods = {n: m.model_dump(by_alias=True) for n, m in config.methods.items()}
         single = Average().model_dump(by_alias=True)
         corpora = keyed("corpus", self.corpora)
         for base in config.bases:
+            size = config.sampling_of(base).merges_per_shard
             baselines = [[1, -1, -1, [name]] for name in config.baselines]
             plans = {method: (recipe, self.shards(base)) for method, recipe in methods.items()}
             if baselines:
@@ -294,6 +307,13 @@ class Study:
         if base not in self._sizes:
             self._sizes[base] = size_of_base(self.config, base)
         return self._sizes[base]
+
+    def rows(self, artifact: Artifact) -> list[list[Any]]:
+        """The merges of a shard: k, replicate, place, experts."""
+        if artifact.rows and artifact.rows.startswith("["):
+            return json.loads(artifact.rows)
+        first, last = map(int, (artifact.rows or "0:0").split(":"))
+        return self._subsets[artifact.name.split("/")[1]][first:last]
 
     def made(self, artifact: Artifact) -> bool:
         return (self.results / artifact.path / LINEAGE).exists()

@@ -87,6 +87,13 @@ def parts(tokenizer: Any, documents: Sequence[Document]) -> list[tuple[list[int]
     return made
 
 
+def too_long(where: str, document: Document, size: int, max_tokens: int) -> MergelawError:
+    return MergelawError(
+        f"{where}: document {document.document} has {size} tokens, max_tokens is "
+        f"{max_tokens}; raise it, or set long_documents to split or truncate"
+    )
+
+
 def encode(
     tokenizer: Any,
     documents: Sequence[Document],
@@ -116,10 +123,7 @@ def encode(
         if len(ids) > max_tokens:
             long += 1
             if long_documents == "refuse":
-                raise MergelawError(
-                    f"{where}: document {document.document} has {len(ids)} tokens, max_tokens is "
-                    f"{max_tokens}; raise it, or set long_documents to split or truncate"
-                )
+                raise too_long(where, document, len(ids), max_tokens)
         if long_documents == "split" and len(ids) > max_tokens:
             for first in range(0, len(ids) - 1, max_tokens - 1):
                 last = min(first + max_tokens, len(ids))

@@ -5,13 +5,12 @@ folder that outlives a kill; a resumed run ends with the bits of an undisturbed 
 same number of threads).
 """
 
-import itertools
 import json
 import shutil
 import statistics
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -194,6 +193,13 @@ def fine_tune(
     }
 
 
+def trainers() -> dict[str, Callable[..., dict[str, Any]]]:
+    """What fine-tunes an expert, by the name of the configuration; all take the same arguments."""
+    from mergelaw import openrlhf
+
+    return {"trl": fine_tune, "openrlhf": openrlhf.fine_tune}
+
+
 def load(folder: Path, dtype: str, device_map: Any = None) -> Any:
     """A causal language model from a checkpoint folder, never running the checkpoint's code."""
     import torch
@@ -303,18 +309,24 @@ def run(trainer: Any, state: Path) -> dict[str, Any]:
                 f"training diverged: parameter {name!r} holds NaN or Inf; lower the learning rate"
             )
     # Of every step, for the trainer's own averages forget what was before a resume.
-    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    size = -(-len(losses) // LOSSES)
-    parts = [losses[start : start + size] for start in range(0, len(losses), size)]
-    ends = itertools.accumulate(map(len, parts))
+    history = [entry for entry in trainer.state.log_history if "loss" in entry]
     return {
         "steps": trainer.state.global_step,
-        "train_loss": statistics.fmean(losses),
         "resumed_at_step": int(last.name.split("-")[1]) if last else None,
         "device": str(trainer.args.device),
         "threads": torch.get_num_threads(),
-        "losses": [[end, statistics.fmean(part)] for end, part in zip(ends, parts, strict=True)],
+        **curve([(entry["step"], entry["loss"]) for entry in history]),
     }
+
+
+def curve(losses: list[tuple[int, float]]) -> dict[str, Any]:
+    """(step, loss) of every step as lineage keeps them: their mean, and the means of parts of equal
+    size with the step at which each ends."""
+    size = -(-len(losses) // LOSSES)
+    parts = [losses[start : start + size] for start in range(0, len(losses), max(size, 1))]
+    means = [[part[-1][0], statistics.fmean(loss for _, loss in part)] for part in parts]
+    whole = statistics.fmean(loss for _, loss in losses) if losses else None
+    return {"train_loss": whole, "losses": means}
 
 
 def save(model: Any, tokenizer: Any, folder: Path, dtype: str = "float32") -> None:
@@ -323,43 +335,3 @@ def save(model: Any, tokenizer: Any, folder: Path, dtype: str = "float32") -> No
     model.to(getattr(torch, dtype)).save_pretrained(folder)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
-
-
-def link(source: Path, folder: Path) -> list[str]:
-    """Make ``folder`` a checkpoint by links to the files of ``source``; return their names."""
-    Tensors(source).__exit__()  # whole, and of a kind that we read
-    names = [
-        path.name
-        for path in sorted(source.iterdir())
-        if path.name in COMPANIONS
-        or path.name.endswith((".safetensors", ".safetensors.index.json"))
-    ]
-    for name in names:
-        (folder / name).symlink_to((source / name).resolve())
-    return names
-
-
-def locate(checkpoint: Mapping[str, Any]) -> Path:
-    """The local folder of a checkpoint; a hub id is fetched, or found in the hub's cache."""
-    if checkpoint.get("path") is not None:
-        folder = Path(checkpoint["path"])
-        if not folder.is_dir():
-            raise MergelawError(f"{folder}: no such folder; give a local Hugging Face checkpoint")
-        return folder
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError
-
-    hub, revision = checkpoint["hub"], checkpoint["revision"]
-    patterns = ["*.safetensors", "*.json", "*.jinja", "tokenizer.model", "merges.txt", "vocab.txt"]
-    try:
-        return Path(snapshot_download(hub, revision=revision, allow_patterns=patterns))
-    except GatedRepoError:
-        raise MergelawError(
-            f"{hub}: is gated; accept its licence on its page and log in with 'hf auth login'"
-        ) from None
-    except (LocalEntryNotFoundError, HfHubHTTPError, OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise MergelawError(
-            f"{hub} at {revision}: not in the hub's cache and cannot be fetched ({reason}); "
-            "check id, revision and network, or download it before"
-        ) from None

@@ -346,6 +346,36 @@ def test_a_dataset_that_cannot_be_reached_is_named(tmp_path, monkeypatch):
     )
 
 
+def test_a_dataset_of_the_hub_is_taken_from_the_cache_at_its_revision_only(tmp_path):
+    """Offline, by the library itself: it would hand out another version than was asked for."""
+    import datasets
+
+    file, commit = written(tmp_path / "a.jsonl", records(9)), "a" * 40
+    cache = tmp_path / "home" / "datasets"
+    datasets.load_dataset("json", data_files=str(file), split="train", cache_dir=str(cache))
+    # As it lies after a download: by repository, configuration, version and commit.
+    (made,) = (info.parent for info in cache.glob("json/*/*/*/dataset_info.json"))
+    version = cache / "org___name" / "default" / "0.0.0" / commit
+    version.parent.mkdir(parents=True)
+    made.rename(version)
+    (version / "json-train.arrow").rename(version / "name-train.arrow")
+    info = json.loads((version / "dataset_info.json").read_text())
+    (version / "dataset_info.json").write_text(json.dumps(info | {"dataset_name": "name"}))
+    environment = {**os.environ, "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1"}
+    for revision, status in ((commit, 0), ("main", 0), ("b" * 40, 1)):
+        source = {"dataset": "org/name", "revision": revision, "config": None, "split": "train"}
+        given = {**recipe(source), "sources": {"source": source}}
+        program = "from mergelaw.cli import main; main()"
+        words = ["corpus", "--recipe", json.dumps(given), "--output", str(tmp_path / revision)]
+        run = [sys.executable, "-c", program, *words]
+        ended = subprocess.run(run, env=environment, capture_output=True, text=True, check=False)
+        assert ended.returncode == status, ended.stderr
+    assert ended.stderr.splitlines()[-1] == (
+        f"mergelaw: error: org/name [train]: revision {'b' * 40} is not in the cache, {commit} is:"
+        " go online once, or pin that one"
+    )
+
+
 def corpora(tmp_path, **domains):
     """Folders of corpora, each from the numbers of its training and evaluation records."""
     folders = {}

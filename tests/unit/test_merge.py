@@ -8,7 +8,7 @@ import pytest
 import torch
 import yaml
 
-from mergelaw import merge
+from mergelaw import evaluate, merge
 from mergelaw.checkpoint import Tensors
 from mergelaw.errors import MergelawError
 from mergelaw.merge import Merger, prepare
@@ -451,3 +451,27 @@ def test_a_written_merge_that_overflows_its_dtype_is_refused(tmp_path):
             None,
             tmp_path / "out",
         )
+
+
+def test_a_recipe_for_mergekit_says_which_expert_is_an_adapter():
+    experts = {"a": "experts/a", "b": "experts/b"}
+    average = method_of({"method": "average"})
+    recipe = merge.mergekit_recipe("base", experts, average, None, "bfloat16", ["b"])
+    assert [model["model"] for model in recipe["models"]] == [
+        {"model": {"path": "experts/a"}},
+        {"model": {"path": "base"}, "lora": {"path": "experts/b"}},
+    ]
+
+
+@pytest.mark.parametrize("dtype, width", [("float32", 4), ("bfloat16", 2)])
+def test_a_model_that_the_gpus_cannot_hold_is_refused_before_it_is_loaded(
+    tmp_path, monkeypatch, dtype, width
+):
+    base = write_tensors(tmp_path / "base", {"w": torch.zeros(1000, 3), "b": torch.zeros(500)})
+    free = [3500 * width // 2 - 1, 3500 * width // 2]
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: len(free))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda index: (free[index], 10**12))
+    with pytest.raises(MergelawError, match=rf"in {dtype}, the 2 GPUs given have .* more GPUs"):
+        evaluate.check_room(base, dtype)
+    free[0] += 1
+    evaluate.check_room(base, dtype)

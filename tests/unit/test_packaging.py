@@ -14,15 +14,51 @@ def pins(name: str) -> list[str]:
 
 
 def test_every_requirement_is_pinned():
-    for name in ("requirements.txt", "requirements-dev.txt"):
+    for name in ("requirements.txt", "requirements-dev.txt", "requirements-openrlhf.txt"):
         for line in pins(name):
             assert re.fullmatch(r"[A-Za-z0-9_.-]+==[0-9][0-9A-Za-z.]*", line), f"{name}: {line}"
 
 
-def test_the_conda_environment_has_the_pins_of_requirements():
-    environment = yaml.safe_load((ROOT / "envs" / "main.yaml").read_text())
-    (nested,) = [item["pip"] for item in environment["dependencies"] if isinstance(item, dict)]
-    assert nested == pins("requirements.txt")
+def conda_pins(name: str) -> tuple[list[str], list[str]]:
+    """(what conda installs, what pip does) of an environment file."""
+    found = yaml.safe_load((ROOT / "envs" / name).read_text())["dependencies"]
+    (nested,) = [item["pip"] for item in found if isinstance(item, dict)]
+    return [item for item in found if isinstance(item, str)], nested
+
+
+def test_the_conda_environment_has_the_pins_of_requirements_and_mergelaw_itself():
+    _, nested = conda_pins("main.yaml")
+    assert nested == [*pins("requirements.txt"), "--editable ${MERGELAW_ROOT}"]
+
+
+def test_the_environments_of_openrlhf_have_its_version_and_the_same_pins():
+    from mergelaw import openrlhf
+
+    conda, nested = conda_pins("openrlhf.yaml")
+    assert f"openrlhf[ring]=={openrlhf.VERSION}" in nested
+    assert "python=3.11" in conda and "flash-attn=2.8.3" in conda
+    makefile = (ROOT / "Makefile").read_text()
+    (line,) = re.findall(r"pip install -q --no-deps --no-build-isolation (.*)", makefile)
+    tried = {*pins("requirements-openrlhf.txt"), *line.split()}
+    assert {pin.replace("[ring]", "") for pin in nested} <= tried
+
+
+def test_every_rule_that_runs_mergelaw_names_its_environment():
+    for file in (ROOT / "rules").glob("*.smk"):
+        for rule in re.split(r"^(?=rule )", file.read_text(), flags=re.MULTILINE)[1:]:
+            assert "mergelaw " not in rule or '"../envs/main.yaml"' in rule, rule
+
+
+def test_pip_expands_where_mergelaw_lies(tmp_path, monkeypatch):
+    """The conda environment's last line, from a copy of the file elsewhere."""
+    _, nested = conda_pins("main.yaml")
+    (tmp_path / "requirements.txt").write_text(nested[-1] + "\n")
+    from pip._internal.network.session import PipSession
+    from pip._internal.req.req_file import parse_requirements
+
+    monkeypatch.setenv("MERGELAW_ROOT", str(ROOT))
+    (found,) = parse_requirements(str(tmp_path / "requirements.txt"), PipSession())
+    assert found.requirement == str(ROOT) and found.is_editable
 
 
 def test_every_command_of_the_readme_exists():

@@ -1,5 +1,6 @@
 """Documents as windows of tokens: what is scored, and what happens to long ones."""
 
+import copy
 from contextlib import contextmanager
 
 import pytest
@@ -107,6 +108,71 @@ def test_a_first_token_is_never_scored(policy, max_tokens):
         found = encoded([CHAT], max_tokens, policy)
     assert all(window.start >= 1 for window in found.windows)
     assert found.windows[0].stop > 1
+
+
+# Beginnings: written by the template, put there by the tokenizer, by both or by neither
+
+
+def begins_by_itself():
+    """A tokenizer that puts its beginning before every text, as Llama's and Gemma's do."""
+    from tokenizers.processors import TemplateProcessing
+
+    ours = copy.deepcopy(tokenizer(bos=True))
+    begin = [("<|begin|>", ours.bos_token_id)]
+    ours.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<|begin|> $A", special_tokens=begin
+    )
+    assert ours("text")["input_ids"][0] == ours.bos_token_id
+    return ours
+
+
+@pytest.mark.parametrize("written", [True, False])
+@pytest.mark.parametrize("by_itself", [True, False])
+def test_a_beginning_is_never_doubled(written, by_itself):
+    ours = begins_by_itself() if by_itself else copy.deepcopy(tokenizer(bos=True))
+    ours.chat_template = ("{{ bos_token }}" if written else "") + tokenizer().chat_template
+    (chat,) = encoded([CHAT], ours=ours).windows
+    (plain,) = encoded([PLAIN], ours=ours).windows
+    assert chat.ids.count(ours.bos_token_id) == int(written)
+    assert plain.ids.count(ours.bos_token_id) == 1 and plain.ids[0] == ours.bos_token_id
+    # As transformers itself does with a conversation.
+    turns = [*CHAT.messages, {"role": "assistant", "content": CHAT.response}]
+    theirs = ours.apply_chat_template(turns, tokenize=True, return_dict=True)["input_ids"]
+    assert list(chat.ids) == theirs
+
+
+QWEN = (  # a system line of its own where none is given
+    "{% if messages[0]['role'] != 'system' %}{{ '<|system|>You are helpful.<|end|>' }}{% endif %}"
+)
+LLAMA = (  # one in any case, with what is given in it
+    "{{ '<|system|>Today is a day.' }}{% if messages[0]['role'] == 'system' %}"
+    "{{ messages[0]['content'] }}{% set messages = messages[1:] %}{% endif %}{{ '<|end|>' }}"
+)
+GEMMA = (  # none
+    "{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}"
+    "{% endif %}"
+)
+
+
+@pytest.mark.parametrize("line", [QWEN, LLAMA, ""])
+@pytest.mark.parametrize("asked", [True, False])
+def test_system_lines_are_read_and_not_scored(line, asked):
+    system = [{"role": "system", "content": "Be short."}] if asked else []
+    document = Document("system", [*system, *CHAT.messages], CHAT.response)
+    with template(line + tokenizer().chat_template):
+        (window,) = encoded([document]).windows
+    assert text(scored(window)) == "It is 5.<|end|>"
+    read = text(window.ids[: window.start])
+    assert read.count("<|system|>") == int(bool(line) or asked)
+    assert ("Be short." in read) == asked
+
+
+def test_a_template_without_a_system_line_refuses_one():
+    turns = [{"role": "system", "content": "Be short."}, *CHAT.messages]
+    with template(GEMMA + tokenizer().chat_template):
+        assert text(scored(*encoded([CHAT]).windows)) == "It is 5.<|end|>"
+        with pytest.raises(MergelawError, match=r"document turns: .*System role not supported"):
+            encoded([Document("turns", turns, "5")])
 
 
 # What cannot be encoded

@@ -1,0 +1,63 @@
+"""How well `mergelaw estimate` tells what a study took: predicted against realised, by stage.
+
+    python benchmarks/estimate.py config/config.yaml
+
+The study has to have run. Of each base it predicts the jobs by rates that were measured on the
+other bases alone, and, in the last lines, all of them by all rates. Seconds are processor time
+where processors did the work, wall time on GPUs.
+"""
+
+import sys
+from collections import defaultdict
+from pathlib import Path
+
+from mergelaw import config, lineage
+from mergelaw.estimate import STAGES, Rates, StageRate, measured, work_of, working
+from mergelaw.study import Study
+
+
+def compare(study: Study, rates: Rates, base: str | None) -> dict[str, list[float]]:
+    """(jobs, predicted seconds, realised seconds) by stage, of one base's jobs or of all."""
+    found: dict[str, list[float]] = defaultdict(lambda: [0, 0.0, 0.0])
+    for artifact in study.by_path.values():
+        if not study.made(artifact) or base not in (None, artifact.name.split("/")[1]):
+            continue
+        known, stage = lineage.read(study.results / artifact.path), artifact.stage
+        facts = known["facts"]
+        share = facts["measured"] / facts["cells"] if stage == "evaluate" else 1.0
+        if not share or stage not in rates.stages:
+            continue
+        start = rates.stages.get(stage, StageRate()).start_seconds
+        predicted = share * working(work_of(study, artifact, rates), stage, rates)
+        row = found[stage]
+        row[0] += 1
+        row[1] += (rates.start_seconds if start is None else start) + predicted
+        row[2] += known["wall_seconds" if rates.gpus_per_node else "cpu_seconds"]
+    return found
+
+
+def show(title: str, found: dict[str, list[float]]) -> None:
+    found["in all"] = [sum(column) for column in zip(*found.values(), strict=True)]
+    for stage, (jobs, predicted, realised) in found.items():
+        name = STAGES.get(stage, stage)
+        ratio = predicted / realised if realised else float("nan")
+        print(f"{title:<12}{name:<14}{jobs:>5.0f}{predicted:>11.1f}{realised:>11.1f}{ratio:>8.2f}")
+        title = ""
+
+
+def main() -> int:
+    if len(sys.argv) != 2:
+        print(__doc__, file=sys.stderr)
+        return 2
+    study = Study(config.load(Path(sys.argv[1])))
+    bases = list(study.config.bases)
+    print(f"{'base':<12}{'stage':<14}{'jobs':>5}{'predicted':>11}{'realised':>11}{'ratio':>8}")
+    if len(bases) > 1:
+        for base in bases:
+            show(base, compare(study, measured(study, [b for b in bases if b != base]), base))
+    show("all, by all", compare(study, measured(study), None))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,3 @@
+from flash_attn.bert_padding import never
+
+all_gather = never

@@ -1,0 +1,202 @@
+"""What a study will cost: counts by hand, rates that are measured, and configurations that ship."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import yaml
+
+from mergelaw import config, estimate, keys, lineage
+from mergelaw.errors import MergelawError
+from mergelaw.estimate import Rates, StageRate
+from mergelaw.study import Study
+
+ROOT = Path(__file__).parents[2]
+SHIPPED = sorted(ROOT.glob("config/*.yaml"))
+DOCUMENTS = 50
+PAPER = {"domains": 9, "k": 9}
+
+
+def study_of(tmp_path, **changes) -> Study:
+    data = {
+        "name": "small",
+        "results": str(tmp_path / "results"),
+        "corpus": {"train_documents": DOCUMENTS, "eval_documents": 10},
+        "domains": {name: {"source": {"synthetic": name}} for name in ("algebra", "code")},
+        "bases": {"one": {"hub": "ours/none", "revision": "main", "N": 1}},
+        "training": {"epochs": 2, "max_tokens": 512, "learning_rate": 1e-5, "dtype": "bfloat16"},
+        "methods": {"average": {}},
+        "evaluation": {"dtype": "bfloat16", "max_tokens": 512},
+    }
+    return Study(config.parse(data | changes))
+
+
+def rows(study: Study, rates: Rates) -> dict[str, estimate.Row]:
+    return {row.stage: row for row in estimate.estimate(study, rates).rows}
+
+
+def test_tokens_flops_and_bytes_by_hand(tmp_path):
+    study = study_of(tmp_path)
+    rates = Rates(start_seconds=0, teraflops=100, gigabytes_per_second=2, tokens_per_document=300)
+    found, size = rows(study, rates), study.size("one")
+    weights = size.non_embedding + size.vocab * size.hidden
+    a_token = 2 * weights + 2 * size.layers * size.query * 300
+    trained, evaluated = 2 * DOCUMENTS * 300, 4 * 20 * 300  # of each expert; of four merges
+    assert found["experts"].tokens == 2 * trained
+    seconds = 2 * (3 * a_token * trained / 1e14 + 4 * size.total / 2e9)
+    assert found["experts"].hours == pytest.approx(seconds / 3600)
+    assert found["evaluations"].tokens == evaluated
+    moved = 2 * size.total + 2 * 4 * size.total  # the base, and both vectors once
+    assert found["evaluations"].hours * 3600 == pytest.approx(
+        a_token * evaluated / 1e14 + moved / 2e9
+    )
+    assert found["evaluations"].gpu_hours == found["evaluations"].hours  # one GPU holds it
+    assert found["task vectors"].bytes == 2 * 4 * size.total
+    assert found["bases"].bytes == 2 * size.total
+    total = found.pop("in all")
+    assert total.jobs == sum(row.jobs for row in found.values()) == len(study.by_path)
+    assert total.hours == pytest.approx(sum(row.hours for row in found.values()))
+
+
+def test_derived_vectors_take_no_disk_and_checkpointing_a_third_more_time(tmp_path):
+    plain, rates = study_of(tmp_path), Rates(start_seconds=0, gigabytes_per_second=1e9)
+    training = {**plain.config.training, "gradient_checkpointing": True}
+    other = rows(study_of(tmp_path, storage="derived", training=training), rates)
+    before = rows(plain, rates)
+    assert other["task vectors"].bytes == 0 < before["task vectors"].bytes
+    assert other["experts"].hours == pytest.approx(before["experts"].hours * 4 / 3)
+
+
+def test_the_longest_chain_is_that_of_the_slowest_inputs(tmp_path):
+    bases = {"one": {"hub": "ours/none", "revision": "main", "N": 1}}
+    bases["two"] = bases["one"] | {"N": 30}
+    found = estimate.estimate(study_of(tmp_path, bases=bases), Rates())
+    names = [name for name, _ in found.chain]
+    assert names[-2:] == ["laws/small", "reports/small"]
+    assert "bases/two" in names and not any("/one" in name for name in names)
+    hours = sum(hours for _, hours in found.chain)
+    assert max(row.hours for row in found.rows[:-1]) / 2 < hours < found.rows[-1].hours
+    assert any("training an expert takes 1 GPU" in problem for problem in found.problems)
+
+
+def test_rates_differ_by_stage(tmp_path):
+    study = study_of(tmp_path)
+    fast = Rates(stages={"expert": StageRate(start_seconds=0, teraflops=4000)})
+    slow = rows(study, Rates())
+    quick = rows(study, fast)
+    assert quick["experts"].hours < slow["experts"].hours
+    assert quick["evaluations"] == slow["evaluations"]
+
+
+@pytest.mark.parametrize(
+    "text, words",
+    [
+        ("teraflops: fast", "teraflops: "),
+        ("terraflops: 3", "unknown key; did you mean 'teraflops'?"),
+        ("stages: {experts: {}}", "no stage 'experts'; did you mean 'expert'?"),
+        ("stages: {expert: {teraflops: -1}}", "stages.expert.teraflops"),
+        ("[1]", "rates.yaml: "),
+    ],
+)
+def test_wrong_rates_are_named(tmp_path, text, words):
+    path = tmp_path / "rates.yaml"
+    path.write_text(text)
+    with pytest.raises(MergelawError) as error:
+        estimate.read_rates(path)
+    assert words in str(error.value) and str(path) in str(error.value)
+
+
+def test_a_base_of_unknown_size_is_named(tmp_path):
+    with pytest.raises(MergelawError, match=r"bases.one: its size .* give its 'N'"):
+        rows(study_of(tmp_path, bases={"one": {"hub": "ours/none", "revision": "main"}}), Rates())
+
+
+# Measured
+
+
+def made(study: Study, rates: Rates, seconds) -> None:
+    """Results whose lineage says that each job took ``seconds(artifact)`` of processor time."""
+    for artifact in study.by_path.values():
+        facts = {}
+        if artifact.stage == "evaluate":
+            cells = len(study.rows(artifact)) * len(study.config.domains)
+            facts = {"cells": cells, "measured": cells, "tokens": cells * 10 * 123}
+        folder = study.results / artifact.path
+        lineage.make(folder, artifact.stage, artifact.recipe, {}, lambda f, s, facts=facts: facts)
+        known = lineage.read(folder) | {"cpu_seconds": seconds(artifact)}
+        lineage.write_json(folder / lineage.LINEAGE, known | {"checksum": lineage.checksum(known)})
+
+
+def test_rates_are_found_again_in_the_results_that_they_made(tmp_path):
+    bases = {
+        name: {"hub": "ours/none", "revision": "main", "N": n}
+        for name, n in (("small", 0.5), ("large", 3))
+    }
+    study = study_of(tmp_path, bases=bases)
+    with pytest.raises(MergelawError, match="holds no expert and no evaluation"):
+        estimate.measured(study)
+    stages = {
+        stage: StageRate(start_seconds=2, teraflops=0.1, gigabytes_per_second=0.05)
+        for stage in estimate.STAGES
+    }
+    true = Rates(float32_share=1, gpus_per_node=0, tokens_per_document=123, stages=stages)
+
+    def seconds(artifact):
+        return 2 + estimate.working(estimate.work_of(study, artifact, true), artifact.stage, true)
+
+    made(study, true, seconds)
+    found = estimate.measured(study)
+    assert found.tokens_per_document == pytest.approx(123)
+    assert found.gpus_per_node == 0
+    for artifact in study.by_path.values():
+        if artifact.stage in ("expert", "evaluate", "task_vector"):
+            work = estimate.work_of(study, artifact, found)
+            start = found.stages[artifact.stage].start_seconds
+            predicted = start + estimate.working(work, artifact.stage, found)
+            assert predicted == pytest.approx(seconds(artifact), rel=1e-3)
+    assert estimate.measured(study, ["small"]).stages["plan"].start_seconds == pytest.approx(2)
+    text = yaml.safe_dump(found.model_dump(exclude_none=True))
+    (tmp_path / "rates.yaml").write_text(text)
+    assert estimate.read_rates(tmp_path / "rates.yaml") == found
+
+
+# What ships
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.name)
+def test_every_shipped_configuration_has_an_estimate(path):
+    study = Study(config.load(path))
+    found = estimate.estimate(study, Rates())
+    total = found.rows[-1]
+    assert total.jobs == len(study.by_path) < 2000
+    assert all(math.isfinite(value) for value in total[1:])
+    assert estimate.text(found, Rates()).count("\n") > len(found.rows)
+
+
+def test_the_papers_grid_is_the_papers():
+    study = Study(config.load(ROOT / "config" / "qwen2.5.yaml"))
+    assert len(study.config.bases) == 7 and len(study.config.domains) == PAPER["domains"]
+    assert list(study.config.methods) == ["average", "task_arithmetic", "ties", "dare"]
+    for base, given in study.config.bases.items():
+        subsets = study.subsets(base)
+        if given.N < 8:
+            assert len(subsets) == 2**9  # the base itself, and all subsets
+        else:
+            assert {subset.replicate for subset in subsets} == {-1, 0, 1, 2}
+    merges = sum(len(study.subsets(base)) - 1 for base in study.config.bases)
+    assert 4 * merges == pytest.approx(10_866, rel=0.1)
+
+
+def test_the_pool_of_sixteen():
+    study = Study(config.load(ROOT / "config" / "pool16.yaml"))
+    assert len(study.config.pool()) == 16
+    (base,) = study.config.bases
+    assert sorted({subset.k for subset in study.subsets(base)}) == [0, 2, 4, 6, 8, 10, 12, 14, 16]
+
+
+def test_keys_are_known_without_any_model():
+    for path in SHIPPED:
+        study = Study(config.load(path))
+        assert all(len(made.key) == keys.KEY_DIGITS for made in study.by_path.values())
+        assert json.dumps([made.recipe_json for made in study.by_path.values()])
