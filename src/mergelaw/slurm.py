@@ -38,6 +38,8 @@ def check(hardware: Hardware | None, status_command: str | None, gpu_jobs: bool)
         )
     own = hardware or Hardware(0)
     account = own.slurm_account
+    accounts = ("sacctmgr", "-n", "-s", "list", "user", getpass.getuser(), "format=account%256")
+    known = (answers(*accounts) or "").split()
     if account and known and account.lower() not in (name.lower() for name in known):
         raise MergelawError(
             f"profile: slurm_account is {account!r}, yours are {', '.join(sorted(set(known)))}; "
