@@ -342,6 +342,9 @@ class Evaluation(Model):
     batch_tokens: int = Field(
         8192, ge=8, description="tokens in one forward pass, padding included"
     )
+    protocol: Literal["mergelaw", "merging_eval"] = Field(
+        "mergelaw", description="merging_eval: chat format and masks as the law's paper has them"
+    )
 
 
 class Merge(Model):

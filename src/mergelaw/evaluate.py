@@ -100,10 +100,9 @@ def _measure(
     import sys
 
     import torch
-    from transformers import AutoTokenizer
 
     settings = recipe["evaluation"]
-    tokenizer = AutoTokenizer.from_pretrained(base)
+    tokenizer = training.load_tokenizer(base)
     encoded = {}
     for domain in dict.fromkeys(cell["domain"] for cell in missing):
         documents = corpus.read(corpora[domain] / "eval.parquet")
@@ -113,6 +112,7 @@ def _measure(
             settings["max_tokens"],
             settings["long_documents"],
             f"evaluation documents of {domain}",
+            settings["protocol"],
         )
     device = "cuda" if torch.cuda.is_available() else "cpu"
     several = device == "cuda" and torch.cuda.device_count() > 1
