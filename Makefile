@@ -1,8 +1,10 @@
-# make demo | make test | make test-openrlhf | make lint | make clean-venv
+# make demo | make test | make test-conformance | make test-openrlhf | make test-slurm
+# make bench | make lint | make clean-venv
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 OPENRLHF := .venv-openrlhf
+PEERS := .venv-peers
 
 # What is installed is what the two files say; a change of either installs again.
 $(VENV)/.installed: requirements.txt requirements-dev.txt pyproject.toml
@@ -21,7 +23,13 @@ $(OPENRLHF)/.installed: requirements-openrlhf.txt
 	echo "$(CURDIR)/tests/openrlhf/stand_ins" > $$($(OPENRLHF)/bin/python -c 'import site; print(site.getsitepackages()[0])')/stand_ins.pth
 	touch $@
 
-.PHONY: demo test test-openrlhf lint clean-venv
+# The peers that we are compared with, apart from what we run on.
+$(PEERS)/.installed: requirements-peers.txt
+	$(PYTHON) -m venv $(PEERS)
+	$(PEERS)/bin/pip install -q -r requirements-peers.txt
+	touch $@
+
+.PHONY: demo test test-conformance test-openrlhf test-slurm bench lint clean-venv
 demo: $(VENV)/.installed
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python benchmarks/measure.py -- $(BIN)/snakemake --profile profiles/local
 	$(BIN)/mergelaw summary --config config/config.yaml
@@ -29,9 +37,21 @@ demo: $(VENV)/.installed
 test: $(VENV)/.installed
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest -n 2
 
+# Against mergekit itself.
+test-conformance: $(VENV)/.installed $(PEERS)/.installed
+	PEERS="$(PEERS)" $(BIN)/python -m pytest tests/conformance
+
+# Times against mergekit, the paper's code and the floor. For half an hour nothing else should run.
+bench: $(VENV)/.installed $(PEERS)/.installed
+	PEERS="$(PEERS)" $(BIN)/python benchmarks/bench.py
+
 # The first run compiles two extensions of DeepSpeed, for minutes.
 test-openrlhf: $(VENV)/.installed $(OPENRLHF)/.installed
 	PATH="$(CURDIR)/$(BIN):$$PATH" MERGELAW_OPENRLHF_PYTHON="$(CURDIR)/$(OPENRLHF)/bin/python" $(BIN)/python -m pytest tests/openrlhf
+
+# On a real SLURM, installed from Debian's packages and started for these tests alone; needs root.
+test-slurm: $(VENV)/.installed
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python tests/slurm/cluster.py $(BIN)/python -m pytest -n 3 -rP tests/slurm
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .
@@ -42,4 +62,4 @@ lint: $(VENV)/.installed
 	for file in config/*.yaml; do $(BIN)/mergelaw config check $$file || exit 1; done
 
 clean-venv:
-	rm -rf $(VENV) $(OPENRLHF)
+	rm -rf $(VENV) $(OPENRLHF) $(PEERS)

@@ -10,14 +10,14 @@ from pathlib import Path
 from mergelaw import config as mergelaw_config
 from mergelaw import forkserver, resources, slurm
 from mergelaw.errors import MergelawError
-from mergelaw.lineage import only_run, write_json
+from mergelaw.lineage import only_run, unique, write_json
 from mergelaw.study import Study
 
 # What a profile may say besides, for it is about the machine: which Python OpenRLHF is installed for.
 if "openrlhf_python" in config:
-    os.environ["MERGELAW_OPENRLHF_PYTHON"] = str(config.pop("openrlhf_python"))
+    os.environ.update(MERGELAW_OPENRLHF_PYTHON=str(config.pop("openrlhf_python")))
 # For envs/main.yaml, which Snakemake copies before pip reads it.
-os.environ["MERGELAW_ROOT"] = str(Path(workflow.basedir).parent)
+os.environ.update(MERGELAW_ROOT=str(Path(workflow.basedir).parent))
 
 try:
     for path in workflow.configfiles:
@@ -25,8 +25,8 @@ try:
     study = Study(mergelaw_config.parse(dict(config), " + ".join(map(str, workflow.configfiles))))
     study.by_path
     # What nodes have, as the profile says; nothing, where everything runs on this machine.
-    given = workflow.resource_settings.default_resources or {}
-    hardware = resources.Hardware.of({n: getattr(v, "raw", v) for n, v in given.items()})
+    settings = workflow.resource_settings.default_resources or {}
+    hardware = resources.Hardware.of({n: getattr(v, "raw", v) for n, v in settings.items()})
     to_come = []
     if hardware and workflow.is_main_process:
         missing = [artifact for artifact in study.by_path.values() if not study.made(artifact)]
@@ -95,7 +95,10 @@ class Arguments:
         file = Path(f"{study.results}/logs/{made.path}.json")
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
-            write_json(file, given)
+            # By one rename, for a job of another run may be reading it.
+            scratch = file.with_suffix(f".{unique()}")
+            write_json(scratch, given)
+            scratch.replace(file)
         except OSError:  # a full disk, of which the command will tell
             return shlex.join(given)
         return shlex.quote(f"@{file}")
@@ -107,9 +110,9 @@ def options(pattern):
 
 
 def asks(pattern):
-    """Resources of a rule as input functions, by name: what the artifact's job asks a cluster for.
+    """What an artifact's job asks a cluster for, as input functions by the resources' names.
 
-    None where the profile names no hardware: on one machine nothing is to wait for a resource.
+    Nothing where the profile names no hardware: on one machine no job is to wait for a resource.
     """
 
     def asked(name):
@@ -149,7 +152,8 @@ def start():
         run_lock = only_run(study.results)
     except MergelawError as error:
         sys.exit(f"mergelaw: error: {error}")
-    if workflow.local_exec and sys.platform == "linux":
+    here = workflow.local_exec and not workflow.deployment_settings.deployment_method
+    if here and sys.platform == "linux":  # where jobs run with this very Python
         forks = forkserver.start()
 
 

@@ -279,7 +279,10 @@ class Base(Model):
         {}, description="what differs from the study's `sampling` for this base's merges"
     )
     N: float | None = Field(
-        None, gt=0, description="nominal size in billions, shown beside the counted one"
+        None,
+        gt=0,
+        description="nominal size in billions, shown beside the counted one; of a hub model that "
+        "is not at hand, what a cluster's jobs ask for follows from it",
     )
 
     @model_validator(mode="after")
@@ -338,6 +341,9 @@ class Evaluation(Model):
     )
     batch_tokens: int = Field(
         8192, ge=8, description="tokens in one forward pass, padding included"
+    )
+    protocol: Literal["mergelaw", "merging_eval"] = Field(
+        "mergelaw", description="merging_eval: chat format and masks as the law's paper has them"
     )
 
 

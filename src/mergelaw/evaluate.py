@@ -100,10 +100,9 @@ def _measure(
     import sys
 
     import torch
-    from transformers import AutoTokenizer
 
     settings = recipe["evaluation"]
-    tokenizer = AutoTokenizer.from_pretrained(base)
+    tokenizer = training.load_tokenizer(base)
     encoded = {}
     for domain in dict.fromkeys(cell["domain"] for cell in missing):
         documents = corpus.read(corpora[domain] / "eval.parquet")
@@ -113,6 +112,7 @@ def _measure(
             settings["max_tokens"],
             settings["long_documents"],
             f"evaluation documents of {domain}",
+            settings["protocol"],
         )
     device = "cuda" if torch.cuda.is_available() else "cpu"
     several = device == "cuda" and torch.cuda.device_count() > 1
@@ -236,13 +236,16 @@ def check_room(base: Path, dtype: str) -> None:
 
 
 def _memory(device: Any) -> int:
-    """Bytes that base and prepared vectors may take: half of what is free."""
+    """Bytes that base and prepared vectors may take: half of what is free, or a job has."""
+    import os
+
     import psutil
     import torch
 
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0] // 2
-    return psutil.virtual_memory().available // 2
+    free = psutil.virtual_memory().available
+    return min(free, int(os.environ.get("SLURM_MEM_PER_NODE", 0)) << 20 or free) // 2
 
 
 def _synchronize(device: str) -> None:

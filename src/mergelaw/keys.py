@@ -20,8 +20,8 @@ STAGES: dict[str, int] = {
     "task_vector": 2,
     "plan": 1,
     "evaluate": 1,
-    "fit": 2,
-    "report": 2,
+    "fit": 3,
+    "report": 3,
     "merge": 1,
 }
 

@@ -6,14 +6,17 @@ beside its place, under a lock, and put there by one rename, so that a kill at a
 either nothing or all of it. Paths are kept relative to the results folder, host names nowhere.
 """
 
+import atexit
 import hashlib
 import importlib.metadata
 import json
 import os
 import resource
 import shutil
+import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
@@ -289,15 +292,81 @@ def unique() -> str:
 
 
 LAYOUT = 1  # of a results folder
+BEAT = 20  # seconds between a run's signs of life
+SILENCE = 120  # seconds without one after which a run on another host has ended
 
 
-def only_run(results: Path) -> Any:
-    """A lock on a results folder for one run at a time; released when the process ends.
+class OnlyRun:
+    """The right to work on a results folder, held until the process ends or the context is left.
+
+    A lock of the file system, which a kill releases. Not every shared file system carries locks
+    from host to host, so a run also leaves a sign of life, with its host, every 20 seconds; one
+    that is older than two minutes, by the file system's own clock, is a dead run's.
+    """
+
+    def __init__(self, results: Path):
+        from filelock import FileLock, Timeout
+
+        self._sign, self._ended = results / ".run.json", threading.Event()
+        self._process = os.getpid()  # forks leave it alone
+        lock = results / ".run.lock"
+        self._lock = FileLock(lock)
+        own = {"host": socket.gethostname(), "process": self._process}
+        try:
+            self._lock.acquire(timeout=0)
+        except Timeout:
+            raise self._taken(results, self._read()) from None
+        os.utime(lock)
+        other = self._read()
+        elsewhere = other is not None and other["host"] != own["host"]
+        if elsewhere and lock.stat().st_mtime - self._sign.stat().st_mtime < SILENCE:
+            self._lock.release()
+            raise MergelawError(
+                f"{self._taken(results, other)}; if it was killed, try again in {SILENCE} s"
+            )
+        write_json(self._sign, own)
+        self._beat = threading.Thread(target=self._show_life, daemon=True)
+        self._beat.start()
+        atexit.register(self.release)
+
+    def _read(self) -> dict[str, Any] | None:
+        try:
+            found = json.loads(self._sign.read_text(encoding="utf-8"))
+            return found if {"host", "process"} <= found.keys() else None
+        except (OSError, ValueError, AttributeError):
+            return None
+
+    @staticmethod
+    def _taken(results: Path, other: dict[str, Any] | None) -> MergelawError:
+        who = f" (process {other['process']} on {other['host']})" if other else ""
+        return MergelawError(
+            f"{results}: another run is working on this folder{who}; wait for it, or stop it"
+        )
+
+    def _show_life(self) -> None:
+        while not self._ended.wait(BEAT):
+            with suppress(OSError):
+                os.utime(self._sign)
+
+    def release(self) -> None:
+        if not self._ended.is_set() and os.getpid() == self._process:
+            self._ended.set()
+            atexit.unregister(self.release)
+            self._sign.unlink(missing_ok=True)
+            self._lock.release()
+
+    def __enter__(self) -> "OnlyRun":
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.release()
+
+
+def only_run(results: Path) -> OnlyRun:
+    """The right to be the one run on a results folder.
 
     Raises MergelawError where another run has it, or the folder was made by an older version.
     """
-    from filelock import FileLock, Timeout
-
     results.mkdir(parents=True, exist_ok=True)
     mark = results / ".mergelaw.json"
     try:
@@ -311,10 +380,4 @@ def only_run(results: Path) -> Any:
         )
     if not mark.exists():
         write_json(mark, {"layout": LAYOUT})
-    lock = FileLock(results / ".run.lock")
-    try:
-        return lock.acquire(timeout=0)
-    except Timeout:
-        raise MergelawError(
-            f"{results}: another run is working on this folder; wait for it, or stop it"
-        ) from None
+    return OnlyRun(results)

@@ -12,7 +12,11 @@ POINT = ["method", "family", "base", "N", "k", "domain"]
 CIRCLE = ["seed", "replicate"]
 COLUMNS = [*POINT, *CIRCLE, "merge", "role", "ce", "finite"]
 # A table of one's own has N, k and ce (or loss), and may have these.
-OPTIONAL = ["se", "M", "domain", "method", "family", "base", "subsets", "replicates"]
+OPTIONAL = ["se", "M", "domain", "method", "family", "base"]
+# What `mergelaw fit` writes beside these, and takes again.
+WRITTEN = [
+    *("subsets", "replicates", "documents", "design", "freedom", "variance", "without"),
+]
 # No model has so many billions of parameters: such an N counts parameters.
 TOO_MANY_BILLIONS = 1e4
 
@@ -120,7 +124,7 @@ def read_points(path: Path) -> tuple[pd.DataFrame, list[str]]:
     if absent:
         raise MergelawError(f"{path}: lacks the column {', '.join(absent)}: add it")
     known = ["N", "k", "ce", *OPTIONAL]
-    unknown = [str(name) for name in table if name not in known]
+    unknown = [str(name) for name in table if name not in (*known, *WRITTEN)]
     if unknown:
         raise MergelawError(
             f"{path}: unknown column {', '.join(unknown)}: drop it, or rename it to one of "
@@ -128,10 +132,11 @@ def read_points(path: Path) -> tuple[pd.DataFrame, list[str]]:
         )
     if table.empty:
         raise MergelawError(f"{path}: has no rows: add one for each point")
+    table, warnings = _written(table)
     for name in ("N", "k", "ce", "se", "M"):
         if name in table:
             table[name] = _numbers(path, table, name)
-    warnings = _mend_N(path, table)
+    warnings += _mend_N(path, table)
     if "M" not in table:
         table["M"] = table["k"].max()
         warnings.append(
@@ -156,7 +161,21 @@ def read_points(path: Path) -> tuple[pd.DataFrame, list[str]]:
             f"{first['ce']:g} and {second['ce']:g}: give their mean, or tell them apart in a "
             "column method, family, domain or base"
         )
+    more = [name for name in WRITTEN if name in table]
+    distinct = distinct.join(table[more])
     return distinct.sort_values(POINT, ignore_index=True), warnings
+
+
+def _written(table: pd.DataFrame) -> tuple[pd.DataFrame, list[str]]:
+    """A table that `mergelaw fit` wrote, or a part of one, ready to be fitted again."""
+    plain = table.drop(columns=[name for name in WRITTEN if name in table])
+    if not {"documents", "design", "se"} <= set(table):
+        return plain, []
+    plain = plain.assign(se=plain["se"].fillna(0))  # where nothing was known
+    size = table.groupby(["method", "family", "domain"])["k"].transform("size")
+    if all((size == table[name].map(np.size)).all() for name in ("documents", "design")):
+        return table.assign(se=plain["se"]), []
+    return plain, ["points were left out of a written table: of its covariances only se is used"]
 
 
 def _read(path: Path) -> pd.DataFrame:
@@ -167,7 +186,8 @@ def _read(path: Path) -> pd.DataFrame:
     try:
         return pd.read_csv(path) if path.suffix == ".csv" else pd.read_parquet(path)
     except (ValueError, OSError) as error:  # pandas' and pyarrow's parsers raise ValueErrors
-        raise MergelawError(f"{path}: cannot be read as a table: {error}") from None
+        reason = " ".join(str(error).split())  # they may take several lines
+        raise MergelawError(f"{path}: cannot be read as a table: {reason}") from None
 
 
 def _numbers(path: Path, table: pd.DataFrame, name: str) -> pd.Series:

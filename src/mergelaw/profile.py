@@ -11,7 +11,7 @@ from collections.abc import Callable
 import numpy as np
 from numpy.typing import NDArray
 
-from mergelaw.projection import ROUNDING, Array, Problem, State
+from mergelaw.projection import ROUNDING, STEP, Array, Problem, State
 
 # Ends are found to this share of the threshold's root.
 TOLERANCE = 1e-3
@@ -35,10 +35,13 @@ def of_nonlinear(problem: Problem, best: State, j: int, threshold: float) -> tup
         state = held.descend(held.project(theta), ENOUGH)
         return value, state.squares, state
 
-    gradient = np.zeros(len(best.coefficients) + len(best.theta))
-    gradient[len(best.coefficients) + j] = 1
+    # What is left of its effect when all else is fitted again (Frisch, Waugh and Lovell).
+    jacobian = problem.jacobian(best)
+    lengths = np.linalg.norm(jacobian, axis=0)
+    lengths[lengths == 0] = 1
+    error = float(np.linalg.norm(np.linalg.pinv(jacobian / lengths)[j])) / lengths[j]
     limits = float(problem.lower[j]), float(problem.upper[j])
-    step = min(_error(problem, best, gradient) * math.sqrt(threshold), limits[1] - limits[0])
+    step = min(error * math.sqrt(threshold), limits[1] - limits[0])
     step = step or (limits[1] - limits[0]) / 10
     return _both(best, float(best.theta[j]), step, refit, limits, threshold)
 
@@ -51,12 +54,8 @@ def of_linear(
     A coefficient has a constant vector, a prediction the basis at its variables.
     """
     at_best = np.asarray(vector(best.theta), dtype=float)
-    slopes = [
-        vector(best.theta + 1e-30j * unit).imag @ best.coefficients / 1e-30
-        for unit in np.eye(len(best.theta))
-    ]
     value = float(at_best @ best.coefficients)
-    error = _error(problem, best, np.array([*at_best, *slopes]))
+    error = _error(problem, best, gradient_of(best, vector))
     error = error or max(abs(value), ROUNDING) / 10
     weight = STIFF / error
 
@@ -71,17 +70,38 @@ def of_linear(
     return _both(best, value, error * math.sqrt(threshold), refit, limits, threshold)
 
 
-def _error(problem: Problem, best: State, gradient: Array) -> float:
-    """Standard error, as if the law were linear, per root of the squares."""
-    columns = problem.columns(best.theta)
+def holds(problem: Problem, best: State, vector: Vector, value: float, threshold: float) -> bool:
+    """Whether the interval of vector(theta) . coefficients holds a value, by one refit there."""
+    reached = float(np.real(vector(best.theta)) @ best.coefficients)
+    error = _error(problem, best, gradient_of(best, vector))
+    error = error or max(abs(reached), ROUNDING) / 10
+    near = best
+    asked = value
+    # The pull gives way a little: pull on by as much as it gave.
+    for _ in range(3):
+        pulled = problem.pulled(vector, asked, STIFF / error)
+        near = pulled.descend(pulled.project(near.theta), ENOUGH)
+        reached = float(np.real(vector(near.theta)) @ near.coefficients)
+        asked += value - reached
+    squares = float(near.residuals[:-1] @ near.residuals[:-1])
+    return squares - best.squares <= threshold
+
+
+def gradient_of(best: State, vector: Vector) -> Array:
+    """Derivatives of vector(theta) . coefficients by all parameters, linear ones first."""
     slopes = [
-        problem.columns(best.theta + 1e-30j * unit).imag @ best.coefficients / 1e-30
+        vector(best.theta + 1j * STEP * unit).imag @ best.coefficients / STEP
         for unit in np.eye(len(best.theta))
     ]
-    jacobian = np.column_stack([columns, *slopes])
-    lengths = np.linalg.norm(jacobian, axis=0)
+    return np.array([*np.asarray(vector(best.theta), dtype=float), *slopes])
+
+
+def _error(problem: Problem, best: State, gradient: Array) -> float:
+    """Standard error, as if the law were linear, per root of the squares."""
+    tangent = problem.tangent(best)
+    lengths = np.linalg.norm(tangent, axis=0)
     lengths[lengths == 0] = 1
-    return float(np.linalg.norm((gradient / lengths) @ np.linalg.pinv(jacobian / lengths)))
+    return float(np.linalg.norm((gradient / lengths) @ np.linalg.pinv(tangent / lengths)))
 
 
 def _both(

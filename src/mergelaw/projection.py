@@ -7,7 +7,7 @@ the law brings.
 
 import itertools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -23,8 +23,14 @@ Array = NDArray[np.float64]
 
 # Of the grid of starts, so many are descended from besides the local minima.
 BEST_STARTS = 4
+# Parameters that differ by less than this share of their boxes lead to one minimum.
+SAME = 1e-4
 # Columns whose part apart from the others is longer than this are solved for at once.
 WELL_POSED = 1e-8
+# Keeps normal equations solvable where two columns of the basis are the same.
+RIDGE = 1e-12
+# Of complex steps, which have no rounding error however small they are.
+STEP = 1e-30
 # Parts of the loss smaller than this share of it are rounding errors.
 ROUNDING = 1e-14
 
@@ -63,25 +69,42 @@ class Problem:
             half = np.linalg.cholesky(covariance)
             self.whitener = np.linalg.inv(half)
             loss = self.whitener @ loss
-        self.size = float(np.linalg.norm(loss))
+        self.size = float(np.linalg.norm(loss)) or 1.0
         self.loss = loss / self.size
         self.lower = np.array([box[0] for box in law.nonlinear.values()])
         self.upper = np.array([box[-1] for box in law.nonlinear.values()])
         self.signed = np.array([name in law.signed for name in law.linear])
         self.pull: tuple[Callable[[NDArray[Any]], NDArray[Any]], float] | None = None
 
-    def columns(self, theta: Array) -> NDArray[Any]:
+    def columns(self, theta: NDArray[Any]) -> NDArray[Any]:
         """The basis at ``theta``, points by coefficients."""
-        points = len(next(iter(self.variables.values())))
-        out = np.empty((points, len(self.law.linear)), dtype=theta.dtype)
-        named = dict(zip(self.law.nonlinear, theta, strict=True))
-        for j, column in enumerate(self.law.basis(**self.variables, **named)):
-            out[:, j] = column
-        if self.whitener is not None:
-            out = self.whitener @ out
+        out = self._columns(theta)
         if self.pull is not None:
             vector, weight = self.pull
             out = np.vstack([out, weight * vector(theta)])
+        return out
+
+    def _columns(self, theta: NDArray[Any]) -> NDArray[Any]:
+        """The same without a pull; also at many: (..., points, coefficients)."""
+        points = len(next(iter(self.variables.values())))
+        out = np.empty((*theta.shape[:-1], points, len(self.law.linear)), dtype=theta.dtype)
+        named = dict(zip(self.law.nonlinear, theta.T[..., None], strict=True))
+        for j, column in enumerate(self.law.basis(**self.variables, **named)):
+            out[..., j] = column
+        return out if self.whitener is None else self.whitener @ out
+
+    def tangent(self, state: State) -> Array:
+        """Derivatives of the fitted losses by all parameters, linear ones first, unit loss."""
+        return np.column_stack([self.columns(state.theta), self._slopes(state)])
+
+    def _slopes(self, state: State) -> Array:
+        """Derivatives of the fitted losses by the nonlinear parameters, coefficients held."""
+        steps = state.theta + 1j * STEP * np.eye(len(state.theta))
+        out = (self._columns(steps).imag @ state.coefficients).T / STEP
+        if self.pull is not None:
+            vector, weight = self.pull
+            last = [vector(step).imag @ state.coefficients for step in steps]
+            out = np.vstack([out, weight * np.array(last) / STEP])
         return out
 
     def held(self, j: int, value: float) -> "Problem":
@@ -141,21 +164,16 @@ class Problem:
         The part that the coefficients take up is projected out, so its product with the residuals
         is the exact gradient.
         """
-        step = 1e-30
-        out = np.empty((len(self.loss), len(state.theta)))
-        for j in range(len(state.theta)):
-            theta = state.theta.astype(complex)
-            theta[j] += 1j * step
-            out[:, j] = self.columns(theta).imag @ state.coefficients / step
+        out = self._slopes(state)
         q = state.orthonormal
         return out - q @ (q.T @ out)
 
-    def descend(self, state: State, enough: float = 1e-13) -> State:
+    def descend(self, state: State, enough: float = 1e-13, found: Sequence[State] = ()) -> State:
         """Levenberg-Marquardt on the residual vector, with parameters on their bounds held there.
 
         Bounds are an active set: a step that leaves the box is cut at its side, and a parameter
         stays there while the gradient points outwards. It ends with a step that takes less than a
-        share ``enough`` off the squares.
+        share ``enough`` off the squares, or near one of the minima that were ``found`` before.
         """
         damping = 1e-3
         rounding = len(self.loss) * np.finfo(float).eps ** 2
@@ -187,20 +205,24 @@ class Problem:
             state, damping = trial, max(damping / 10, 1e-15)
             if gain < enough:
                 return state
+            for other in found:
+                if (np.abs(state.theta - other.theta) <= SAME * (self.upper - self.lower)).all():
+                    return other
         return state
 
-    def minimum(self) -> State:
-        """The best state of descents from the law's grid of starts.
+    def minimum(self, near: Array | None = None, enough: float = 1e-13) -> State:
+        """The best state of descents from the law's grid of starts, and from ``near``.
 
         Started from are the grid points that no neighbour improves on, and, in a grid of more than
-        one axis, the best few, for a narrow valley may run across it.
+        one axis, the best few, for a narrow valley may run across it. With ``near``, a minimum
+        under other weights, those few are not needed.
         """
         if not self.law.nonlinear:
             return self.project(np.empty(0))
         axes = list(self.law.nonlinear.values())
-        states = [self.project(np.array(theta)) for theta in itertools.product(*axes)]
-        squares = np.array([state.squares for state in states])
-        best = BEST_STARTS if len(axes) > 1 else 1
+        grid = np.array(list(itertools.product(*axes)))
+        squares = self._squares(grid)
+        best = BEST_STARTS if len(axes) > 1 and near is None else 1
         starts = set(np.argsort(squares, kind="stable")[:best])
         table = np.pad(squares.reshape([len(axis) for axis in axes]), 1, constant_values=np.inf)
         inner = tuple(slice(1, -1) for _ in axes)
@@ -209,5 +231,40 @@ class Problem:
             lowest &= table[inner] < np.roll(table, 1, axis)[inner]
             lowest &= table[inner] <= np.roll(table, -1, axis)[inner]
         starts.update(np.flatnonzero(lowest))
-        found = (self.descend(states[start]) for start in sorted(starts))
+        chosen = [grid[start] for start in sorted(starts, key=lambda start: squares[start])]
+        found: list[State] = []
+        for theta in chosen if near is None else [near, *chosen]:
+            found.append(self.descend(self.project(theta), enough, found))
         return min(found, key=lambda state: state.squares)
+
+    def _squares(self, grid: Array) -> Array:
+        """What the best coefficients leave of the loss at each of many parameters, roughly.
+
+        By normal equations, solved for all at once: good enough to choose starts.
+        """
+        columns = self._columns(grid)
+        lengths = np.sqrt(np.einsum("gij,gij->gj", columns, columns))
+        unit = columns / np.where(lengths > 0, lengths, 1)[:, None, :]
+        normal = np.einsum("gij,gik->gjk", unit, unit)
+        right = np.einsum("gij,i->gj", unit, self.loss)
+        squares = np.full(len(grid), float(self.loss @ self.loss))
+        # Which coefficients are above 0: the best of all choices for which the rest are 0.
+        bounded = np.flatnonzero(~self.signed)
+        left = np.ones(len(grid), dtype=bool)
+        for size in range(len(bounded), -1, -1):
+            for chosen in itertools.combinations(bounded, size):
+                used = np.sort([*np.flatnonzero(self.signed), *chosen]).astype(int)
+                if not len(used):
+                    continue
+                part = normal[left][:, used[:, None], used] + RIDGE * np.eye(len(used))
+                solved = np.linalg.solve(part, right[left][:, used, None])[:, :, 0]
+                allowed = (solved[:, ~self.signed[used]] >= 0).all(axis=1)
+                gained = np.einsum("gj,gj->g", solved, right[left][:, used])
+                places = np.flatnonzero(left)[allowed]
+                trial = float(self.loss @ self.loss) - gained[allowed]
+                squares[places] = np.minimum(squares[places], trial)
+                if size == len(bounded):
+                    left[places] = False
+            if not left.any():
+                break
+        return squares

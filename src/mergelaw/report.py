@@ -12,9 +12,12 @@ import pandas as pd
 import vl_convert
 from markupsafe import Markup
 
+from mergelaw.diagnostics import LADDER
 from mergelaw.errors import MergelawError
-from mergelaw.law import LADDER, LAWS, MERGING, MERGING_FIXED_N
+from mergelaw.fits import WITHIN
+from mergelaw.law import LAWS, MERGING, MERGING_FIXED_N, VARIANCE
 from mergelaw.points import MACRO
+from mergelaw.sampling_error import WIDE
 
 # Vega-Lite of altair.SCHEMA_VERSION ("v6.4.1"), in the form that vl_convert wants it.
 VEGALITE = ".".join(alt.SCHEMA_VERSION.lstrip("v").split(".")[:2])
@@ -29,6 +32,8 @@ LOSS_TITLE = "cross-entropy (nats per token)"
 K_TITLE = "experts merged, k"
 N_TITLE = "non-embedding parameters, N"
 PANEL_HEIGHT = 260
+# Intervals of this pool, and of experts like these.
+OF = ("", "experts_")
 FONT = "Helvetica Neue, Helvetica, Arial, Liberation Sans, sans-serif"
 
 
@@ -66,12 +71,28 @@ def write_report(
             {"caption": caption, "svg": _draw(chart, output / "figures" / f"{prefix}{name}")}
             for name, chart, caption in _figures(**own)
         ]
-        chapters.append({"family": family, "figures": figures, **_tables(own["fits"])})
+        shared = [pooled for pooled in study["pooled"] if pooled["family"] == family]
+        tables = _tables(own["fits"], shared)
+        chapters.append({"family": family, "figures": figures, **tables})
 
     parameters = _parameter_table(fits)
     parameters.to_csv(output / "tables" / "parameters.csv", index=False)
     _floor_table(fits).to_csv(output / "tables" / "floors.csv", index=False)
-    points.to_csv(output / "tables" / "points.csv", index=False)
+    # Covariances are in the laws' own table.
+    points.drop(columns=[*WIDE], errors="ignore").to_csv(
+        output / "tables" / "points.csv", index=False
+    )
+    pd.DataFrame(
+        [
+            {
+                **{name: fit[name] for name in ("method", "family", "domain", "base", "N")},
+                **fit["parameters"],
+                "r2": fit["r2"],
+            }
+            for fit in study["variances"]
+        ],
+        columns=[*("method", "family", "domain", "base", "N"), *VARIANCE.linear, "r2"],
+    ).to_csv(output / "tables" / "variances.csv", index=False)
     refused = pd.DataFrame(
         study["refused"], columns=["method", "family", "domain", "base", "law", "reason"]
     )
@@ -94,6 +115,7 @@ def write_report(
         several=len(families) > 1,
         short=_short_ladders(points),
         ladder=LADDER,
+        within=" / ".join(f"{nats:g}" for nats in WITHIN),
         refused=_grouped(study["refused"]),
         warnings=study["warnings"],
         missing=study["missing"],
@@ -539,11 +561,12 @@ def _draw(chart: alt.TopLevelMixin, path: Path) -> Markup:
 # ---- tables
 
 
-def _tables(fits: pd.DataFrame) -> dict[str, Any]:
+def _tables(fits: pd.DataFrame, pooled: list[dict[str, Any]]) -> dict[str, Any]:
     """A family's tables as the template wants them: macro first, warnings as numbered notes."""
     if not len(fits):
-        return {"joint": None, "fixed": None, "floors": [], "rivals": None}
+        return {"joint": None, "fixed": None, "floors": [], "rivals": None, "pooled": []}
     return {
+        "pooled": [_shared(found) for found in pooled],
         "joint": _table(fits[fits["law"] == MERGING.name], MERGING.parameters, "domain"),
         "fixed": _table(
             fits[(fits["law"] == MERGING_FIXED_N.name) & (fits["domain"] == MACRO)],
@@ -555,6 +578,7 @@ def _tables(fits: pd.DataFrame) -> dict[str, Any]:
                 **floor,
                 "asymptotic_90": _ends(floor["asymptotic_interval"], ".4f"),
                 "reachable_90": _ends(floor["reachable_interval"], ".4f"),
+                "within": " / ".join(_needed(step) for step in floor["k_within"]),
             }
             for floor in _floor_table(fits[fits["domain"] == MACRO]).to_dict("records")
         ],
@@ -581,6 +605,7 @@ def _table(fits: pd.DataFrame, parameters: tuple[str, ...], of: str) -> dict[str
                 "macro": fit["domain"] == MACRO,
                 "values": [f"{fit['parameters'][name]:.4g}" for name in parameters],
                 "intervals": [_ends(fit["intervals"].get(name)) for name in parameters],
+                "experts": [_ends(fit["experts_intervals"].get(name)) for name in parameters],
                 "r2": "–" if pd.isna(fit["r2"]) else f"{fit['r2']:.5f}",
                 "rmse": f"{fit['rmse']:.2g}",
                 "n_points": fit["n_points"],
@@ -588,6 +613,27 @@ def _table(fits: pd.DataFrame, parameters: tuple[str, ...], of: str) -> dict[str
             }
         )
     return {"parameters": parameters, "of": of, "records": records, "notes": list(notes)}
+
+
+def _shared(pooled: dict[str, Any]) -> dict[str, Any]:
+    """What the domains of a method share, as people read it."""
+    none = next(way["above"] for way in pooled["ways"] if not way["shared"])
+    return {
+        "method": pooled["method"],
+        "domains": len(pooled["domains"]),
+        "values": [
+            {"name": name, "value": f"{value:.4g}", "ends": _ends(pooled["intervals"][name])}
+            for name, value in pooled["parameters"].items()
+        ],
+        "gain": f"{none:.1f}",
+    }
+
+
+def _needed(step: dict[str, Any]) -> str:
+    """A number of experts; in brackets if the pool has not so many."""
+    if step["k"] is None:
+        return "none"
+    return f"{step['k']}" if step["reachable"] else f"({step['k']})"
 
 
 def _ends(ends: list[float | None] | None, digits: str = ".3g") -> str:
@@ -638,15 +684,16 @@ def _parameter_table(fits: pd.DataFrame) -> pd.DataFrame:
     names = [*MERGING.parameters, *MERGING_FIXED_N.parameters[:-1]]
     place = ["method", "family", "domain", "law", "base", "N"]
     quality = ["r2", "rmse", "aicc", "n_points", "warnings", "doubts"]
-    bounds = [f"{name}_{end}" for name in names for end in ("low", "high")]
+    bounds = [f"{name}_{of}{end}" for name in names for of in OF for end in ("low", "high")]
     if not len(fits):
         return pd.DataFrame(columns=[*place, *names, *bounds, *quality])
     values = pd.DataFrame(
         [
             fit["parameters"]
             | {
-                f"{name}_{end}": value
-                for name, ends in fit["intervals"].items()
+                f"{name}_{of}{end}": value
+                for of in OF
+                for name, ends in fit[f"{of}intervals"].items()
                 for end, value in zip(("low", "high"), ends, strict=True)
             }
             for _, fit in fits.iterrows()
@@ -664,7 +711,7 @@ def _floor_table(fits: pd.DataFrame) -> pd.DataFrame:
     """Asymptotic and reachable floors of the base-by-base fits (nats per token)."""
     columns = [
         *("method", "family", "domain", "base", "N", "M", "asymptotic", "reachable"),
-        *("asymptotic_interval", "reachable_interval"),
+        *("asymptotic_interval", "reachable_interval", "k_within"),
     ]
     records = []
     if len(fits):

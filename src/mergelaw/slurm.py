@@ -23,7 +23,7 @@ def check(hardware: Hardware | None, status_command: str | None, gpu_jobs: bool)
             "node of a cluster, or without one use --profile profiles/local"
         )
     partitions = read_partitions()
-    if status_command == "sacct" and not answers("sacct", "-n", "-X", "-S", "now"):
+    if status_command == "sacct" and answers("sacct", "-n", "-X", "-j", "1") is None:
         raise MergelawError(
             "sacct: SLURM keeps no accounts here, jobs could not be followed; set "
             "slurm-status-command: squeue in the profile"

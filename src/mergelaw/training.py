@@ -120,9 +120,7 @@ def train_tokenizer(recipe: Pretraining, documents: list[corpus.Document]) -> An
 
 def check_tokenizer(tokenizer: Any, folder: Path) -> None:
     """Some architectures bring their own tokenizer class, which gives other ids when reloaded."""
-    from transformers import AutoTokenizer
-
-    again = AutoTokenizer.from_pretrained(folder)
+    again = load_tokenizer(folder)
     text = "<|user|>What is 12 + 30?<|assistant|>42<|end|>\n\nzinc, Zn"
     if again(text, verbose=False)["input_ids"] != tokenizer(text, verbose=False)["input_ids"]:
         raise MergelawError(
@@ -142,10 +140,9 @@ def fine_tune(
 ) -> dict[str, Any]:
     """Full fine-tuning of ``base`` on the corpora's training documents, by TRL's SFTTrainer."""
     from datasets import Dataset
-    from transformers import AutoTokenizer
     from trl import SFTConfig, SFTTrainer
 
-    tokenizer = AutoTokenizer.from_pretrained(base)
+    tokenizer = load_tokenizer(base)
     documents = [d for path in corpora.values() for d in corpus.read(path / "train.parquet")]
     where = f"training documents of {', '.join(corpora)}"
     encoded = tokens.encode(tokenizer, documents, recipe.max_tokens, recipe.long_documents, where)
@@ -218,6 +215,20 @@ def load(folder: Path, dtype: str, device_map: Any = None) -> Any:
         raise MergelawError(
             f"{folder}: transformers cannot load this {kind} model "
             f"({str(error).strip().splitlines()[0]})"
+        ) from None
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """The tokenizer of a checkpoint folder, never running the checkpoint's code."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:  # whatever a half-copied or foreign one raises
+        raise MergelawError(
+            f"{folder}: transformers cannot load its tokenizer "
+            f"({(str(error).strip() or type(error).__name__).splitlines()[0]}); copy its "
+            "files into the checkpoint"
         ) from None
 
 

@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mergelaw.law import MERGING, MERGING_FIXED_N, fit
+from mergelaw.fit import fit
+from mergelaw.law import MERGING, MERGING_FIXED_N
 from mergelaw.points import MACRO, points
 
 parameters = st.fixed_dictionaries(

@@ -12,6 +12,8 @@ import shutil
 import signal
 import socket
 import subprocess
+import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -20,7 +22,7 @@ CONFIGURATION = Path("/etc/slurm/slurm.conf")
 PACKAGES = ("slurm-wlm", "slurmdbd", "mariadb-server", "munge")
 PROGRAMS = ("slurmctld", "slurmd", "slurmdbd", "munged", "mariadbd", "sbatch", "sacct")
 GPUS = 4
-PATIENCE = 60  # seconds for a daemon to answer
+PATIENCE = 120  # seconds for a daemon to answer
 
 SLURM = """
 ClusterName=test
@@ -46,11 +48,11 @@ AccountingStorageHost=127.0.0.1
 AccountingStoragePort={ports[2]}
 AccountingStoragePass={folder}/munge.socket
 AccountingStorageTRES=gres/gpu
-AccountingStoreFlags=job_comment
 SlurmdParameters=config_overrides
 ReturnToService=2
 MinJobAge=86400
 KillWait=5
+PropagatePrioProcess=1
 SchedulerParameters=sched_interval=2,batch_sched_delay=0
 GresTypes=gpu
 StateSaveLocation={folder}/state
@@ -59,7 +61,7 @@ SlurmctldPidFile={folder}/slurmctld.pid
 SlurmdPidFile={folder}/slurmd.pid
 SlurmctldLogFile={folder}/slurmctld.log
 SlurmdLogFile={folder}/slurmd.log
-NodeName={node} NodeHostname={host} NodeAddr=127.0.0.1 CPUs=16 RealMemory=64000 Gres=gpu:{gpus} State=UNKNOWN
+NodeName={node} NodeHostname={host} NodeAddr=127.0.0.1 CPUs=16 RealMemory=500000 Gres=gpu:{gpus} State=UNKNOWN
 NodeName=bare NodeAddr=127.0.0.1 Port={ports[4]} CPUs=4 RealMemory=16000 State=DOWN
 PartitionName=main Nodes={node} Default=YES MaxTime=2-00:00:00 State=UP
 PartitionName=gpus Nodes={node} MaxTime=1-00:00:00 State=UP
@@ -87,12 +89,6 @@ class Cluster:
     """Started when made; :meth:`stop` ends what was started and removes the links."""
 
     def __init__(self, folder: Path):
-        missing = [name for name in PROGRAMS if shutil.which(name) is None]
-        if missing or os.geteuid() != 0:
-            raise RuntimeError(
-                f"a test cluster needs root and the packages {' '.join(PACKAGES)} "
-                f"(missing: {', '.join(missing) or 'root'}); see make test-slurm"
-            )
         if CONFIGURATION.exists() or CONFIGURATION.is_symlink():
             raise RuntimeError(f"{CONFIGURATION}: this machine has a SLURM of its own; not touched")
         self.folder = folder
@@ -195,22 +191,52 @@ class Cluster:
                 process.wait()
         CONFIGURATION.unlink(missing_ok=True)
 
-    # -- SLURM's own records -------------------------------------------------------------------
 
-    def records(self, comment: str = "") -> list[dict[str, Any]]:
-        """What the accounting database says of every job whose comment contains ``comment``."""
-        fields = ("JobID", "Comment", "State", "ReqTRES", "Timelimit", "Partition", "Account")
-        out = self.run(
-            "sacct", "-a", "-X", "-n", "-P", "-S", "now-1days", "-E", "now+1days",
-            f"--format={','.join(fields)},WorkDir,TimelimitRaw",
-        )  # fmt: skip
-        rows = []
-        for line in out.splitlines():
-            values = dict(zip((*fields, "WorkDir", "Minutes"), line.split("|"), strict=True))
-            if comment in values["Comment"]:
-                asked = dict(part.split("=") for part in values["ReqTRES"].split(",") if part)
-                rows.append(values | {"asked": asked})
-        return rows
+# -- SLURM's own records -----------------------------------------------------------------------
+
+
+def records(folder: Path, rule: str = "") -> list[dict[str, Any]]:
+    """What SLURM's database says of the jobs of a rule that were started in ``folder``.
+
+    In the order they were submitted: id, state, ``gpus``, ``megabytes`` and ``minutes`` asked for,
+    partition and account. The rule stands in the comment, which the controller knows from the
+    beginning, and the database once the job has ended.
+    """
+    comments = dict(
+        line.split("|", 1) for line in output("squeue", "-h", "-a", "-t", "all", "-o", "%i|%k")
+    )
+    fields = ("JobIDRaw", "State", "Partition", "Account", "TimelimitRaw", "ReqTRES", "WorkDir")
+    since = ("-S", "now-1days", "-E", "now+1days")
+    found = []
+    for line in output("sacct", "-a", "-X", "-n", "-P", *since, f"--format={','.join(fields)}"):
+        values = dict(zip(fields, line.split("|"), strict=True))
+        name, _, wildcards = comments[values["JobIDRaw"]].partition("_wildcards_")
+        if Path(values["WorkDir"]) != folder or rule not in name:
+            continue
+        asked = dict(part.split("=") for part in values["ReqTRES"].split(","))
+        found.append(
+            {
+                "id": values["JobIDRaw"],
+                "rule": name.removeprefix("rule_"),
+                "of": wildcards,
+                "state": values["State"].split()[0],
+                "gpus": int(asked.get("gres/gpu", 0)),
+                "megabytes": megabytes(asked["mem"]),
+                "minutes": int(values["TimelimitRaw"]),
+                "partition": values["Partition"],
+                "account": values["Account"],
+            }
+        )
+    return sorted(found, key=lambda job: int(job["id"]))
+
+
+def output(*command: str) -> list[str]:
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()
+
+
+def megabytes(text: str) -> int:
+    scale = {"M": 1, "G": 1024, "T": 1024**2}
+    return round(float(text[:-1]) * scale[text[-1]])
 
 
 def free_ports(count: int) -> list[int]:
@@ -234,3 +260,38 @@ def answers(what: str, question: Any) -> None:
         if time.monotonic() > end:
             raise RuntimeError(f"{what} does not answer after {PATIENCE} s")
         time.sleep(0.1)
+
+
+def install() -> None:
+    """Debian's packages, where their programs are missing."""
+    missing = [name for name in PROGRAMS if shutil.which(name) is None]
+    if os.geteuid() != 0 or (missing and shutil.which("apt-get") is None):
+        raise RuntimeError(
+            f"a SLURM to test on needs root, and Debian's packages {' '.join(PACKAGES)}"
+        )
+    if missing:
+        quiet = {"check": True, "stdout": subprocess.DEVNULL}
+        subprocess.run(["apt-get", "update", "-qq"], **quiet)
+        install = ["apt-get", "install", "-y", "-qq", "--no-install-recommends", *PACKAGES]
+        environment = os.environ | {"DEBIAN_FRONTEND": "noninteractive"}
+        subprocess.run(install, env=environment, **quiet)
+
+
+def main() -> int:
+    """Run a command on a cluster of its own: ``cluster.py pytest tests/slurm``."""
+    folder = Path(tempfile.mkdtemp(prefix="slurm-"))
+    try:
+        install()
+        cluster = Cluster(folder / "cluster")
+    except (RuntimeError, subprocess.CalledProcessError) as error:
+        print(f"cluster.py: error: {error}", file=sys.stderr)
+        return 1
+    try:
+        return subprocess.run(sys.argv[1:], env=cluster.environment()).returncode
+    finally:
+        cluster.stop()
+        shutil.rmtree(folder)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -10,6 +10,7 @@ import pandas as pd
 import pytest
 
 from mergelaw.errors import MergelawError
+from mergelaw.fit import fit
 from mergelaw.fits import fit_study, write_fits
 from mergelaw.law import (
     EXPONENTIAL,
@@ -21,7 +22,6 @@ from mergelaw.law import (
     POWER,
     VARIANCE,
     Law,
-    fit,
 )
 from mergelaw.points import MACRO, points
 

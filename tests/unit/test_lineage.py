@@ -314,11 +314,42 @@ def test_a_results_folder_has_one_run_at_a_time(tmp_path):
     assert (
         "another run is working" in subprocess.run(command, capture_output=True, text=True).stderr
     )
-    lock.lock.release()
+    lock.release()
     assert subprocess.run(command, capture_output=True, text=True).stdout == "mine\n"
     (tmp_path / "results" / ".mergelaw.json").write_text('{"layout": 0}')
     with pytest.raises(MergelawError, match="layout 0"):
         lineage.only_run(tmp_path / "results")
+
+
+def test_a_run_on_another_host_is_seen_where_locks_are_not_carried(tmp_path, monkeypatch):
+    """Its sign of life keeps others off, until it is silent for long or has ended."""
+    results = tmp_path / "results"
+    unlocked = type("Unlocked", (), {"__init__": lambda *_: None, "release": lambda _: None})
+    unlocked.acquire = lambda self, timeout: self
+    lineage.only_run(results).release()  # leaves the lock's file
+    monkeypatch.setattr("filelock.FileLock", unlocked)
+    monkeypatch.setattr("socket.gethostname", lambda: "node1")
+    first = lineage.only_run(results)
+    monkeypatch.setattr("socket.gethostname", lambda: "node2")
+    with pytest.raises(MergelawError, match=rf"process {os.getpid()} on node1.*try again in"):
+        lineage.only_run(results)
+    then = time.time() - lineage.SILENCE - 1
+    os.utime(results / ".run.json", (then, then))
+    with lineage.only_run(results):
+        assert json.loads((results / ".run.json").read_text())["host"] == "node2"
+    assert not (results / ".run.json").exists()
+    first.release()
+
+
+def test_a_run_shows_that_it_lives(tmp_path, monkeypatch):
+    monkeypatch.setattr(lineage, "BEAT", 0.01)
+    with lineage.only_run(tmp_path):
+        sign = tmp_path / ".run.json"
+        os.utime(sign, (0, 0))
+        end = time.monotonic() + 10
+        while sign.stat().st_mtime == 0 and time.monotonic() < end:
+            time.sleep(0.01)
+        assert sign.stat().st_mtime > 0
 
 
 def test_a_flipped_bit_anywhere_in_a_lineage_is_found(tmp_path):

@@ -10,9 +10,11 @@ import pytest
 import torch
 from pydantic import ValidationError
 
+from mergelaw import consensus as module
+from mergelaw.consensus import consensus
 from mergelaw.methods import method_of, registry
 from mergelaw.methods.dare import keep_mask
-from mergelaw.methods.ties import consensus, kept, magnitude_threshold
+from mergelaw.methods.ties import kept, magnitude_threshold
 
 SLICES = [(0, 1), (1, 7), (7, 8), (8, 1000), (1000, 4099)]
 
@@ -131,6 +133,24 @@ def column(*values: float) -> list[torch.Tensor]:
 def test_consensus_by_hand(values, weights, elect, expected):
     assert consensus(column(*values), weights, elect, 1.0).item() == expected
     assert consensus(column(*values), weights, elect, 0.5).item() == expected / 2
+
+
+@pytest.mark.parametrize("elect", ["sum", "count"])
+@pytest.mark.parametrize("k", [1, 2, 3, 5, 8])
+@pytest.mark.parametrize("threads", [1, 3])
+def test_the_compiled_consensus_has_the_bits_of_torch(elect, k, threads):
+    size = 3 * module.SHARE + 1001  # no multiple of anything
+    vectors = [normal(size, seed=i) * (normal(size, seed=90 + i) > 0.5) for i in range(k)]
+    for weights in ([1.0] * k, [0.3] * k, [1.0 + 0.7 * i for i in range(k)]):
+        torch.set_num_threads(threads)
+        try:
+            found = consensus(vectors, weights, elect, 0.7)
+        finally:
+            torch.set_num_threads(1)
+        used = weights if len(set(weights)) > 1 else [1.0] * k
+        wanted = module._by_torch(vectors, used, elect == "count", 0.7)
+        assert torch.equal(found.view(torch.int32), wanted.view(torch.int32))
+        assert (found != 0).any()
 
 
 def test_no_method_writes_to_the_vectors_it_is_given():

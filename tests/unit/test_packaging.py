@@ -14,7 +14,8 @@ def pins(name: str) -> list[str]:
 
 
 def test_every_requirement_is_pinned():
-    for name in ("requirements.txt", "requirements-dev.txt", "requirements-openrlhf.txt"):
+    kinds = ("", "-dev", "-openrlhf", "-peers")
+    for name in (f"requirements{kind}.txt" for kind in kinds):
         for line in pins(name):
             assert re.fullmatch(r"[A-Za-z0-9_.-]+==[0-9][0-9A-Za-z.]*", line), f"{name}: {line}"
 

@@ -96,7 +96,7 @@ def test_figures_and_tables_are_files_too(report):
     assert drawn == {path.stem for path in (report / "figures").glob("*.png")}
     assert drawn == {"curves", "domains_average", "domains_ties", "floors"}
     tables = {path.stem: pd.read_csv(path) for path in (report / "tables").glob("*.csv")}
-    assert set(tables) == {"parameters", "floors", "points", "refused"}
+    assert set(tables) == {"parameters", "floors", "points", "refused", "variances"}
     assert len(tables["parameters"]) == 2 * 4 * (1 + 4)
     fixed = tables["parameters"].query("law == 'merging_fixed_N'")
     assert (fixed["L_inf_low"] <= fixed["L_inf"]).all()

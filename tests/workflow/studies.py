@@ -17,6 +17,7 @@ from typing import Any
 
 import pandas as pd
 import yaml
+from filelock import FileLock
 
 import models
 
@@ -229,6 +230,20 @@ def write_jsonl(path: Path, rows: list[Any]) -> Path:
 
 
 # -- the two studies that tests share ----------------------------------------------------------
+
+
+def once(factory: Any, name: str, make: Callable[[Path], Place]) -> Place:
+    """A study that is run once for all tests and all their workers."""
+    root = factory.getbasetemp()
+    folder = (root.parent if root.name.startswith("popen-") else root) / name
+    with FileLock(f"{folder}.lock"):
+        config = folder / "done.yaml"
+        if not config.exists():
+            place = make(folder)
+            config.write_bytes((folder / "study.yaml").read_bytes())
+            return place
+    return Place(folder, yaml.safe_load(config.read_text()))
+
 
 READY = ("amber", "birch", "cedar", "dune", "elm", "fern")
 TRAINING = {"steps": 5, "batch_size": 4, "max_tokens": 128, "learning_rate": 1e-3}

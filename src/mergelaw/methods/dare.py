@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Literal
 from pydantic import Field
 
 from mergelaw.methods.base import Method, normalized, weighted_sum
-from mergelaw.methods.ties import consensus
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -79,6 +78,8 @@ class DareTies(_Dare):
     )
 
     def combine(self, vectors: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
+        from mergelaw.consensus import consensus
+
         return consensus(vectors, weights, self.elect, self.lambda_)
 
     def keeps_single(self, weight: float) -> bool:

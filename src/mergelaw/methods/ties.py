@@ -19,38 +19,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-def consensus(
-    vectors: Sequence[Tensor], weights: Sequence[float], elect: str, scale: float
-) -> Tensor:
-    """scale * weighted mean, per element, of the values that have the elected sign.
-
-    ``elect: sum`` takes the sign of sum_i w_i v_i, ``count`` that of sum_i w_i sign(v_i); zero
-    counts as plus. Where nobody agrees the result is zero.
-    """
-    import torch
-
-    # Signs as -1, 0, 1 in fp32: comparisons and masks cost torch five times as much, and a product
-    # with a sign is exact.
-    equal = len(set(weights)) == 1
-    sign, work = torch.zeros_like(vectors[0]), torch.empty_like(vectors[0])
-    for vector, weight in zip(vectors, weights, strict=True):
-        vote = vector if elect == "sum" else torch.sign(vector, out=work)
-        sign += vote if equal else torch.mul(vote, weight, out=work)
-    sign.sign_().add_(0.5).sign_()
-    total, mass = torch.zeros_like(sign), torch.zeros_like(sign)
-    for vector, weight in zip(vectors, weights, strict=True):
-        agreeing = torch.mul(vector, sign, out=work).relu_()  # their magnitude, else zero
-        if equal:
-            total += agreeing
-            mass += agreeing.sign_()
-        else:
-            total += agreeing * weight
-            mass += agreeing.sign_().mul_(weight)
-    # The mass of anybody is at least the smallest weight; the total of nobody is zero.
-    least = 1.0 if equal else min(weight for weight in weights if weight)
-    return total.div_(mass.clamp_min_(least)).mul_(sign).mul_(scale)
-
-
 class Ties(Method):
     """theta = theta_0 + lambda * mean of the trimmed v_i that agree with the elected sign."""
 
@@ -87,6 +55,8 @@ class Ties(Method):
         return values * (values.abs() >= prepared[name])
 
     def combine(self, vectors: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
+        from mergelaw.consensus import consensus
+
         return consensus(vectors, weights, self.elect, self.lambda_)
 
     def keeps_single(self, weight: float) -> bool:

@@ -1,0 +1,382 @@
+"""Seconds per merged-and-evaluated model: ours, mergekit's, the paper's code's, and the floor.
+
+    make bench                                  # both sizes, k = 2, 4, 8, every method
+    python benchmarks/bench.py --sizes 45M --k 2 8 --methods average ties
+
+Base and experts are random, of Llama's architecture, in bfloat16 files; all are evaluated in
+float32 (on a GPU in bfloat16) by the same forward pass, on the same tokens. mergekit and the
+paper's code run as their users run them: a command that merges and writes, then loading and
+evaluating. What starting such a command costs is told apart. The floor is the forward pass alone
+and one pass over the bytes of base, vectors and result at the copy bandwidth measured here.
+
+On one thread seconds are of processor time, on several or with a GPU of the clock. Repetitions are
+interleaved and the least of them counts. Peers are found in PEERS (.venv-peers); `--no-peers`
+leaves them out.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import torch
+import yaml
+
+from mergelaw import cross_entropy, lineage, merge, task_vector, training
+from mergelaw.merge import Merger
+from mergelaw.methods import method_of
+from mergelaw.methods.ties import magnitude_threshold
+from mergelaw.task_vector import TaskVector
+from mergelaw.tokens import Window
+
+ROOT = Path(__file__).parents[1]
+SIZES = {
+    "1M": {"hidden_size": 128, "num_hidden_layers": 2, "intermediate_size": 256, "vocab": 4096},
+    "45M": {"hidden_size": 512, "num_hidden_layers": 8, "intermediate_size": 1536, "vocab": 32768},
+    "460M": {
+        "hidden_size": 1280,
+        "num_hidden_layers": 21,
+        "intermediate_size": 3456,
+        "vocab": 32768,
+    },
+}
+METHODS = {
+    "average": {"method": "average"},
+    "task_arithmetic": {"method": "task_arithmetic", "lambda": 0.8},
+    "ties": {"method": "ties", "density": 0.2},
+    "dare_linear": {"method": "dare_linear", "drop_rate": 0.5},
+    "dare_ties": {"method": "dare_ties", "drop_rate": 0.5},
+}
+PAPER = {"average": "average_merging", "ties": "ties_merging"}
+WINDOW = 1024  # tokens of one document
+
+
+class Clock:
+    """Processor seconds on one thread, else seconds."""
+
+    def __init__(self) -> None:
+        self.processor = torch.get_num_threads() == 1 and not torch.cuda.is_available()
+
+    def now(self) -> float:
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        return time.process_time() if self.processor else time.perf_counter()
+
+    def of(self, work: Callable[[], object]) -> float:
+        start = self.now()
+        work()
+        return self.now() - start
+
+    def command(self, *arguments: object) -> tuple[float, float]:
+        """(seconds, peak bytes) of a command."""
+        start = time.perf_counter()
+        threads = str(torch.get_num_threads())
+        with tempfile.TemporaryFile() as log:
+            environment = {**os.environ, "PYTHONPATH": "", "OMP_NUM_THREADS": threads}
+            running = subprocess.Popen(
+                [str(a) for a in arguments], stdout=log, stderr=log, env=environment
+            )
+            _, status, used = os.wait4(running.pid, 0)
+            running.returncode = os.waitstatus_to_exitcode(status)
+            if running.returncode:
+                log.seek(0)
+                raise SystemExit(f"{arguments[0]}: {log.read().decode()[-2000:]}")
+        peak = used.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+        wall = time.perf_counter() - start
+        return (used.ru_utime + used.ru_stime if self.processor else wall), peak
+
+
+def make_models(folder: Path, size: str, count: int) -> tuple[Path, dict[str, Path]]:
+    """A base and ``count`` fine-tunes of it: noise, a thousandth of the usual weight's size."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    shape = dict(SIZES[size])
+    heads = shape["hidden_size"] // 64
+    config = LlamaConfig(
+        vocab_size=shape.pop("vocab"),
+        num_attention_heads=heads,
+        num_key_value_heads=heads,
+        max_position_embeddings=WINDOW,
+        tie_word_embeddings=True,
+        **shape,
+    )
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(config).to(torch.bfloat16)
+    experts = {}
+    for number in range(count + 1):
+        path = folder / ("base" if number == 0 else f"expert{number}")
+        if number:
+            experts[path.name] = path
+        if path.exists():
+            continue
+        torch.manual_seed(number)
+        before = [parameter.detach().clone() for parameter in model.parameters()]
+        with torch.no_grad():
+            for parameter in model.parameters():
+                noise = torch.randn(parameter.shape) * 0.002 * (number > 0)
+                parameter.copy_(parameter.float() + noise)
+        model.save_pretrained(path)
+        with torch.no_grad():
+            for parameter, old in zip(model.parameters(), before, strict=True):
+                parameter.copy_(old)
+    return folder / "base", experts
+
+
+def vector_of(base: Path, expert: Path) -> TaskVector:
+    folder = expert.with_name(f"{expert.name}.vector")
+    lineage.make(
+        folder, "task_vector", {}, {}, lambda work, state: task_vector.write(base, expert, work)
+    )
+    return TaskVector(folder)
+
+
+def batches(vocabulary: int, count: int, device: torch.device) -> tuple[list, int]:
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(vocabulary, (max(count // WINDOW, 1), WINDOW), generator=generator)
+    windows = [Window(i, tuple(row), 1, WINDOW) for i, row in enumerate(ids.tolist())]
+    return cross_entropy.batches(windows, 8192, device), len(windows)
+
+
+def copy_bandwidth(clock: Clock, device: torch.device, elements: int) -> float:
+    """Bytes read and written per second by a large copy."""
+    elements = max(min(elements, 1 << 26), 1 << 24)  # far beyond the caches
+    source, target = (torch.ones(elements, device=device) for _ in range(2))
+    seconds = min(clock.of(lambda: target.copy_(source)) for _ in range(9))
+    return 8 * elements / seconds
+
+
+def matrix_rate(clock: Clock, device: torch.device) -> float:
+    """Floating-point operations per second of a large bfloat16 matrix product."""
+    a, b = (torch.randn(8192, 8192, device=device, dtype=torch.bfloat16) for _ in range(2))
+    _ = a @ b
+    return 2 * 8192**3 / min(clock.of(lambda: a @ b) for _ in range(9))
+
+
+def table(title: str, head: list[str], rows: list[list[str]]) -> None:
+    width = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
+    print(f"\n{title}")
+    for row in (head, *rows):
+        cells = [
+            c.ljust(w) if i == 0 else c.rjust(w)
+            for i, (c, w) in enumerate(zip(row, width, strict=True))
+        ]
+        print("  " + "  ".join(cells).rstrip(), flush=True)
+
+
+def merging(
+    clock: Clock,
+    base: Path,
+    vectors: dict[str, TaskVector],
+    recipe: dict,
+    asked: argparse.Namespace,
+) -> dict[int, dict[str, float]]:
+    """Our merges by one method, alone and evaluated, against the floor, for each k."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = "bfloat16" if device.type == "cuda" else "float32"
+    model = training.load(base, dtype, device_map=device.type).eval()
+    made, documents = batches(model.config.vocab_size, asked.tokens, device)
+    size = sum(parameter.numel() for parameter in model.parameters())
+    free = psutil.virtual_memory().available
+    if device.type == "cuda":
+        free = torch.cuda.mem_get_info()[0]
+
+    def forward() -> object:
+        return cross_entropy.nll(model, made, documents)
+
+    merges: dict[int, list[float]] = {k: [] for k in asked.k}
+    both: dict[int, list[float]] = {k: [] for k in asked.k}
+    alone, bandwidth = [], []
+    start = clock.now()
+    with Merger(model, base, vectors, method_of(recipe), asked.memory or free // 2) as merger:
+        prepared = clock.now() - start
+        forward()
+        for _ in range(asked.repeats):
+            for k in asked.k:
+                start = clock.now()
+                merger.merge(list(vectors)[:k])
+                merges[k].append(clock.now() - start)
+                forward()
+                both[k].append(clock.now() - start)
+            alone.append(clock.of(forward))
+            bandwidth.append(copy_bandwidth(clock, device, size))
+    # Base and result in the model's dtype, vectors in fp32.
+    width = 2 if dtype == "bfloat16" else 4
+    return {
+        k: {
+            "merge": min(merges[k]),
+            "both": min(both[k]),
+            "forward": min(alone),
+            "memory": size * (4 * (k + 1) + width) / max(bandwidth),
+            "prepared": prepared,
+            "resident": float(merger.resident),
+            "parameters": size,
+            "bandwidth": max(bandwidth),
+            "tokens": documents * (WINDOW - 1),
+        }
+        for k in asked.k
+    }
+
+
+def peers(
+    clock: Clock, folder: Path, base: Path, experts: dict[str, Path], asked: argparse.Namespace
+) -> dict[tuple[str, str, int], tuple[float, float]]:
+    """(seconds, peak bytes) of mergekit and of the paper's code: merge, write, load, evaluate."""
+    programs = Path(os.environ.get("PEERS", ROOT / ".venv-peers")).absolute() / "bin"
+    if not (programs / "mergekit-yaml").exists():
+        raise SystemExit(f"no mergekit in {programs}: run `make bench`, or give --no-peers")
+    out = folder / "peer"
+    found: dict[tuple[str, str, int], tuple[float, float]] = {}
+
+    def evaluated(name: str, method: str, k: int, *command: object) -> None:
+        subprocess.run(["rm", "-rf", out], check=True)
+        seconds, peak = clock.command(*command)
+        start = clock.now()
+        model = training.load(out, "float32").eval()
+        made, documents = batches(model.config.vocab_size, asked.tokens, torch.device("cpu"))
+        cross_entropy.nll(model, made, documents)
+        seconds += clock.now() - start
+        best = found.get((name, method, k), (float("inf"), 0.0))
+        found[name, method, k] = min(best[0], seconds), max(best[1], peak)
+
+    training.load(base, "float32")  # what is imported once is nobody's cost
+    for _ in range(asked.peer_repeats):
+        # What a command costs that has imported everything and merges nothing.
+        idle = "import mergekit.scripts.run_yaml, mergekit.merge, transformers"
+        found["mergekit", "start", 0] = clock.command(programs / "python", "-c", idle)
+        idle = "import merge.merging_methods, transformers.models.llama.modeling_llama"
+        found["paper", "start", 0] = clock.command(programs / "python", "-c", idle)
+        for method in asked.methods:
+            rule = method_of(METHODS[method])
+            for k in asked.k:
+                chosen = {name: str(experts[name]) for name in list(experts)[:k]}
+                recipe = merge.mergekit_recipe(str(base), chosen, rule, None, "bfloat16")
+                if recipe is None:  # DARE: its own masks and scale, for the time alone
+                    plain = method_of({"method": "ties"})
+                    recipe = merge.mergekit_recipe(str(base), chosen, plain, None, "bfloat16")
+                    recipe["merge_method"] = method
+                    recipe["parameters"] = {"density": 1 - METHODS[method]["drop_rate"]}
+                (folder / "mergekit.yaml").write_text(yaml.safe_dump(recipe))
+                program = programs / "mergekit-yaml"
+                evaluated("mergekit", method, k, program, folder / "mergekit.yaml", out)
+                if method in PAPER:
+                    evaluated(
+                        "paper", method, k, programs / "python",
+                        Path(__file__).with_name("paper_merge.py"), PAPER[method], 1.0, out,
+                        base, *chosen.values(),
+                    )  # fmt: skip
+    return found
+
+
+def thresholds(clock: Clock, size: int) -> list[list[str]]:
+    """Finding the threshold of TIES against sorting, on one tensor."""
+    values = torch.randn(size, generator=torch.Generator().manual_seed(0)) * 0.002
+    keep = int(0.2 * size)
+    ways = {
+        "ours": lambda: magnitude_threshold(lambda: [values], keep),
+        "sort": lambda: values.abs().sort(descending=True).values[keep - 1].item(),
+        "argsort (mergekit)": lambda: torch.argsort(values.abs(), descending=True)[:keep],
+        "kthvalue (paper)": lambda: values.abs().kthvalue(size - keep + 1).values.item(),
+    }
+    assert ways["ours"]() == ways["sort"]() == ways["kthvalue (paper)"]()
+    best = dict.fromkeys(ways, float("inf"))
+    for _ in range(3):
+        for name, way in ways.items():
+            best[name] = min(best[name], clock.of(way))
+    return [[n, f"{1e3 * s:.0f}", f"{s / best['ours']:.1f}"] for n, s in best.items()]
+
+
+def report(clock: Clock, size: str, ours: dict, theirs: dict) -> None:
+    some = next(iter(ours.values()))
+    print(
+        f"\n== {size}: {some['parameters'] / 1e6:.1f}M parameters, {some['tokens']} scored tokens, "
+        f"forward pass {some['forward']:.2f} s, copy {some['bandwidth'] / 1e9:.1f} GB/s, vectors "
+        f"{'resident' if some['resident'] else 'streamed'}"
+    )
+    rows = []
+    for (method, k), t in ours.items():
+        rest = t["merge"] / t["forward"]
+        rows.append(
+            [method, str(k), f"{t['merge']:.3f}", f"{t['merge'] / t['memory']:.2f}",
+             f"{100 * rest:.1f}%", f"{t['both']:.2f}",
+             f"{t['both'] / (t['forward'] + t['memory']):.3f}", f"{t['prepared']:.1f}"]
+        )  # fmt: skip
+    head = ["method", "k", "merge s", "/ memory pass", "/ forward", "merge+evaluate s", "/ floor"]
+    table("ours", [*head, "prepare all s"], rows)
+    if not theirs:
+        return
+    rows = []
+    for (name, method, k), (seconds, peak) in sorted(theirs.items()):
+        if method == "start":
+            continue
+        mine, start = ours[method, k]["both"], theirs[name, "start", 0][0]
+        rows.append(
+            [name, method, str(k), f"{seconds:.1f}", f"{seconds / mine:.2f}",
+             f"{(seconds - start) / mine:.2f}", f"{peak / 1e9:.2f}"]
+        )  # fmt: skip
+    head = ["peer", "method", "k", "merge+write+load+evaluate s", "/ ours"]
+    table("peers", [*head, "/ ours, without start", "peak GB"], rows)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--sizes", nargs="+", default=["45M", "460M"], choices=SIZES)
+    parser.add_argument("--k", nargs="+", type=int, default=[2, 4, 8])
+    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS)
+    parser.add_argument("--tokens", type=int, default=8192, help="tokens that are evaluated")
+    parser.add_argument("--repeats", type=int, default=5, help="of ours")
+    parser.add_argument("--peer-repeats", type=int, default=1)
+    parser.add_argument(
+        "--memory", type=int, help="bytes for vectors; default: half of what is free"
+    )
+    parser.add_argument("--no-peers", action="store_true")
+    parser.add_argument("--folder", type=Path, help="keeps models and vectors for the next time")
+    asked = parser.parse_args()
+    clock = Clock()
+    threads = torch.get_num_threads()
+    kind = "processor" if clock.processor else "clock"
+    print(f"{threads} thread(s), seconds of the {kind}, torch {torch.__version__}")
+    if torch.cuda.is_available():
+        rate = matrix_rate(clock, torch.device("cuda"))
+        print(
+            f"{torch.cuda.get_device_name()}: bfloat16 matrix products at {rate / 1e12:.0f} TFLOP/s"
+        )
+    rows = thresholds(clock, 1 << 23)
+    table("threshold of 8.4M values", ["way", "ms", "/ ours"], rows)
+    results = {}
+    with tempfile.TemporaryDirectory() as scratch:
+        for size in asked.sizes:
+            folder = (asked.folder or Path(scratch)) / size
+            folder.mkdir(parents=True, exist_ok=True)
+            base, experts = make_models(folder, size, max(asked.k))
+            vectors = {name: vector_of(base, path) for name, path in experts.items()}
+            ours = {
+                (method, k): times
+                for method in asked.methods
+                for k, times in merging(clock, base, vectors, METHODS[method], asked).items()
+            }
+            if torch.cuda.is_available():
+                some = next(iter(ours.values()))
+                share = 2 * some["parameters"] * some["tokens"] / some["forward"] / rate
+                print(f"{size}: the forward pass runs at {100 * share:.0f}% of the matrix rate")
+            peak = lineage.peak_memory()
+            theirs = {} if asked.no_peers else peers(clock, folder, base, experts, asked)
+            report(clock, size, ours, theirs)
+            print(f"\npeak resident memory of ours, mapped files included: {peak / 1e9:.2f} GB")
+            results[size] = {
+                "ours": {f"{m} {k}": t for (m, k), t in ours.items()},
+                "peers": {f"{p} {m} {k}": t for (p, m, k), t in theirs.items()},
+            }
+    if asked.folder:
+        (asked.folder / "bench.json").write_text(json.dumps(results, indent=1))
+
+
+if __name__ == "__main__":
+    main()

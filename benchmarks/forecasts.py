@@ -1,0 +1,272 @@
+"""Forecasts, the surrogate and standard errors against exhaustive tables.
+
+Every subset of the pool is measured there, so every forecast can be scored and every sampling
+design replayed. Prints Markdown tables. First
+
+    snakemake --profile profiles/local --configfile config/demo_exhaustive.yaml
+
+then
+
+    python benchmarks/forecasts.py --config config/demo_exhaustive.yaml > benchmarks/forecasts.md
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from itertools import combinations
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from scipy.stats import norm, spearmanr, t
+
+from mergelaw import config, forecast, lineage, surrogate
+from mergelaw.evaluate import read_rows
+from mergelaw.points import MACRO, points
+from mergelaw.sampling import design_variance, pattern, rotations
+from mergelaw.study import Study
+
+DRAWS = 1200
+SINGLE_CIRCLES = 40
+LEVEL = 0.9
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--config", type=Path, default=Path("config/demo_exhaustive.yaml"))
+    study = Study(config.load(parser.parse_args(arguments).config))
+    shards = [study.results / artifact.path for artifact in study.evals.values()]
+    missing = [path for path in shards if not (path / lineage.LINEAGE).exists()]
+    if missing:
+        sys.exit(f"{len(missing)} of {len(shards)} shards are not measured: run the workflow first")
+    rows = read_rows(shards)
+    experts = list(study.config.pool())
+    curves = points(rows)[0].assign(M=len(experts))
+    print(f"# Forecasts against every subset: {study.config.name}\n")
+    print(
+        f"{len(study.config.bases)} bases, {len(experts)} experts, "
+        f"{2 ** len(experts) - 1} subsets each, {len(study.config.domains)} evaluation domains. "
+        "Made by\n"
+    )
+    print("    snakemake --profile profiles/local --configfile config/demo_exhaustive.yaml")
+    print("    python benchmarks/forecasts.py --config config/demo_exhaustive.yaml\n")
+    recipes(curves)
+    pools = {
+        (method, base): Table(own, experts)
+        for (base, method), own in rows[rows["role"] == "merge"].groupby(
+            ["base", "method"], sort=False
+        )
+    }
+    surrogates(pools)
+    standard_errors(pools)
+
+
+def table(rows: list[dict[str, object]]) -> None:
+    names = list(rows[0])
+    print("| " + " | ".join(names) + " |")
+    print("|" + "---|" * len(names))
+    for row in rows:
+        print("| " + " | ".join(str(row[name]) for name in names) + " |")
+    print()
+
+
+# ---- recipes
+
+
+def recipes(curves: pd.DataFrame) -> None:
+    print("## Recipes\n")
+    print(
+        "Macro loss. Errors are forecast minus measured, in percent of the whole gain "
+        "L(1) - L(M); naive is staying at the recipe's last point. Intervals are 90%, from the "
+        "recipe's record at the other three bases.\n"
+    )
+    scored: list[dict[str, object]] = []
+    for recipe in (forecast.THREE_POINT, forecast.END_POINT):
+        rows: list[dict[str, object]] = []
+        for method in curves["method"].unique():
+            for domain in curves["domain"].unique():
+                own = forecast.choose(curves, method=method, domain=domain)
+                for base in own["base"].unique():
+                    found = forecast.along_k(own, base, recipe)
+                    measured = forecast.base_of(own, base).set_index("k")["ce"]
+                    gain = measured.iloc[0] - measured.iloc[-1]
+                    told = found.table
+                    errors = (told["ce"] - told["measured"]) / gain
+                    width = ((told["high"] - told["low"]) / gain).mean()
+                    scored.append(
+                        {
+                            "recipe": recipe,
+                            "method": method,
+                            "macro": domain == MACRO,
+                            "held": told["held"].astype(float).mean(),
+                            "width": width,
+                        }
+                    )
+                    if domain != MACRO:
+                        continue
+                    naive = (told["same"] - told["measured"]) / gain
+                    worst = int(errors.abs().argmax())
+                    place = f"(k = {told['k'][worst]:g})"
+                    rows.append(
+                        {
+                            "method": method,
+                            "base": base,
+                            "worst error, %": f"{100 * errors[worst]:+.2f} {place}",
+                            "at the largest k, %": f"{100 * errors.iloc[-1]:+.2f}",
+                            "naive at the largest k, %": f"{100 * naive.iloc[-1]:+.1f}",
+                            "rms, %": f"{100 * np.sqrt(np.mean(errors**2)):.2f}",
+                            "naive rms, %": f"{100 * np.sqrt(np.mean(naive**2)):.1f}",
+                            "intervals held": f"{int(told['held'].sum())} of {len(told)}",
+                        }
+                    )
+        print(f"### {recipe}\n")
+        table(rows)
+    print("### Share of 90% intervals that held, and their mean width in percent of the gain\n")
+    own = pd.DataFrame(scored)
+    table(
+        [
+            {
+                "recipe": recipe,
+                "method": method,
+                "macro": f"{group[group['macro']]['held'].mean():.2f}",
+                "domains": f"{group[~group['macro']]['held'].mean():.3f}",
+                "width, macro": f"{100 * group[group['macro']]['width'].mean():.1f}",
+                "width, domains": f"{100 * group[~group['macro']]['width'].mean():.1f}",
+            }
+            for (recipe, method), group in own.groupby(["recipe", "method"], sort=False)
+        ]
+    )
+
+
+# ---- the surrogate
+
+
+class Table:
+    """Losses of all subsets of a base's pool by one method.
+
+    Attributes:
+        experts, domains: names.
+        weights: (subsets, M) relative weights; losses: (subsets, domains); k: (subsets,).
+    """
+
+    def __init__(self, rows: pd.DataFrame, experts: list[str]):
+        M = len(experts)
+        wide = rows.pivot_table(index="merge", columns="domain", values="ce")
+        members = rows.drop_duplicates("merge").set_index("merge")["experts"].loc[wide.index]
+        sets = np.array([np.isin(experts, list(names)) for names in members])
+        order = np.argsort(sets @ (1 << np.arange(M)))
+        sets, self.losses = sets[order], wide.to_numpy()[order]
+        assert len(sets) == 2**M - 1, "not every subset is measured"
+        self.experts, self.domains = experts, list(wide.columns)
+        self.k = sets.sum(axis=1)
+        self.weights = sets / self.k[:, None]
+        self.macro = self.losses.mean(axis=1)
+
+    def at(self, subsets: Sequence[Sequence[int]]) -> np.ndarray:
+        """Places of subsets in the table."""
+        return np.array([sum(1 << i for i in subset) - 1 for subset in subsets])
+
+    def fit(self, chosen: np.ndarray) -> dict[str, surrogate.Surrogate]:
+        return surrogate.fit(self.weights[chosen], self.losses[chosen], self.experts, self.domains)
+
+    def circle(self, random: np.random.Generator, ks: Sequence[int]) -> np.ndarray:
+        """Places (k, M) of the rotations of ring's patterns on a random circle."""
+        M = len(self.experts)
+        circle = list(random.permutation(M))
+        return np.array([self.at(rotations(circle, pattern("ring", k, M))) for k in ks])
+
+
+def surrogates(pools: dict[tuple[str, str], Table]) -> None:
+    print("## The surrogate on subsets it has not seen\n")
+    print(
+        "Macro loss. Rank correlation within k and RMSE (nats) on all unseen subsets, fitted to "
+        "all singles and pairs, or to one ring of all k. Within k every subset has as many "
+        "experts, so the fall with k does not help. The check is the surrogate's own, on the "
+        "ring's merges.\n"
+    )
+    rows: list[dict[str, object]] = []
+    for (method, base), own in pools.items():
+        M = len(own.experts)
+        pairs = np.flatnonzero(own.k <= 2)
+        whole = own.at([*combinations(range(M), 1), range(M)])
+        ring = own.circle(np.random.default_rng(0), range(2, M))
+        ring = np.unique(np.concatenate([ring.ravel(), whole]))
+        found = {"pairs": (pairs, own.fit(pairs)), "ring": (ring, own.fit(ring))}
+        row: dict[str, object] = {"method": method, "base": base}
+        for name, (chosen, fitted) in found.items():
+            unseen = np.setdiff1d(np.arange(len(own.k)), chosen)
+            predicted = fitted[MACRO].predict(own.weights[unseen])
+            for k in (3, 5, 8):
+                these = own.k[unseen] == k
+                if these.sum() < 2:
+                    continue
+                value = spearmanr(predicted[these], own.macro[unseen][these]).statistic
+                row[f"{name}, k = {k}"] = f"{value:.3f}"
+            error = np.sqrt(np.mean((predicted - own.macro[unseen]) ** 2))
+            row[f"{name}, RMSE"] = f"{error:.4f}"
+        check = found["ring"][1][MACRO].check
+        assert check is not None
+        row["check: correlation"] = f"{check.correlation:.3f}"
+        row["RMSE / spread"] = f"{check.rmse / check.spread:.2f}"
+        row["usable"] = "yes" if check.passed else "no"
+        rows.append(row)
+    table(rows)
+
+
+# ---- standard errors
+
+
+def standard_errors(pools: dict[tuple[str, str], Table]) -> None:
+    print("## Standard errors of E[L|k] from 1, 3 and 5 circles\n")
+    print(
+        f"Macro loss, ring, k = 2..7, {DRAWS} circles drawn from each table. Coverage of 90% "
+        "intervals over k, and the mean standard error over the true standard deviation: one "
+        f"circle with tau^2 from a surrogate fitted to that same circle ({SINGLE_CIRCLES} circles; "
+        "only where its check passes, share given), three and five with the spread between circles "
+        "and Student's t. Last, the difference estimator (singles and pairs, and one circle): its "
+        "RMSE over the plain circle's, by k from 3 to 7.\n"
+    )
+    rows: list[dict[str, object]] = []
+    for (method, base), own in pools.items():
+        M = len(own.experts)
+        ks = range(2, M - 1)
+        truth = np.array([own.macro[own.k == k].mean() for k in ks])
+        random = np.random.default_rng(0)
+        circles = np.array([own.circle(random, ks) for _ in range(DRAWS)])  # (draws, k, M)
+        means = own.macro[circles].mean(axis=2)
+        actual = np.sqrt(np.mean((means - truth) ** 2, axis=0))
+        row: dict[str, object] = {"method": method, "base": base}
+
+        always = np.flatnonzero((own.k == 1) | (own.k >= M - 1))
+        held, ratios = [], []
+        shape = np.diag(design_variance([pattern("ring", k, M) for k in ks], M, 1))
+        for draw in range(SINGLE_CIRCLES):
+            chosen = np.unique(np.concatenate([circles[draw].ravel(), always]))
+            fitted = own.fit(chosen)[MACRO]
+            if not fitted.usable:
+                continue
+            errors = np.sqrt(fitted.tau2 * shape)
+            held.append(np.abs(means[draw] - truth) <= norm.ppf((1 + LEVEL) / 2) * errors)
+            ratios.append(errors / actual)
+        row["1: check passed"] = f"{len(held) / SINGLE_CIRCLES:.2f}"
+        row["1: covered"] = f"{np.mean(held):.2f}" if held else "-"
+        row["1: SE / SD"] = f"{np.mean(ratios):.2f}" if ratios else "-"
+        for R in (3, 5):
+            groups = means[: DRAWS // R * R].reshape(-1, R, len(ks))
+            errors = groups.std(axis=1, ddof=1) / np.sqrt(R)
+            reach = t.ppf((1 + LEVEL) / 2, R - 1) * errors
+            inside = np.abs(groups.mean(axis=1) - truth) <= reach
+            row[f"{R}: covered"] = f"{inside.mean():.2f}"
+            row[f"{R}: SE / SD"] = f"{(errors.mean(axis=0) / (actual / np.sqrt(R))).mean():.2f}"
+
+        fitted = own.fit(np.flatnonzero(own.k <= 2))[MACRO]
+        rest = own.macro - fitted.predict(own.weights)
+        estimates = fitted.pool_mean(np.array(ks)) + rest[circles].mean(axis=2)
+        ratio = np.sqrt(np.mean((estimates - truth) ** 2, axis=0)) / actual
+        row["difference / plain"] = " ".join(f"{value:.2f}" for value in ratio[1:])
+        rows.append(row)
+    table(rows)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,209 @@
+"""How time and memory grow with parameters, k, the pool, evaluation tokens and number of merges.
+
+    python benchmarks/growth.py --output growth.html
+
+Each point is a process of its own that runs the stage `evaluate` on random models. Processor
+seconds and peak memory are fitted as a power of what grows, between the last two points, for at
+small ones most is overhead. It ends with an error where a power is above 1.15. Of the merges it
+tells how many bytes each leaves behind: a merge has a row, and a leak would show.
+"""
+
+import argparse
+import json
+import math
+import os
+import random
+import subprocess
+import sys
+import tempfile
+import time
+from itertools import combinations
+from pathlib import Path
+
+import psutil
+
+START = {"layers": 4, "width": 128, "k": 4, "pool": 8, "documents": 24, "merges": 32}
+SWEEPS = {
+    "parameters": [{"layers": layers, "width": 256} for layers in (2, 4, 8, 16)],
+    "k": [{"k": k, "width": 256} for k in (1, 2, 4, 8)],
+    "pool": [{"pool": pool, "merges": 8, "width": 256} for pool in (4, 8, 16, 32)],
+    "tokens": [{"documents": documents} for documents in (24, 48, 96, 192)],
+    "merges": [
+        {"merges": merges, "layers": 1, "width": 16, "pool": 16, "documents": 2}
+        for merges in (100, 1000, 10_000)
+    ],
+}
+LIMIT = 1.15
+
+
+def measure(settings: dict[str, int], folder: Path) -> dict[str, float]:
+    """One point, in this process."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from mergelaw import corpus, evaluate, lineage, task_vector, training
+    from mergelaw.config import Evaluation, Pretraining
+    from mergelaw.evaluate import read_rows
+
+    def artifact(name: str, stage: str, work) -> Path:
+        lineage.make(folder / name, stage, {}, {}, lambda made, state: work(made) and None)
+        return folder / name
+
+    recipe = {
+        "source": {"synthetic": "algebra"}, "eval_source": None, "train_documents": 200,
+        "eval_documents": settings["documents"], "seed": 0,
+    }  # fmt: skip
+    documents = artifact("corpus", "corpus", lambda made: corpus.build(recipe, made))
+    shape = Pretraining(architecture={}, domains=["x"], steps=1, learning_rate=1e-3, max_tokens=512)
+    tokenizer = training.train_tokenizer(shape, corpus.read(documents / "train.parquet"))
+    width = settings["width"]
+    config = LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=width, intermediate_size=3 * width,
+        num_hidden_layers=settings["layers"], num_attention_heads=max(width // 64, 1),
+        num_key_value_heads=max(width // 64, 1), max_position_embeddings=512,
+        pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id,
+        tie_word_embeddings=True,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(config)
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+
+    def save(made: Path, model=model) -> None:
+        model.save_pretrained(made)
+        tokenizer.save_pretrained(made)
+
+    base = artifact("base", "base", save)
+    vectors = {}
+    for number in range(settings["pool"]):
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter += torch.randn(parameter.shape) * 1e-3
+        expert = artifact(f"expert{number}", "expert", save)
+        vectors[f"e{number}"] = artifact(
+            f"vector{number}",
+            "task_vector",
+            lambda made, e=expert: task_vector.write(base, e, made),
+        )
+    del model, save
+    # As many distinct subsets of k as are asked for, or else of other sizes too.
+    names, k = list(vectors), settings["k"]
+    every = list(combinations(names, k))
+    for other in range(2, len(names) + 1):
+        if len(every) < settings["merges"] and other != k:
+            every += combinations(names, other)
+    chosen = random.Random(0).sample(every, min(settings["merges"], len(every)))
+    rows = [[len(subset), 0, i, list(subset)] for i, subset in enumerate(chosen)]
+    plan = {
+        "method": {"method": "average"},
+        "evaluation": Evaluation().model_dump(),
+        "domains": {"algebra": False},
+        "labels": {"family": "f", "base": "b", "method": "m", "seed": 0, "N_nominal": None},
+    }
+
+    def run(part: list, name: str) -> Path:
+        (folder / name).mkdir()
+        evaluate.evaluate(
+            plan, part, base, vectors, {"algebra": documents}, folder / "cells", name, folder / name
+        )
+        return folder / name
+
+    run(rows[:1], "warm")
+    before, start = anonymous(), time.process_time()
+    made = run(rows, "all")
+    seconds, memory = time.process_time() - start, anonymous() - before
+    table = read_rows([made])
+    return {
+        "parameters": parameters,
+        "k": k,
+        "pool": len(names),
+        "tokens": float(table["tokens"].iloc[0]),
+        "merges": len(rows),
+        "seconds": seconds,
+        "merge_seconds": float(table["merge_seconds"].median()),
+        "eval_seconds": float(table["eval_seconds"].median()),
+        "memory": float(memory),
+        "peak": float(lineage.peak_memory()),
+    }
+
+
+def anonymous() -> int:
+    if sys.platform == "linux":
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("RssAnon:"):
+                return int(line.split()[1]) * 1024
+    return psutil.Process().memory_info().rss
+
+
+def point(settings: dict[str, int]) -> dict[str, float]:
+    with tempfile.TemporaryDirectory() as folder:
+        run = subprocess.run(
+            [sys.executable, __file__, "--point", json.dumps(settings), "--output", folder],
+            capture_output=True,
+            text=True,
+            env={**os.environ, "OMP_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "1"},
+        )
+    if run.returncode:
+        raise SystemExit(run.stderr[-3000:])
+    return json.loads(run.stdout.splitlines()[-1])
+
+
+def plot(found: dict[str, list[dict[str, float]]], output: Path) -> None:
+    import altair as alt
+    import pandas as pd
+
+    panels = []
+    for name, points in found.items():
+        data = pd.DataFrame(points)
+        for what, unit in (("seconds", "processor seconds"), ("peak", "peak memory, bytes")):
+            panels.append(
+                alt.Chart(data, width=180, height=140)
+                .mark_line(point=True)
+                .encode(
+                    alt.X(name, scale=alt.Scale(type="log")),
+                    alt.Y(what, scale=alt.Scale(type="log"), title=unit),
+                )
+            )
+    alt.concat(*panels, columns=2).save(output)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--sweeps", nargs="+", default=list(SWEEPS), choices=SWEEPS)
+    parser.add_argument("--output", type=Path, default=Path("growth.html"))
+    parser.add_argument("--point", help=argparse.SUPPRESS)
+    asked = parser.parse_args()
+    if asked.point:
+        print(json.dumps(measure(json.loads(asked.point), asked.output)))
+        return 0
+    found: dict[str, list[dict[str, float]]] = {}
+    bad = []
+    for name in asked.sweeps:
+        print(f"{name:>12}   seconds   merge s    eval s  memory MB   peak MB")
+        for change in SWEEPS[name]:
+            one = point(START | change)
+            found.setdefault(name, []).append(one)
+            print(
+                f"{one[name]:12.0f} {one['seconds']:9.2f} {one['merge_seconds']:9.5f} "
+                f"{one['eval_seconds']:9.4f} {one['memory'] / 1e6:10.1f} {one['peak'] / 1e6:9.0f}",
+                flush=True,
+            )
+        before, last = found[name][-2:]
+        grown = math.log(last[name] / before[name])
+        exponents = {
+            what: math.log(last[what] / before[what]) / grown for what in ("seconds", "peak")
+        }
+        print("  grows as a power of", {w: round(e, 2) for w, e in exponents.items()})
+        bad += [f"{what} with {name}" for what, e in exponents.items() if e > LIMIT]
+        if name == "merges":
+            each = (last["memory"] - before["memory"]) / (last["merges"] - before["merges"])
+            print(f"  {each:.0f} bytes stay behind for each merge (its cell's row among them)")
+    plot(found, asked.output)
+    if bad:
+        print(f"worse than linear: {', '.join(bad)}")
+    return bool(bad)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,259 @@
+"""Forecasts: exact where the theory is, honest where it is not, refused where nothing can be said."""
+
+import json
+import math
+
+import numpy as np
+import pandas as pd
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mergelaw import forecast
+from mergelaw.errors import MergelawError
+from mergelaw.law import MERGING
+from mergelaw.surrogate import finite_pool
+
+JOINT = {"L_star": 0.4, "B": 0.3, "A0": 0.08, "beta": 0.4, "gamma": 0.1, "b": 0.3}
+SIZES = [0.5, 1.5, 3.0, 7.0, 14.0]
+
+
+def study(noise=0.0, M=9, sizes=SIZES, k=None, seed=0, truth=JOINT):
+    N, ks = (a.ravel() for a in np.meshgrid(sizes, np.arange(1, M + 1) if k is None else k))
+    random = np.random.default_rng(seed)
+    ce = MERGING.predict(truth, N=N, k=ks) + noise * random.standard_normal(len(N))
+    return pd.DataFrame(
+        {
+            "method": "average",
+            "family": "ours",
+            "base": [f"{n:g}B" for n in N],
+            "N": N,
+            "k": ks,
+            "domain": "macro",
+            "ce": ce,
+            "M": M,
+        }
+    )
+
+
+# ---- along k
+
+
+@settings(max_examples=25)
+@given(
+    M=st.integers(5, 20),
+    last=st.floats(0.3, 2),
+    gain=st.floats(0.001, 0.5),
+)
+def test_the_end_points_fix_the_curve_of_a_quadratic_loss(M, last, gain):
+    k = np.arange(1, M + 1)
+    ce = finite_pool(k, last + gain, last, M)
+    table = pd.DataFrame(
+        {
+            "method": "m",
+            "family": "",
+            "base": "b",
+            "N": 1.0,
+            "k": k,
+            "domain": "d",
+            "ce": ce,
+            "M": M,
+        }
+    )
+    found = forecast.along_k(table, "b", "end-point")
+    assert found.used == (1, M)
+    assert found.table["ce"].to_numpy() == pytest.approx(ce[1:-1], abs=1e-12)
+    # ... and by three points too, for it is the merging law with b = 0
+    three = forecast.along_k(table, "b", "three-point").table
+    assert three["ce"].to_numpy() == pytest.approx(ce[three["k"].astype(int) - 1], abs=1e-7)
+
+
+def test_three_points_go_on_along_the_merging_law():
+    found = forecast.along_k(study(), "3B")
+    assert found.table["ce"].to_numpy() == pytest.approx(found.table["measured"], abs=1e-8)
+    assert found.score["error"] < 1e-8 < found.score["same"]
+    assert set(found.table["k"]) == {3, 5, 6, 7, 8, 9}
+
+
+def test_intervals_come_from_the_recipes_record_at_other_bases():
+    points = study(noise=1e-3)
+    found = forecast.along_k(points, "14B", "end-point", k=[4])
+    shares = []
+    for base in ["0.5B", "1.5B", "3B", "7B"]:
+        own = points[points["base"] == base].set_index("k")["ce"]
+        gain = own[1] - own[9]
+        shares.append((own[4] - finite_pool(4, own[1], own[9], 9)) / gain)
+    own = points[points["base"] == "14B"].set_index("k")["ce"]
+    reach = 2.131847 * math.sqrt(np.mean(np.square(shares))) * (own[1] - own[9])  # t, 4 degrees
+    row = found.table.iloc[0]
+    assert row["high"] - row["ce"] == pytest.approx(reach, rel=1e-6)
+    assert row["ce"] - row["low"] == pytest.approx(reach, rel=1e-6)
+    assert row["held"] == (abs(row["ce"] - row["measured"]) <= reach)
+    assert "0.5B, 1.5B, 3B, 7B" in found.basis
+
+
+def test_record_intervals_hold_about_as_often_as_they_say():
+    """Bases that depart from a quadratic loss at random, each by its own share of the gain."""
+    k = np.array([1, 3, 9])
+    held = []
+    for seed in range(100):
+        shares = 0.03 * np.random.default_rng(seed).standard_normal(4)
+        points = study(sizes=[0.5, 1.5, 3.0, 7.0], k=k, truth={**JOINT, "b": 0.0})
+        gain = points.groupby("base")["ce"].transform("first") - points.groupby("base")[
+            "ce"
+        ].transform("last")
+        departs = points["base"].map(dict(zip(points["base"].unique(), shares, strict=True)))
+        points["ce"] += departs * gain * (points["k"] == 3)
+        held += forecast.along_k(points, "7B", "end-point", k=[3]).table["held"].tolist()
+    assert 0.8 <= np.mean(held) <= 0.98  # 0.9, three standard errors of 100 draws each way
+
+
+def test_a_given_sigma_makes_profile_intervals():
+    alone = study(sizes=[3.0])
+    blind = forecast.along_k(alone, "3B")
+    assert blind.table["low"].isna().all()
+    assert "none" in blind.basis and blind.score["intervals"] == 0
+    narrow, wide = (forecast.along_k(alone, "3B", sigma=s).table for s in (1e-4, 1e-3))
+    assert (wide["high"] - wide["low"] > narrow["high"] - narrow["low"]).all()
+    assert narrow["held"].all()
+    # what is forecast is a measurement: its own misfit is in the interval
+    assert (narrow["high"] - narrow["low"] > 2 * 1.64 * 1e-4).all()
+
+
+def test_standard_errors_make_intervals_too():
+    alone = study(sizes=[3.0]).assign(se=2e-4)
+    found = forecast.along_k(alone, "3B")
+    assert "standard errors" in found.basis
+    assert found.table["held"].all()
+
+
+def test_beyond_the_pool_there_is_a_warning_and_no_record():
+    found = forecast.along_k(study(noise=1e-4), "3B", k=[9, 16])
+    assert any("beyond this pool of 9" in told for told in found.warnings)
+    assert found.table["low"].isna().tolist() == [False, True]
+    assert any("k = 16" in told and "no interval" in told for told in found.warnings)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"base": "9B"}, "no points of base 9B"),
+        ({"recipe": "two-point"}, "no recipe two-point"),
+        ({"k": [0.5]}, "give numbers of 1 or more"),
+        ({"sigma": -1.0}, "sigma -1"),
+        ({"level": 1.5}, "no probability"),
+    ],
+)
+def test_bad_questions_are_refused_in_a_line(change, message):
+    with pytest.raises(MergelawError, match=message) as refused:
+        forecast.along_k(study(), **{"base": "3B", **change})
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("recipe, lost", [("three-point", 4), ("end-point", 9)])
+def test_a_recipe_says_which_of_its_points_is_missing(recipe, lost):
+    points = study()
+    with pytest.raises(MergelawError, match=f"k = {lost} is not measured"):
+        forecast.along_k(points[points["k"] != lost], "3B", recipe)
+
+
+# ---- along N
+
+
+def test_a_size_is_forecast_from_the_smaller_ones_and_scored():
+    found = forecast.along_N(study(), base="14B")
+    assert found.used == (0.5, 1.5, 3.0, 7.0)
+    assert found.table["ce"].to_numpy() == pytest.approx(found.table["measured"], abs=1e-6)
+    assert found.score["error"] < 1e-6 < found.score["same"]
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_an_unmeasured_size_has_an_interval_that_holds_the_truth(seed):
+    found = forecast.along_N(study(noise=3e-4, seed=seed), N=28, k=[1, 9], level=0.99)
+    truth = MERGING.predict(JOINT, N=28, k=np.array([1, 9]))
+    assert ((found.table["low"] <= truth) & (truth <= found.table["high"])).all()
+    assert found.score is None
+
+
+def test_far_beyond_the_ladder_carries_its_warning():
+    near = forecast.along_N(study(), N=20, k=[4]).warnings
+    far = forecast.along_N(study(), N=700, k=[4]).warnings
+    assert any("extrapolated" in told for told in near)
+    assert any("far beyond the ladder" in told for told in far)
+    assert not any("the measured sizes" in told for told in forecast.along_N(study(), N=5).warnings)
+
+
+def test_a_count_of_parameters_is_taken_for_billions_and_said():
+    counted = forecast.along_N(study(), N=28e9, k=[4])
+    assert counted.N == 28
+    assert any("count parameters" in told for told in counted.warnings)
+
+
+def test_sizes_that_cannot_be_are_refused():
+    for given_, message in (
+        ({}, "either"),
+        ({"N": 3.0, "base": "3B"}, "either"),
+        ({"N": -1.0}, "billions"),
+        ({"base": "0.5B"}, "no smaller base"),
+        ({"base": "1.5B"}, "3 different values of N"),
+    ):
+        with pytest.raises(MergelawError, match=message):
+            forecast.along_N(study(), **given_)
+
+
+def test_points_over_some_subsets_without_errors_carry_a_warning():
+    points = study().assign(subsets=9)
+    assert any("some subsets" in told for told in forecast.along_k(points, "3B").warnings)
+    assert not forecast.sampled(points.assign(se=1e-4))
+    assert not forecast.sampled(points.assign(subsets=126))
+    assert not forecast.sampled(study())
+
+
+# ---- reading, choosing, telling
+
+
+def test_points_are_read_from_a_fitted_folder_or_a_table(tmp_path):
+    points = study()
+    folder = tmp_path / "laws"
+    folder.mkdir()
+    points.to_parquet(folder / "points.parquet", index=False)
+    (folder / "laws.json").write_text("{}")
+    for source in (folder, folder / "laws.json"):
+        pd.testing.assert_frame_equal(forecast.read(source)[0], points)
+    own = tmp_path / "own.csv"
+    points[["N", "k", "ce", "M"]].rename(columns={"ce": "loss"}).to_csv(own, index=False)
+    assert len(forecast.read(own)[0]) == len(points)
+    with pytest.raises(MergelawError, match=r"holds no points\.parquet"):
+        forecast.read(tmp_path)
+    points.drop(columns="M").to_parquet(folder / "points.parquet")
+    with pytest.raises(MergelawError, match="column M"):
+        forecast.read(folder)
+
+
+def test_one_method_domain_and_family_are_chosen():
+    both = pd.concat([study(), study().assign(method="ties")])
+    both = pd.concat([both, both.assign(domain="code")])
+    own = forecast.choose(both, method="ties")
+    assert set(own["domain"]) == {"macro"} and set(own["method"]) == {"ties"}
+    assert set(forecast.choose(both, method="ties", domain="code")["domain"]) == {"code"}
+    assert set(forecast.choose(both, every=["method"])["method"]) == {"average", "ties"}
+    with pytest.raises(MergelawError, match="name one with --method: average, ties"):
+        forecast.choose(both)
+    with pytest.raises(MergelawError, match="no points of method magic"):
+        forecast.choose(both, method="magic")
+
+
+def test_a_forecast_is_json_and_text():
+    found = forecast.along_k(study(noise=1e-3), "3B", k=[3, 20])
+    told = json.loads(json.dumps(found.to_dict(), allow_nan=False))
+    assert told["forecast"][1]["low"] is None and told["forecast"][1]["measured"] is None
+    # nothing smaller was measured at k = 9: no naive forecast there, and none is made up
+    points = study()
+    points = points[(points["N"] == 14.0) | (points["k"] < 9)]
+    told = json.loads(
+        json.dumps(forecast.along_N(points, base="14B", k=[9]).to_dict(), allow_nan=False)
+    )
+    assert told["score"]["same"] is None and told["forecast"][0]["same"] is None
+    text = found.summary()
+    assert "three-point forecast, average, macro, 3B" in text
+    assert "intervals held" in text and "assumes most of all" in text

@@ -1,0 +1,419 @@
+"""Plans: answers that follow from the law, and clear words where the law has none."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pandas as pd
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mergelaw import lineage, plan
+from mergelaw.errors import MergelawError
+from mergelaw.law import MERGING, MERGING_FIXED_N
+
+JOINT = {"L_star": 0.4, "B": 0.3, "A0": 0.08, "beta": 0.4, "gamma": 0.1, "b": 0.3}
+SIZES = [0.5, 1.5, 3.0, 7.0, 14.0]
+
+
+def study(noise=2e-4, M=9, sizes=SIZES, k=None, seed=0, method="average", **change):
+    N, ks = (a.ravel() for a in np.meshgrid(sizes, np.arange(1, M + 1) if k is None else k))
+    random = np.random.default_rng(seed)
+    ce = MERGING.predict({**JOINT, **change}, N=N, k=ks) + noise * random.standard_normal(len(N))
+    return pd.DataFrame(
+        {
+            "method": method,
+            "family": "ours",
+            "base": [f"{n:g}B" for n in N],
+            "N": N,
+            "k": ks,
+            "domain": "macro",
+            "ce": ce,
+            "M": M,
+        }
+    )
+
+
+def truth(N, k):
+    return float(MERGING.predict(JOINT, N=N, k=k))
+
+
+def prices(**columns):
+    rows = {"N": SIZES, "training": [10 * n for n in SIZES], "merging": 0.1, "evaluation": 0.4}
+    return plan.Costs(pd.DataFrame({**rows, "serving": 0.0, **columns}), "hours")
+
+
+# ---- loss
+
+
+def test_the_loss_of_a_measured_base_comes_from_its_own_curve():
+    answer = plan.loss(study(), 3.0, 6)
+    assert answer.value == pytest.approx(truth(3.0, 6), abs=4e-4)
+    assert answer.low <= truth(3.0, 6) <= answer.high
+    assert "L_inf + A / (k + b)" in answer.reason
+    assert "reachable with this pool of 9" in answer.reason
+    assert not answer.warnings
+
+
+def test_the_loss_of_another_size_comes_from_the_joint_law():
+    answer = plan.loss(study(), 28.0, 6)
+    assert answer.value == pytest.approx(truth(28.0, 6), abs=3e-3)
+    assert answer.low <= truth(28.0, 6) <= answer.high
+    assert "beta" in answer.reason
+    assert any("extrapolated" in told for told in answer.warnings)
+    assert "left out" in answer.assumption  # the size is what is uncertain
+
+
+def test_a_size_near_a_measured_one_is_that_one_and_a_count_is_billions():
+    assert plan.loss(study(), 3.02, 6).value == plan.loss(study(), 3.0, 6).value
+    counted = plan.loss(study(), 3e9, 6)
+    assert counted.value == plan.loss(study(), 3.0, 6).value
+    assert any("count parameters" in told for told in counted.warnings)
+
+
+def test_k_beyond_the_pool_carries_its_warning():
+    answer = plan.loss(study(), 3.0, 30)
+    assert any("not reachable with this pool of 9" in told for told in answer.warnings)
+    assert "experts beyond the pool" in answer.assumption
+
+
+# ---- experts
+
+
+@settings(max_examples=25)
+@given(b=st.floats(0, 2), count=st.integers(2, 9))
+def test_the_number_of_experts_is_the_laws_rounded_up(b, count):
+    points = study(noise=0, sizes=[3.0], b=b)
+    own = {"L_inf": truth(3.0, math.inf), "A": 0.08 * 3.0**-0.1, "b": b}
+    between = MERGING_FIXED_N.predict(own, k=np.array([count - 0.5]))[0]
+    answer = plan.experts(points, 3.0, between)
+    assert answer.value == count
+    assert f"{count} expert" in answer.answer
+
+
+def test_an_interval_of_experts_holds_the_truth():
+    points = study(noise=3e-4)
+    target = truth(3.0, 6) + 1e-6
+    answer = plan.experts(points, 3.0, target, level=0.99)
+    assert answer.low <= 6 <= answer.high
+    assert answer.low < answer.high
+
+
+def test_a_target_beyond_the_pool_is_not_reachable_with_it():
+    answer = plan.experts(study(noise=0), 3.0, truth(3.0, 20))
+    assert answer.value == pytest.approx(20, abs=1)
+    assert "not reachable with this pool of 9" in answer.answer
+
+
+def test_a_target_below_the_floor_is_refused():
+    floor = truth(3.0, math.inf)
+    with pytest.raises(MergelawError, match="below the floor of 3B") as refused:
+        plan.experts(study(), 3.0, floor - 0.01)
+    assert "\n" not in str(refused.value)
+
+
+def test_an_upper_end_that_never_gets_there_is_infinite():
+    points = study(noise=2e-3, seed=1)
+    curve = plan.Curve(points, 3.0)
+    low, high = (curve.interval(math.inf)[side] for side in (0, 1))
+    target = curve.loss(math.inf) + (high - curve.loss(math.inf)) / 2
+    assert low < target < high
+    answer = plan.experts(points, 3.0, target)
+    assert math.isinf(answer.high)
+    assert answer.to_dict()["high"] is None
+    assert "perhaps never" in answer.answer
+
+
+# ---- stop
+
+
+def test_stop_where_one_more_gains_too_little():
+    points = study(noise=0)
+    gains = [truth(3.0, k) - truth(3.0, k + 1) for k in range(1, 10)]
+    answer = plan.stop(points, 3.0, (gains[3] + gains[4]) / 2)
+    assert answer.value == 5
+    assert [row["next gains"] for row in answer.table] == pytest.approx(gains, rel=1e-3)
+    assert answer.table[-1]["of the way to k = 9"] == pytest.approx(1)
+    never = plan.stop(points, 3.0, 1e-5)
+    assert "use all 9 experts" in never.answer and never.value > 9
+
+
+def test_an_interval_of_a_difference_knows_that_errors_are_shared():
+    """L(8) - L(9) is known far better than either loss."""
+    curve = plan.Curve(study(noise=5e-4), 3.0)
+    value, (low, high) = curve.difference(8, 9)
+    assert low < truth(3.0, 8) - truth(3.0, 9) < high
+    assert value == pytest.approx(curve.loss(8) - curve.loss(9), abs=1e-8)
+    ends = curve.fitted.predict_interval(k=9)
+    assert high - low < 0.3 * (ends[1] - ends[0])
+
+
+def test_a_difference_between_sizes_is_the_joint_laws():
+    curve = plan.Curve(study(), 3.0, joint=True)
+    value, (low, high) = curve.difference(4, 4, N=14.0)
+    wanted = truth(3.0, 4) - truth(14.0, 4)
+    assert low < wanted < high
+    assert value == pytest.approx(wanted, abs=1e-3)
+
+
+# ---- budget
+
+
+def test_free_experts_are_bought_first_and_a_cheap_large_base_otherwise():
+    points = study()
+    dear = prices(training=[1, 1, 1, 1000, 1000])
+    more = plan.budget(points, 3.0, 4, dear, amount=10)
+    assert more.answer.startswith("more experts")
+    assert "no larger base is to be had for less than" in more.reason
+    cheap = prices(training=[1, 1, 100, 1, 1])
+    larger = plan.budget(points, 3.0, 4, cheap, amount=10)
+    assert larger.answer.startswith("larger base")
+    assert larger.value == pytest.approx(truth(3.0, 4) - truth(14.0, 9), abs=1e-3)
+    assert larger.low <= larger.value <= larger.high
+
+
+def test_serving_makes_a_larger_base_dear():
+    points = study()
+    served = prices(serving=[n for n in SIZES])
+    cheap = plan.budget(points, 3.0, 4, served)
+    dear = plan.budget(points, 3.0, 4, served, serve=1000)
+    assert cheap.answer.startswith("larger base")
+    assert dear.answer.startswith("more experts")
+
+
+def test_experts_that_are_there_cost_no_training():
+    points = study()
+    costs = prices()
+    without = {row["step"]: row for row in plan.budget(points, 3.0, 4, costs).table}
+    with_ = {row["step"]: row for row in plan.budget(points, 3.0, 4, costs, have=9).table}
+    assert with_["more experts"]["cost"] == pytest.approx(0.5)
+    assert without["more experts"]["cost"] == pytest.approx(30.5)
+
+
+def test_a_budget_that_buys_nothing_and_other_bad_questions_are_refused():
+    points, costs = study(), prices()
+    for arguments, message in (
+        ({"amount": 0.1}, "buys no step"),
+        ({"amount": -1}, "give an amount of 0 or more"),
+        ({"sizes": [1.0]}, "no base larger"),
+    ):
+        with pytest.raises(MergelawError, match=message):
+            plan.budget(points, 3.0, 4, costs, **arguments)
+    with pytest.raises(MergelawError, match="no base larger"):
+        plan.budget(points, 14.0, 4, costs)
+    with pytest.raises(MergelawError, match="3 different values of N"):
+        plan.budget(points[points["N"] <= 1.5], 0.5, 4, costs)
+
+
+# ---- rule
+
+
+def test_the_rule_with_the_lowest_law_wins_and_a_close_race_is_called_one():
+    ahead = pd.concat([study(), study(method="ties", L_star=0.38, seed=1)])
+    answer = plan.rule(ahead, 3.0, 4)
+    assert answer.answer.startswith("3B, k = 4: ties, ahead of average")
+    assert answer.low < 0.02 < answer.high
+    close = pd.concat([study(), study(method="ties", seed=1)])
+    assert "not to be told apart" in plan.rule(close, 3.0, 4).answer
+    everywhere = plan.rule(ahead)
+    assert len(everywhere.table) == len(SIZES) * 9
+    assert "ties is best at 45 of 45" in everywhere.answer
+
+
+def test_a_rule_needs_two_methods():
+    with pytest.raises(MergelawError, match="two methods"):
+        plan.rule(study(), 3.0, 4)
+
+
+# ---- measure
+
+
+def test_missing_levels_of_k_are_bought_until_the_interval_is_halved():
+    points = study(k=[1, 2, 4, 6], noise=5e-4)
+    answer = plan.measure(points, 3.0, 9)
+    assert answer.value <= 0.5
+    assert answer.table[0]["buy"].startswith("k = ")
+    assert [row["share"] for row in answer.table] == sorted(
+        (row["share"] for row in answer.table), reverse=True
+    )
+    # what was promised comes about: with those points measured the interval is about as narrow
+    bought = [int(row["buy"].split()[2]) for row in answer.table]
+    more = study(k=sorted([1, 2, 4, 6, *bought]), noise=0)
+    more = more[(more["N"] == 3.0) & more["k"].isin(bought)]
+    after = plan.Curve(pd.concat([points, more], ignore_index=True), 3.0)
+    before = plan.Curve(points, 3.0)
+    ends = [curve.fitted.predict_interval(k=9) for curve in (before, after)]
+    assert ends[1][1] - ends[1][0] < 0.75 * (ends[0][1] - ends[0][0])
+
+
+def test_a_size_is_bought_for_a_forecast_beyond_the_ladder():
+    answer = plan.measure(study(), 28.0, 9, prices())
+    assert all("a base of N" in row["buy"] or "k = " in row["buy"] for row in answer.table)
+    assert any("a base of N" in row["buy"] for row in answer.table)
+    assert "hours" in answer.answer
+
+
+def test_more_circles_are_bought_where_points_have_standard_errors():
+    points = study(noise=3e-4, sizes=[3.0]).assign(se=3e-4, replicates=3)
+    answer = plan.measure(points, 3.0, 9)
+    assert any("circles again" in row["buy"] for row in answer.table)
+
+
+def test_an_exhausted_pool_has_nothing_to_sell():
+    answer = plan.measure(study(noise=5e-4), 3.0, 9)
+    assert "nothing to buy" in answer.answer and "all k of this pool" in answer.answer
+    with pytest.raises(MergelawError, match="no interval to narrow"):
+        plan.measure(study(k=[1, 2, 4]), 3.0, 9)
+
+
+# ---- costs
+
+
+def test_costs_are_power_laws_between_and_beyond_the_sizes():
+    costs = prices()
+    assert costs.at(2.0, "training") == pytest.approx(20)
+    assert costs.at(56.0, "training") == pytest.approx(560)
+    assert costs.at(3.0, "serving") == 0
+    one = plan.Costs(
+        pd.DataFrame({"N": [2.0], "training": 6.0, "merging": 0, "evaluation": 0, "serving": 0})
+    )
+    assert one.at(4.0, "training") == pytest.approx(12)
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("N,training\n3,5\n7,x\n", "row 2 has training = x"),
+        ("N,training\n3,-5\n", "row 1 has training = -5"),
+        ("N,train\n3,5\n", "not train"),
+        ("training\n5\n", "column N"),
+        ("N,training\n0,5\n", "above 0"),
+    ],
+)
+def test_a_bad_file_of_costs_is_refused_in_a_line(tmp_path, text, message):
+    file = tmp_path / "costs.csv"
+    file.write_text(text)
+    with pytest.raises(MergelawError, match=message):
+        plan.Costs.read(file)
+    with pytest.raises(MergelawError, match="no such file"):
+        plan.Costs.read(tmp_path / "none.csv")
+
+
+def test_a_file_of_costs_is_read(tmp_path):
+    file = tmp_path / "costs.csv"
+    file.write_text("N,training\n3e9,5\n7e9,9\n")
+    costs = plan.Costs.read(file)
+    assert costs.table["N"].tolist() == [3, 7]
+    assert costs.at(3, "training") == pytest.approx(5)
+    assert costs.at(3, "merging") == 0
+
+
+def artifact(folder, stage, recipe, inputs, work=lambda folder: None):
+    lineage.make(folder, stage, recipe, inputs, lambda out, state: work(out))
+    return folder
+
+
+def test_costs_come_from_the_lineage_of_the_laws(tmp_path):
+    evals, seconds = [], {}
+    for base, N in (("small", 1.0), ("large", 4.0)):
+        vectors = {}
+        for name in ("a", "b"):
+            expert = artifact(tmp_path / base / f"{name}@1", "expert", {"training": {}}, {})
+            seconds.setdefault(N, []).append(lineage.read(expert)["wall_seconds"])
+            vectors[f"task-vector:{name}"] = artifact(
+                tmp_path / base / f"v{name}@1", "task_vector", {}, {"expert": expert}
+            )
+        rows = pd.DataFrame(
+            {
+                "base": base,
+                "N": N,
+                "method": "average",
+                "role": "merge",
+                "merge": ["a", "a", "b", "b"],
+                "cell": [f"{base}{i}" for i in range(4)],
+                "merge_seconds": 0.5 * N,
+                "eval_seconds": 2.0 * N,
+                "tokens": 1000,
+            }
+        )
+        evals.append(
+            artifact(
+                tmp_path / base / "evals@1",
+                "evaluate",
+                {},
+                vectors,
+                lambda out, rows=rows: rows.to_parquet(out / "cells.parquet"),
+            )
+        )
+    laws = artifact(tmp_path / "laws@1", "fit", {}, {f"evals:{i}": e for i, e in enumerate(evals)})
+    costs = plan.Costs.measured(laws)
+    assert costs.unit == "seconds"
+    assert costs.table["merging"].tolist() == [0.5, 2.0]
+    assert costs.table["evaluation"].tolist() == [4.0, 16.0]  # two domains a merge
+    assert costs.table["serving"].tolist() == [2000.0, 8000.0]
+    assert costs.table["training"].tolist() == pytest.approx([np.mean(seconds[N]) for N in (1, 4)])
+    with pytest.raises(MergelawError, match="no lineage"):
+        plan.Costs.measured(tmp_path)
+
+
+# ---- all of them
+
+
+QUESTIONS = {
+    "loss": lambda points: plan.loss(points, 3.0, 6),
+    "experts": lambda points: plan.experts(points, 3.0, truth(3.0, 5)),
+    "stop": lambda points: plan.stop(points, 3.0, 0.003),
+    "budget": lambda points: plan.budget(points, 3.0, 4, prices()),
+    "rule": lambda points: plan.rule(pd.concat([points, points.assign(method="other")]), 3.0),
+    "measure": lambda points: plan.measure(points, 28.0, 9),
+}
+
+
+@pytest.mark.parametrize("question", QUESTIONS)
+def test_every_answer_has_reason_and_assumption_and_is_strict_json(question):
+    answer = QUESTIONS[question](study())
+    told = json.loads(plan.to_json(answer))
+    assert told["question"] == question
+    assert told["reason"] and told["assumption"] and told["answer"]
+    text = answer.summary()
+    assert "why: " in text and "assumes most of all: " in text
+
+
+@pytest.mark.parametrize(
+    "ask, message",
+    [
+        (lambda p: plan.loss(p, -1, 4), "billions"),
+        (lambda p: plan.loss(p, 3.0, 0), "1 or more"),
+        (lambda p: plan.loss(p, 3.0, math.nan), "1 or more"),
+        (lambda p: plan.loss(p, 3.0, 4, level=2), "no probability"),
+        (lambda p: plan.experts(p, 3.0, -0.1), "above 0"),
+        (lambda p: plan.stop(p, 3.0, 0), "above 0"),
+        (lambda p: plan.measure(p, 3.0, 4, share=2), "between 0 and 1"),
+    ],
+)
+def test_questions_that_make_no_sense_are_refused_in_a_line(ask, message):
+    with pytest.raises(MergelawError, match=message) as refused:
+        ask(study(sizes=[3.0]))
+    assert "\n" not in str(refused.value)
+
+
+def test_the_command_answers_and_refuses(tmp_path):
+    file = tmp_path / "points.csv"
+    study()[["N", "k", "ce", "M"]].to_csv(file, index=False)
+
+    def run(*words):
+        command = [sys.executable, "-c", "from mergelaw.cli import main; main()", *words]
+        return subprocess.run(command, capture_output=True, text=True, env={**os.environ})
+
+    done = run("plan", "loss", str(file), "--N", "3", "--k", "6", "--json")
+    assert json.loads(done.stdout)["value"] == pytest.approx(truth(3.0, 6), abs=4e-4)
+    done = run("forecast", str(file), "--N", "3")
+    assert done.returncode == 0 and "three-point forecast" in done.stdout
+    refused = run("plan", "experts", str(file), "--N", "3", "--target", "0.1")
+    assert refused.returncode == 1 and refused.stdout == ""
+    assert refused.stderr.startswith("mergelaw: error: target 0.1 is below the floor")
+    assert refused.stderr.count("\n") == 1

@@ -1,0 +1,345 @@
+"""What a study's cells tell of its points' errors, and what fits make of it."""
+
+import itertools
+import json
+import math
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from mergelaw.covariance import Part, of_circles, restricted
+from mergelaw.errors import MergelawError
+from mergelaw.fit import EXPERTS, POOL, fit
+from mergelaw.fits import fit_points, fit_study, write_fits
+from mergelaw.law import INVERSE_FIXED_N, MERGING, MERGING_FIXED_N
+from mergelaw.points import MACRO, points, read_points
+from mergelaw.sampling import design_variance, pattern, rotations
+from mergelaw.sampling_error import describe
+
+POOL_SIZE = 7
+DOCUMENTS = 30
+NAMES = [f"e{i}" for i in range(POOL_SIZE)]
+TRUTH = {"L_star": 0.6, "B": 0.3, "beta": 0.4, "A0": 0.1, "gamma": 0.05, "b": 0.2}
+
+
+def landscape(random) -> tuple[np.ndarray, np.ndarray]:
+    """Effects of single experts, and of pairs that sum to zero for each expert; tau = .02."""
+    pairs = random.standard_normal((POOL_SIZE, POOL_SIZE))
+    pairs += pairs.T
+    np.fill_diagonal(pairs, 0)
+    rows = pairs.sum(axis=1)
+    own = (rows - rows.sum() / (2 * (POOL_SIZE - 1))) / (POOL_SIZE - 2)
+    pairs -= own[:, None] + own
+    np.fill_diagonal(pairs, 0)
+    scale = math.sqrt(2 * POOL_SIZE * (POOL_SIZE - 3) / (pairs**2).sum())
+    alone = random.standard_normal(POOL_SIZE)
+    return 0.02 * (alone - alone.mean()), 0.02 * scale * pairs
+
+
+def study(sizes=(1.0, 4.0, 20.0), circles=3, exhaustive=False, domains=("x", "y"), seed=0):
+    """Rows of a study whose losses are the law's, a landscape's and the documents'."""
+    random = np.random.default_rng(seed)
+    texts = {d: 0.3 * random.standard_normal(DOCUMENTS) for d in domains}
+    tokens = {d: random.integers(20, 60, DOCUMENTS) for d in domains}
+    for domain in domains:  # these documents are on average what the law says
+        texts[domain] -= texts[domain] @ tokens[domain] / tokens[domain].sum()
+    rows = []
+    for N in sizes:
+        alone, pairs = landscape(random)
+        placed = [list(random.permutation(POOL_SIZE)) for _ in range(circles)]
+        for k in range(1, POOL_SIZE + 1):
+            missed = 3e-4 * random.standard_normal()  # what the law misses here
+            every = list(itertools.combinations(range(POOL_SIZE), k))
+            levels = [(-1, every)]
+            if not exhaustive and 1 < k < POOL_SIZE - 1:
+                places = pattern("ring", k)
+                levels = [(c, rotations(circle, places)) for c, circle in enumerate(placed)]
+            for replicate, subsets in levels:
+                for members in subsets:
+                    at = list(members)
+                    loss = float(MERGING.predict(TRUTH, N=N, k=k)) + missed + alone[at].mean()
+                    loss += pairs[np.ix_(at, at)].sum() / (2 * k * k)
+                    for place, domain in enumerate(domains):
+                        nll = tokens[domain] * (loss * (1 + place) + texts[domain])
+                        rows.append(
+                            {"method": "average", "family": "f", "base": f"b{N:g}", "N": N,
+                             "N_total": N, "seed": 1, "k": k, "replicate": replicate,
+                             "experts": [NAMES[i] for i in members],
+                             "merge": "+".join(NAMES[i] for i in members), "role": "merge",
+                             "domain": domain, "held_out": False,
+                             "ce": nll.sum() / tokens[domain].sum(), "finite": True,
+                             "document_nll": nll, "document_tokens": tokens[domain]}
+                        )  # fmt: skip
+    return pd.DataFrame(rows)
+
+
+def described(rows, **options):
+    table, _ = points(rows)
+    return describe(table, rows, **options)
+
+
+def test_the_shape_of_circles_is_that_of_their_pattern():
+    table, warnings = described(study(circles=3))
+    assert warnings == []
+    own = table[(table["base"] == "b1") & (table["domain"] == "x")]
+    group = table[table["domain"] == "x"].reset_index(drop=True)
+    at = np.flatnonzero(group["base"] == "b1")
+    design = np.vstack(own["design"])[:, at]
+    patterns = [pattern("ring", k) for k in range(1, POOL_SIZE + 1)]
+    shape = design_variance(patterns, POOL_SIZE, 1)
+    assert np.trace(design) > 0
+    assert design / np.trace(design) == pytest.approx(shape / np.trace(shape), abs=1e-12)
+    assert set(own["freedom"]) == {2}
+    # Bases do not share their circles, so their errors are independent.
+    others = np.flatnonzero(group["base"] != "b1")
+    assert not np.vstack(own["design"])[:, others].any()
+
+
+def test_circles_tell_their_own_scale():
+    random = np.random.default_rng(0)
+    shape = design_variance([pattern("ring", k) for k in range(1, 10)], 9, 1)
+    draws = random.multivariate_normal(np.zeros(9), 4e-6 * shape, size=(500, 3), method="eigh")
+    scales = [of_circles(means, shape).matrix.trace() / shape.trace() for means in draws]
+    assert np.mean(scales) == pytest.approx(4e-6 / 3, rel=0.1)
+
+
+def test_one_circle_is_told_of_unless_a_surrogate_knows():
+    rows = study(circles=1)
+    table, (warning,) = described(rows)
+    assert "one circle only on b1, b20, b4" in warning and "circles to 3" in warning
+    assert not np.vstack(table.query("domain == 'x'")["design"]).any()
+    tau2 = {("average", "f", f"b{N}", d): 4e-4 for N in (1, 4, 20) for d in ("x", "y", MACRO)}
+    table, warnings = described(rows, tau2=tau2)
+    assert warnings == []
+    own = table[table["domain"] == "x"].reset_index(drop=True)
+    at = np.flatnonzero(own["base"] == "b1")
+    patterns = [pattern("ring", k) for k in range(1, POOL_SIZE + 1)]
+    expected = design_variance(patterns, POOL_SIZE, 1, tau2=4e-4)
+    assert np.vstack(own["design"])[np.ix_(at, at)] == pytest.approx(expected, abs=1e-15)
+
+
+def test_exhaustive_levels_have_no_sampling_error_and_draws_have_their_own():
+    table, warnings = described(study(exhaustive=True))
+    assert warnings == []
+    assert not np.vstack(table.query("domain == 'x'")["design"]).any()
+    rows = study(sizes=(1.0,), circles=1, domains=("x",))
+    drawn = rows[rows["replicate"] == 0].copy()
+    drawn["replicate"] = drawn.groupby("k").cumcount()
+    table, _ = described(pd.concat([rows[rows["replicate"] < 0], drawn]))
+    design = np.diag(np.vstack(table.query("domain == 'x'")["design"]))
+    for i, (k, of) in enumerate(zip(range(1, 8), design, strict=True)):
+        losses = rows.query("k == @k")["ce"]
+        expected = losses.var(ddof=1) / POOL_SIZE if 1 < k < POOL_SIZE - 1 else 0
+        assert of == pytest.approx(expected), i
+
+
+def test_the_documents_covariance_is_the_bootstraps():
+    rows = study(exhaustive=True, sizes=(1.0, 4.0))
+    table, _ = described(rows, documents=[rows.iloc[:200], rows.iloc[200:]])
+    random = np.random.default_rng(1)
+    sums = {
+        place: (np.mean(cells["document_nll"].to_list(), axis=0), cells["document_tokens"].iloc[0])
+        for place, cells in rows.groupby(["base", "k", "domain"])
+    }
+    for domain in ("x", MACRO):
+        own = table[table["domain"] == domain]
+        found = np.vstack(own["documents"])
+        boots = []
+        for _ in range(2000):
+            drawn = {d: random.integers(0, DOCUMENTS, DOCUMENTS) for d in ("x", "y")}
+            boots.append(_resampled(sums, own, domain, drawn))
+        expected = np.cov(np.transpose(boots))
+        assert np.sqrt(np.diag(found)) == pytest.approx(np.sqrt(np.diag(expected)), rel=0.1)
+
+
+def _resampled(sums, own, domain, drawn):
+    """Points' losses on documents drawn again."""
+    chosen = ["x", "y"] if domain == MACRO else [domain]
+    return [
+        np.mean([
+            sums[base, k, d][0][drawn[d]].sum() / sums[base, k, d][1][drawn[d]].sum()
+            for d in chosen
+        ])
+        for base, k in own[["base", "k"]].itertuples(index=False, name=None)
+    ]  # fmt: skip
+
+
+def test_documents_widen_the_floor_and_hardly_the_tail():
+    rows = study(exhaustive=True, seed=3)
+    plain = fit_study(rows)
+    told = fit_study(rows, [rows])
+    first, second = (
+        next(f.fit for f in study.fits if f.domain == MACRO and f.base is None)
+        for study in (plain, told)
+    )
+    width = {
+        name: [float(np.diff(f.interval(name))[0]) for f in (first, second)]
+        for name in ("L_star", "b")
+    }
+    assert width["L_star"][1] > 2 * width["L_star"][0]
+    assert width["b"][1] < 1.5 * width["b"][0]
+    # and do not pull the curve away from the points
+    assert second.rmse < 1.5 * first.rmse
+
+
+def test_a_circles_errors_reach_the_fit_with_their_degrees_of_freedom():
+    rows = study(sizes=(1.0, 4.0, 20.0, 60.0))
+    fitted = next(f.fit for f in fit_study(rows).fits if f.domain == "x" and f.base is None)
+    assert 2 < fitted.freedom_of("A0") < 40
+    low, high = fitted.predict_interval(level=0.99, N=20, k=5)
+    assert low < MERGING.predict(TRUTH, N=20, k=5) < high
+
+
+def test_scatter_over_sizes_is_told_from_misfit():
+    random = np.random.default_rng(2)
+    sizes = np.array([0.5, 1, 2, 4, 8, 16, 32, 64])
+    N, k = (axis.ravel() for axis in np.meshgrid(sizes, np.arange(1, 10), indexing="ij"))
+    own = np.repeat(4e-3 * random.standard_normal(8), 9)
+    ce = MERGING.predict(TRUTH, N=N, k=k) + own + 3e-4 * random.standard_normal(72)
+    fitted = fit(MERGING, {"N": N, "k": k, "ce": ce})
+    assert fitted.misfit == pytest.approx(3e-4, rel=0.3)
+    assert fitted.scatter == pytest.approx(4e-3, rel=0.6)
+    # what tells the floor is eight sizes, what tells b is seventy points
+    assert fitted.freedom_of("beta") < 10 < fitted.freedom_of("b")
+    mean = fitted.predict_interval(N=200, k=9)
+    new = fitted.predict_interval(N=200, k=9, new=True)
+    assert new[0] < mean[0] and mean[1] < new[1]
+    # four sizes cannot tell
+    few = N < 8
+    assert fit(MERGING, {"N": N[few], "k": k[few], "ce": ce[few]}).scatter == 0
+
+
+def test_variances_are_those_of_a_balanced_table():
+    """Groups of equal size: REML is the analysis of variance."""
+    random = np.random.default_rng(0)
+    groups, size = 12, 6
+    group = np.repeat(np.arange(groups), size)
+    values = np.repeat(2.0 * random.standard_normal(groups), size) + random.standard_normal(72)
+    values -= values.mean()
+    same = (group[:, None] == group).astype(float)
+    (within, between), _ = restricted(values, np.ones((72, 1)), np.zeros((72, 72)), [None, same])
+    means = values.reshape(groups, size).mean(axis=1)
+    mean_square = size * means.var(ddof=1)
+    error = ((values.reshape(groups, size) - means[:, None]) ** 2).sum() / (groups * (size - 1))
+    assert within == pytest.approx(error, rel=1e-5)
+    assert between == pytest.approx((mean_square - error) / size, rel=1e-5)
+
+
+# ---- experts like these
+
+
+def test_the_jackknife_of_a_mean_is_the_textbooks():
+    """One expert alone at k = 1: leaving one out is leaving out a value of a sample."""
+    rows = study(sizes=(1.0,), exhaustive=True, domains=("x",))
+    fitted = next(f.fit for f in fit_study(rows).fits if f.domain == "x")
+    assert len(fitted.without) == POOL_SIZE
+    low, high = fitted.interval("L_inf", of=EXPERTS)
+    assert low < fitted.parameters["L_inf"] < high
+    inverse = fit(
+        INVERSE_FIXED_N,
+        (table := described(rows)[0].query("domain == 'x'").drop(columns="se")),
+        without=[
+            table[table["without"].notna()].assign(ce=ce)
+            for ce in np.transpose(table["without"].dropna().to_list())
+        ],
+    )
+    values = [other["L_inf"] for other in inverse.without]
+    error = math.sqrt((POOL_SIZE - 1) * np.var(values))
+    ends = inverse.interval("A", of=EXPERTS)
+    amplitudes = [other["A"] for other in inverse.without]
+    assert ends[1] - inverse.parameters["A"] == pytest.approx(
+        1.943180 * math.sqrt((POOL_SIZE - 1) * np.var(amplitudes)), rel=1e-5
+    )
+    centre = float(inverse.predict(k=math.inf))
+    assert float(inverse.predict_interval(of=EXPERTS, k=math.inf)[1]) - centre == pytest.approx(
+        1.943180 * error, rel=1e-5
+    )
+
+
+def test_without_all_subsets_nothing_is_said_of_other_experts():
+    fitted = next(f.fit for f in fit_study(study()).fits if f.domain == "x" and f.base is None)
+    assert fitted.without == () and fitted.interval("b", of=EXPERTS) is None
+    assert fitted.conf_int(of=EXPERTS).isna().all(axis=None)
+    with pytest.raises(MergelawError, match=f"speaks of '{POOL}'"):
+        fitted.interval("b", of="everybody")
+
+
+# ---- results
+
+
+def test_a_result_tells_its_parameters_intervals_and_predictions():
+    fitted = next(f.fit for f in fit_study(study()).fits if f.domain == "x" and f.base is None)
+    assert list(fitted.params.index) == list(MERGING.parameters)
+    table = fitted.conf_int()
+    assert list(table.columns) == ["low", "high"]
+    assert tuple(table.loc["b"]) == fitted.interval("b")
+    told = fitted.prediction(N=[1.0, 4.0], k=3)
+    assert list(told.columns) == ["N", "k", "ce", "low", "high"]
+    assert (told["low"] < told["ce"]).all() and (told["ce"] < told["high"]).all()
+    for value in (float(told["low"][0]) + 1e-6, float(told["low"][0]) - 1e-6):
+        assert fitted.holds(value, N=1.0, k=3) == (value > told["low"][0])
+
+
+def test_experts_needed_are_counted_from_the_floor():
+    truth = {"L_inf": 1.0, "A": 0.1, "b": 0.25}
+    k = np.arange(1, 10)
+    fitted = fit(MERGING_FIXED_N, {"k": k, "ce": MERGING_FIXED_N.predict(truth, k=k)})
+    for nats in (0.06, 0.02, 0.003):
+        assert fitted.k_within(nats) == math.ceil(0.1 / nats - 0.25)
+    with pytest.raises(MergelawError, match="above 0"):
+        fitted.k_within(0)
+
+
+def test_few_levels_say_which_to_add():
+    fitted = fit(MERGING_FIXED_N, {"k": [1, 2, 4], "ce": [1.2, 1.08, 1.03]})
+    assert any("b is on its bound 0: with k in {1, 2, 4}" in w for w in fitted.warnings)
+    assert any("add k = 6 or more" in w for w in fitted.warnings)
+
+
+def test_domains_share_what_they_have_in_common():
+    random = np.random.default_rng(0)
+    N, k = (axis.ravel() for axis in np.meshgrid([0.5, 1.5, 7, 32], np.arange(1, 10)))
+    tables = []
+    for place in range(4):
+        own = {**TRUTH, "A0": 0.05 + 0.03 * place, "beta": 0.2 + 0.2 * place}
+        ce = MERGING.predict(own, N=N, k=k) + 2e-4 * random.standard_normal(36)
+        tables.append(pd.DataFrame({"N": N, "k": k, "ce": ce, "domain": f"d{place}"}))
+    table = pd.concat(tables, ignore_index=True).assign(
+        method="average", family="f", M=9, base=lambda t: t["N"].map("b{:g}".format)
+    )
+    (found,) = fit_points(table).pooled
+    assert set(found.shared) == {"gamma", "b"}
+    for name in found.shared:
+        low, high = found.intervals[name]
+        assert low < TRUTH[name] < high
+    assert found.ways[0]["above"] == 0 and len(found.ways) == 8
+    assert "domains share gamma" in found.summary()
+    assert len({values["b"] for values in found.domains.values()}) == 1
+    assert len({values["beta"] for values in found.domains.values()}) == 4
+
+
+def test_what_is_written_is_fitted_again_as_it_was(tmp_path):
+    rows = study()
+    write_fits(rows, tmp_path, [], [rows])
+    told = json.loads((tmp_path / "laws.json").read_text())
+    assert told["intervals"] == {"intervals": POOL, "experts_intervals": EXPERTS}
+    assert told["variances"] and told["pooled"]
+    table, warnings = read_points(tmp_path / "points.parquet")
+    again = fit_points(table)
+    assert warnings == []
+    for before, after in zip(told["fits"], again.fits, strict=True):
+        assert after.fit.parameters == pytest.approx(before["parameters"])
+        assert after.fit.misfit == pytest.approx(before["misfit"])
+    pd.read_parquet(tmp_path / "points.parquet").query("k < 6").to_parquet(tmp_path / "few.parquet")
+    _, (warning,) = read_points(tmp_path / "few.parquet")
+    assert "only se is used" in warning
+
+
+def test_a_part_is_checked():
+    with pytest.raises(MergelawError, match="7 by 7"):
+        fit(
+            MERGING_FIXED_N,
+            {"k": np.arange(1, 8), "ce": 1 + 0.1 / np.arange(1, 8)},
+            covariance=[Part(np.eye(3))],
+        )
