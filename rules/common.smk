@@ -15,9 +15,9 @@ from mergelaw.study import Study
 
 # What a profile may say besides, for it is about the machine: which Python OpenRLHF is installed for.
 if "openrlhf_python" in config:
-    os.environ["MERGELAW_OPENRLHF_PYTHON"] = str(config.pop("openrlhf_python"))
+    os.environ.update(MERGELAW_OPENRLHF_PYTHON=str(config.pop("openrlhf_python")))
 # For envs/main.yaml, which Snakemake copies before pip reads it.
-os.environ["MERGELAW_ROOT"] = str(Path(workflow.basedir).parent)
+os.environ.update(MERGELAW_ROOT=str(Path(workflow.basedir).parent))
 
 try:
     for path in workflow.configfiles:
@@ -152,7 +152,8 @@ def start():
         run_lock = only_run(study.results)
     except MergelawError as error:
         sys.exit(f"mergelaw: error: {error}")
-    if workflow.local_exec and sys.platform == "linux":
+    here = workflow.local_exec and not workflow.deployment_settings.deployment_method
+    if here and sys.platform == "linux":  # where jobs run with this very Python
         forks = forkserver.start()
 
 

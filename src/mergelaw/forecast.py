@@ -24,11 +24,12 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 from scipy.special import ndtri, stdtrit
 
 from mergelaw.errors import MergelawError
-from mergelaw.law import INVERSE_FIXED_N, LEVEL, MERGING, MERGING_FIXED_N, Fit, Law, fit
+from mergelaw.fit import LEVEL, Fit, fit
+from mergelaw.law import INVERSE_FIXED_N, MERGING, MERGING_FIXED_N, Law
 from mergelaw.points import MACRO, TOO_MANY_BILLIONS, read_points
 
 Array = NDArray[np.float64]
@@ -436,7 +437,7 @@ def sampled(points: pd.DataFrame) -> list[str]:
     ]
 
 
-def ends_of(fitted: Fit, level: float, **at: ArrayLike) -> tuple[Array, Array]:
+def ends_of(fitted: Fit, level: float, **at: Any) -> tuple[Array, Array]:
     """Interval of what will be measured: the law's own, and what it misses at a point.
 
     NaN where the noise is unknown.

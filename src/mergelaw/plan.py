@@ -25,8 +25,9 @@ from scipy.special import ndtri, stdtrit
 
 from mergelaw import lineage
 from mergelaw.errors import MergelawError
+from mergelaw.fit import LEVEL
 from mergelaw.forecast import base_of, beyond, billions, ends_of, fit, sampled
-from mergelaw.law import LAWS, LEVEL, MERGING, MERGING_FIXED_N, Law
+from mergelaw.law import LAWS, MERGING, MERGING_FIXED_N, Law
 
 Array = NDArray[np.float64]
 
@@ -884,7 +885,7 @@ def _with(table: pd.DataFrame, added: pd.DataFrame) -> pd.DataFrame:
 
 def _width(curve: Curve, table: pd.DataFrame, sigma: float, k: float) -> float:
     """Width of the interval of the expected loss if these were the points."""
-    at = {"N": curve.N} if curve.law is MERGING else {}
+    at: dict[str, Any] = {"N": curve.N} if curve.law is MERGING else {}
     ends = fit(curve.law, table, misfit=sigma).predict_interval(level=curve.level, k=k, **at)
     assert ends is not None
     # The noise was estimated from residuals, of which there are more now.
