@@ -24,9 +24,10 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from numpy.typing import NDArray
-from scipy.special import ndtri, stdtrit
+from numpy.typing import ArrayLike, NDArray
+from scipy.special import stdtrit
 
+from mergelaw.covariance import Part
 from mergelaw.errors import MergelawError
 from mergelaw.fit import LEVEL, Fit, fit
 from mergelaw.law import INVERSE_FIXED_N, MERGING, MERGING_FIXED_N, Law
@@ -167,7 +168,12 @@ def read(source: Path) -> tuple[pd.DataFrame, list[str]]:
         raise MergelawError(
             f"{file}: lacks the column {', '.join(absent)}: written by another version, fit again"
         )
-    if "se" in table:  # where nothing was known of it
+    if "design" in table:
+        # Forecasts and plans speak of these evaluation documents: only sampling is in their errors.
+        table["_place"] = table.groupby(["method", "family", "domain"]).cumcount()
+        at = table[["design", "_place"]].itertuples(index=False, name=None)
+        table["se"] = [math.sqrt(max(row[place], 0.0)) for row, place in at]
+    elif "se" in table:  # where nothing was known of it
         table["se"] = table["se"].fillna(0.0)
     return table, []
 
@@ -310,7 +316,7 @@ def _recipe(recipe: str, M: int) -> tuple[Law, tuple[int, ...]]:
 
 
 def _through(own: pd.DataFrame, law: Law, used: Sequence[int], sigma: float | None) -> Fit:
-    return fit(law, own[own["k"].isin(used)], misfit=sigma)
+    return fit_points(law, own[own["k"].isin(used)], misfit=sigma)
 
 
 def _gain(own: pd.DataFrame, used: Sequence[int]) -> float:
@@ -383,7 +389,7 @@ def along_N(
     else:
         assert N is not None
         N, warnings = billions(N)
-    fitted = fit(MERGING, rest)
+    fitted = fit_points(MERGING, rest)
     M = int(points["M"].max())
     sizes = np.array(sorted(range(1, M + 1) if k is None else k), dtype=float)
     if not len(sizes) or not (np.isfinite(sizes) & (sizes >= 1)).all():
@@ -422,12 +428,28 @@ def beyond(ladder: Sequence[float], N: float) -> list[str]:
 # ---- what both share
 
 
+def fit_points(law: Law, points: pd.DataFrame, misfit: float | None = None) -> Fit:
+    """A law on points of a method, family and domain, weighed by their sampling errors."""
+    if "design" not in points:
+        return fit(law, points, misfit=misfit)
+    place = points["_place"].to_numpy()
+    design = np.vstack(points["design"].to_list())[:, place]
+    parts = []
+    for base in points["base"].unique():
+        # The design's errors of different bases are independent, each known so well.
+        own = (points["base"] == base).to_numpy()
+        freedom = float(points["freedom"][own].iloc[0])
+        parts.append(Part(design * np.outer(own, own), freedom if freedom > 0 else math.inf))
+    return fit(law, points, covariance=parts, misfit=misfit)
+
+
 def sampled(points: pd.DataFrame) -> list[str]:
     """A warning where points are means over some subsets and nobody knows their errors."""
-    if "subsets" not in points or ("se" in points and (points["se"] > 0).any()):
+    if "subsets" not in points:
         return []
     every = [math.comb(int(M), int(k)) for M, k in zip(points["M"], points["k"], strict=True)]
-    some = points[points["subsets"] < every]
+    known = points["se"] > 0 if "se" in points else False
+    some = points[(points["subsets"] < every) & ~np.asarray(known)]
     if some.empty:
         return []
     return [
@@ -437,20 +459,17 @@ def sampled(points: pd.DataFrame) -> list[str]:
     ]
 
 
-def ends_of(fitted: Fit, level: float, **at: Any) -> tuple[Array, Array]:
+def ends_of(fitted: Fit, level: float, **at: ArrayLike) -> tuple[Array, Array]:
     """Interval of what will be measured: the law's own, and what it misses at a point.
 
     NaN where the noise is unknown.
     """
-    centre = fitted.predict(**at)
-    ends = fitted.predict_interval(level=level, **at)
+    variables: dict[str, Any] = dict(at)
+    ends = fitted.predict_interval(level=level, new=True, **variables)
     if ends is None:
-        return np.full(centre.shape, math.nan), np.full(centre.shape, math.nan)
-    share = (1 + level) / 2
-    known = math.isinf(fitted.freedom)
-    quantile = float(ndtri(share) if known else stdtrit(fitted.freedom, share))
-    reach = quantile * float(np.nan_to_num(fitted.misfit))
-    return centre - np.hypot(centre - ends[0], reach), centre + np.hypot(ends[1] - centre, reach)
+        unknown = np.full(fitted.predict(**at).shape, math.nan)
+        return unknown, unknown
+    return ends
 
 
 def _basis_of(fitted: Fit, law: Law, sigma: float | None) -> tuple[str, str]:

@@ -20,7 +20,7 @@ STAGES: dict[str, int] = {
     "task_vector": 2,
     "plan": 1,
     "evaluate": 1,
-    "fit": 3,
+    "fit": 4,
     "report": 3,
     "merge": 1,
 }

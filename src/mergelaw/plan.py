@@ -25,8 +25,8 @@ from scipy.special import ndtri, stdtrit
 
 from mergelaw import lineage
 from mergelaw.errors import MergelawError
-from mergelaw.fit import LEVEL
-from mergelaw.forecast import base_of, beyond, billions, ends_of, fit, sampled
+from mergelaw.fit import LEVEL, fit
+from mergelaw.forecast import base_of, beyond, billions, ends_of, fit_points, sampled
 from mergelaw.law import LAWS, MERGING, MERGING_FIXED_N, Law
 
 Array = NDArray[np.float64]
@@ -132,7 +132,7 @@ class Curve:
             self.M = int(own["M"].iloc[0])
             if not joint and own["k"].nunique() >= len(MERGING_FIXED_N.parameters):
                 law, self.table = MERGING_FIXED_N, own
-        self.fitted = fit(law, self.table)
+        self.fitted = fit_points(law, self.table)
         if law is MERGING:
             self._at = {"N": self.N}
             self.warnings += beyond(sorted(points["N"].unique()), self.N)
@@ -164,9 +164,8 @@ class Curve:
 
     @cached_property
     def _contrast(self) -> Any:
-        table = self.table[[*self.law.levels, "ce", *(n for n in ["se"] if n in self.table)]]
         others = {f"other_{name}": self.table[name] for name in self.law.levels}
-        return fit(_contrast(self.law), table.assign(**others, taken=1.0))
+        return fit_points(_contrast(self.law), self.table.assign(**others, taken=1.0))
 
     def assumption(self, k: float) -> str:
         """What moves the answer at k most if it is wrong."""
@@ -202,7 +201,7 @@ class Curve:
             if name == self.law.name or above is None or above > NOT_EXCLUDED:
                 continue
             with suppress(MergelawError):
-                other = float(fit(LAWS[name], self.table).predict(k=k, **self._at))
+                other = float(fit_points(LAWS[name], self.table).predict(k=k, **self._at))
                 found.append((abs(other - own), name, other))
         if not found:
             known = [r for r in self.fitted.rivals if r["aicc"] is not None]
@@ -478,7 +477,7 @@ def stop(points: pd.DataFrame, N: float, threshold: float, level: float = LEVEL)
     else:
         answer = (
             f"{curve.name}: stop at {count} of {curve.M} experts; the next one gains "
-            f"{value:.2g} nats{_told(ends, level)}, less than {threshold:g}"
+            f"{value:.3g} nats{_told(ends, level)}, less than {threshold:g}"
         )
     if known:
         answer += f" (k: {_counts(low, high)} at {100 * level:g}%)"

@@ -205,8 +205,31 @@ def test_points_over_some_subsets_without_errors_carry_a_warning():
     points = study().assign(subsets=9)
     assert any("some subsets" in told for told in forecast.along_k(points, "3B").warnings)
     assert not forecast.sampled(points.assign(se=1e-4))
+    assert forecast.sampled(points.assign(se=0.0))
     assert not forecast.sampled(points.assign(subsets=126))
     assert not forecast.sampled(study())
+
+
+def test_a_written_tables_design_weighs_its_points(tmp_path):
+    """What the circles of a base share is in the intervals; what its documents do is not."""
+    points = study(sizes=[0.5, 3.0], noise=1e-5)
+    size = len(points)
+    shift = np.zeros((size, size))
+    own = np.flatnonzero(points["base"] == "3B")
+    shift[np.ix_(own, own)] = 1e-6  # one shift of all its points, of .001 nats
+    points = points.assign(
+        se=0.5, documents=list(np.full((size, size), 0.25)), design=list(shift), freedom=np.inf
+    )
+    points.to_parquet(tmp_path / "points.parquet")
+    read = forecast.choose(forecast.read(tmp_path)[0])
+    assert sorted(read["se"].unique()) == pytest.approx([0, 1e-3])
+    fits = [
+        forecast.fit_points(forecast.MERGING_FIXED_N, forecast.base_of(read, base))
+        for base in ("0.5B", "3B")
+    ]
+    widths = [np.ptp(fitted.predict_interval(k=9)) for fitted in fits]
+    assert widths[0] < 1e-4
+    assert widths[1] == pytest.approx(2 * 1.645e-3, rel=0.05)
 
 
 # ---- reading, choosing, telling
@@ -219,7 +242,7 @@ def test_points_are_read_from_a_fitted_folder_or_a_table(tmp_path):
     points.to_parquet(folder / "points.parquet", index=False)
     (folder / "laws.json").write_text("{}")
     for source in (folder, folder / "laws.json"):
-        pd.testing.assert_frame_equal(forecast.read(source)[0], points)
+        pd.testing.assert_frame_equal(forecast.read(source)[0][points.columns], points)
     own = tmp_path / "own.csv"
     points[["N", "k", "ce", "M"]].rename(columns={"ce": "loss"}).to_csv(own, index=False)
     assert len(forecast.read(own)[0]) == len(points)
