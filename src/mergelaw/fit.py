@@ -176,8 +176,14 @@ class Fit:
         unit = np.eye(len(self.law.linear))[self.law.linear.index(name)]
         ends = profile.of_linear(problem, state, lambda _: unit, threshold)
         ends = ends[0] * problem.size, ends[1] * problem.size
-        low, high = _wider(ends, self.parameters[name], beside)
-        return (low if name in self.law.signed else max(low, 0.0)), high
+        value = self.parameters[name]
+        if name in self.law.signed or value <= 0 or ends[0] <= 0:
+            low, high = _wider(ends, value, beside)
+            return (low if name in self.law.signed else max(low, 0.0)), high
+        # An amplitude is uncertain by a factor: it goes with an exponent of N, far from N = 1.
+        logarithms = math.log(ends[0]), math.log(ends[1])
+        low, high = _wider(logarithms, math.log(value), beside / value)
+        return math.exp(low), math.exp(high)
 
     def predict_interval(
         self, level: float = LEVEL, of: str = POOL, new: bool = False, **variables: ArrayLike
