@@ -183,7 +183,8 @@ class Fit:
         # An amplitude is uncertain by a factor: it goes with an exponent of N, far from N = 1.
         logarithms = math.log(ends[0]), math.log(ends[1])
         low, high = _wider(logarithms, math.log(value), beside / value)
-        return math.exp(low), math.exp(high)
+        with np.errstate(over="ignore"):
+            return float(np.exp(low)), float(np.exp(high))
 
     def predict_interval(
         self, level: float = LEVEL, of: str = POOL, new: bool = False, **variables: ArrayLike
