@@ -358,13 +358,9 @@ def fit(
     shards = {str(i): path for i, path in enumerate(evals)}
 
     def work(folder: Path, state: Path) -> dict[str, Any]:
-        from mergelaw import fits, surrogate
-        from mergelaw.evaluate import read_rows
+        from mergelaw import fits
 
-        paths = list(shards.values())
-        documents = (read_rows([path], documents=True) for path in paths)
-        rows = read_rows(paths)
-        told = fits.write_fits(rows, folder, [], documents, surrogate.tau2_of(rows))
+        told = fits.write_artifacts(list(shards.values()), folder, [])
         print((folder / "summary.txt").read_text(encoding="utf-8"), end="")
         return told
 
@@ -866,7 +862,7 @@ def partial(configuration: Config) -> None:
     """Fit and report what has been measured so far, and say what is missing."""
     import shutil
 
-    from mergelaw import config, surrogate
+    from mergelaw import config
     from mergelaw import fits as laws
     from mergelaw import report as stage
     from mergelaw.evaluate import read_rows
@@ -881,9 +877,7 @@ def partial(configuration: Config) -> None:
     folder = study.results / "partial" / study.config.name
     shutil.rmtree(folder, ignore_errors=True)
     (folder / "laws").mkdir(parents=True)
-    paths = [study.results / artifact.path for artifact in there]
-    documents = (read_rows([path], documents=True) for path in paths)
-    laws.write_fits(rows, folder / "laws", missing, documents, surrogate.tau2_of(rows))
+    laws.write_artifacts([study.results / a.path for a in there], folder / "laws", missing)
     facts = {"measured so far": f"{len(there)} of {len(study.evals)} shards"}
     stage.write_report(folder / "laws", rows, folder, title=study.config.name, facts=facts)
     some = ", ".join(missing[:6]) + (", ..." if len(missing) > 6 else "")

@@ -322,11 +322,11 @@ class Fit:
         """
         own, count = self._solution, len(self.law.parameters)
         shapes = own.estimated
-        if not shapes:
+        if not shapes and own.misfit is not None:
             return deviance(own.residuals, own.known, []) + 2 * count
         spent = count + len(shapes)
         left = self.n_points - spent - 1
-        if left <= 0:
+        if left <= 0 or not shapes:
             return math.nan
         least = (1e-13 * float(np.mean(self.loss))) ** 2
         residuals = own.residuals

@@ -13,11 +13,13 @@ import pandas as pd
 
 from mergelaw.covariance import Part
 from mergelaw.errors import MergelawError
+from mergelaw.evaluate import read_rows
 from mergelaw.fit import EXPERTS, POOL, Fit, fit
 from mergelaw.law import MERGING, MERGING_FIXED_N, VARIANCE, Law
 from mergelaw.points import MACRO, points
 from mergelaw.pooled import Pooled, pool_domains
-from mergelaw.sampling_error import GROUP, Tau2, describe
+from mergelaw.sampling_error import GROUP, Tau2, describe, of_one_circle
+from mergelaw.surrogate import tau2_of
 
 # Distances from the floor (nats per token) for which the number of experts is told.
 WITHIN = (0.05, 0.02, 0.01)
@@ -247,6 +249,18 @@ def write_fits(
         MergelawError: as ``fit_study``.
     """
     return write(fit_study(rows, documents, tau2), output, missing)
+
+
+def write_artifacts(evals: Sequence[Path], output: Path, missing: list[str]) -> dict[str, Any]:
+    """Fit the evaluations in folders and write the fits, with all that the cells tell of errors.
+
+    Where a base has one circle, a surrogate that passed its check tells the circle's error.
+
+    Returns and raises as ``write_fits``.
+    """
+    rows = read_rows(evals)
+    documents = (read_rows([path], documents=True) for path in evals)
+    return write_fits(rows, output, missing, documents, tau2_of(of_one_circle(rows)))
 
 
 def write(study: StudyFits, output: Path, missing: list[str]) -> dict[str, Any]:

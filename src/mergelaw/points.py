@@ -114,15 +114,16 @@ def read_points(path: Path) -> tuple[pd.DataFrame, list[str]]:
         MergelawError: the table cannot be read or has unknown or missing columns, values that
             cannot be, two units of N, or points that disagree.
     """
-    table = _read(path)
+    table = _read(path).rename(columns=lambda name: str(name).strip())
     if "loss" in table and "ce" in table:
         raise MergelawError(f"{path}: has the columns loss and ce: keep the one that is meant")
+    given = ", ".join(map(str, table))
     table = table.rename(columns={"loss": "ce"})
     absent = [
         "ce (or loss)" if name == "ce" else name for name in ("N", "k", "ce") if name not in table
     ]
     if absent:
-        raise MergelawError(f"{path}: lacks the column {', '.join(absent)}: add it")
+        raise MergelawError(f"{path}: lacks the column {', '.join(absent)}: it has {given}; add it")
     known = ["N", "k", "ce", *OPTIONAL]
     unknown = [str(name) for name in table if name not in (*known, *WRITTEN)]
     if unknown:

@@ -62,7 +62,7 @@ def describe(
     sums = _document_sums(documents)
 
     warnings: list[str] = []
-    single: set[str] = set()
+    single: dict[str, set[str]] = {}
     parts = []
     for _, own in table.groupby(GROUP, sort=False):
         method, family, domain = map(str, own[GROUP].iloc[0])
@@ -75,7 +75,7 @@ def describe(
             shape, balanced = shapes[family, base]
             part = _design(circles, shape, balanced, (tau2 or {}).get(place))
             if part is None:
-                single.add(base)
+                single.setdefault(method, set()).add(base)
             else:
                 design[np.ix_(at, at)] = part.matrix
                 freedom[at] = part.freedom
@@ -95,12 +95,23 @@ def describe(
                 index=own.index,
             )
         )
-    if single:
+    for method, bases in single.items():
         warnings.append(
-            f"one circle only on {', '.join(sorted(single))}: how far its means are from those "
-            "over all subsets is not known and not in the intervals; set circles to 3 or more"
+            f"one circle only of {method} on {', '.join(sorted(bases))}, and no surrogate that "
+            "holds there: how far its means are from those over all subsets is not known and not in the "
+            "intervals; set circles to 3 or more"
         )
     return table.join(pd.concat(parts)), warnings
+
+
+def of_one_circle(rows: pd.DataFrame) -> pd.DataFrame:
+    """The rows of methods on bases with one circle, whose error only a surrogate can tell."""
+    place = ["method", "family", "base"]
+    drawn = rows[(rows["role"] == "merge") & (rows["replicate"] >= 0)]
+    circles = drawn.groupby(place)["replicate"].nunique()
+    return rows.join((circles == 1).rename("_single"), on=place).query("_single == True")[
+        list(rows.columns)
+    ]
 
 
 def _with_macro(merges: pd.DataFrame) -> pd.DataFrame:

@@ -37,6 +37,11 @@ def test_three_columns_are_enough(tmp_path, name, column):
     assert study.fits[0].fit.parameters == pytest.approx(TRUTH, rel=1e-6)
 
 
+def test_blanks_around_names_do_no_harm(tmp_path):
+    table, _ = read_points(saved(grid().rename(columns={"k": " k", "loss": "loss "}), tmp_path))
+    assert len(table) == 36
+
+
 def test_names_tell_fits_apart(tmp_path):
     one, other = grid().assign(method="average"), grid().assign(method="ties", M=12)
     table, warnings = read_points(saved(pd.concat([one.assign(M=9), other]), tmp_path))
@@ -77,7 +82,8 @@ def changed(row, **values) -> pd.DataFrame:
         (changed(1, k=0), "k = 0: give a whole"),
         (grid().assign(methd="ties"), "unknown column methd"),
         (grid().assign(ce=1.0), "loss and ce"),
-        (grid().drop(columns="k"), "lacks the column k"),
+        (grid().drop(columns="k"), "lacks the column k: it has N, loss"),
+        (grid().rename(columns={"k": "K"}), "lacks the column k: it has N, K, loss"),
         (grid().head(0), "no rows"),
         (grid().assign(M=3), "k above M"),
         (grid().assign(se=-1.0), "standard error"),
