@@ -12,6 +12,8 @@ import subprocess
 from mergelaw.errors import MergelawError
 from mergelaw.resources import Hardware
 
+LONGEST_WAIT = 180  # seconds between two looks of Snakemake's executor at its jobs
+
 
 def check(hardware: Hardware | None, status_command: str | None, gpu_jobs: bool) -> None:
     """Raise MergelawError, one line, for what is not there: SLURM itself, its accounts where
@@ -28,10 +30,16 @@ def check(hardware: Hardware | None, status_command: str | None, gpu_jobs: bool)
             "sacct: SLURM keeps no accounts here, jobs could not be followed; set "
             "slurm-status-command: squeue in the profile"
         )
-    accounts = ("sacctmgr", "-n", "-s", "list", "user", getpass.getuser(), "format=account%256")
-    known = (answers(*accounts) or "").split()
+    kept = re.search(r"MinJobAge\s*=\s*(\d+)", answers("scontrol", "show", "config") or "")
+    if status_command == "squeue" and kept and int(kept[1]) < LONGEST_WAIT:
+        raise MergelawError(
+            f"squeue: SLURM forgets a job {kept[1]} s after its end, jobs are looked after every "
+            f"{LONGEST_WAIT} s; set slurm-status-command: sacct in the profile"
+        )
     own = hardware or Hardware(0)
     account = own.slurm_account
+    accounts = ("sacctmgr", "-n", "-s", "list", "user", getpass.getuser(), "format=account%256")
+    known = (answers(*accounts) or "").split()
     if account and known and account.lower() not in (name.lower() for name in known):
         raise MergelawError(
             f"profile: slurm_account is {account!r}, yours are {', '.join(sorted(set(known)))}; "

@@ -87,7 +87,10 @@ def damage(place: Place, rng: random.Random, done: Counter[str]) -> None:
             file
             for folder in place.artifacts(kind).values()
             for file in folder.rglob("*")
-            if file.is_file() and not file.is_symlink() and file.stat().st_size
+            if file.is_file()
+            and not file.is_symlink()
+            and not file.name.startswith(".snakemake")
+            and file.stat().st_size
         ]
         if not files or kind in ("merges", "checks"):
             continue

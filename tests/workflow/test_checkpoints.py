@@ -138,6 +138,23 @@ def test_a_grown_vocabulary_is_refused_unless_asked_for(world, tmp_path):
     assert f"vocab_size is {size}, the base's is {size - 3}" in line and "common_rows" in line
 
 
+def test_what_it_took_tells_what_it_costs(world):
+    rates = world.mergelaw("rates", "--config", "study.yaml")
+    assert rates.status == 0
+    (world.folder / "rates.yaml").write_text(rates.output)
+    home = str(world.folder / "home")  # where the base's size is known from
+    told = world.mergelaw("estimate", "study.yaml", "--rates", "rates.yaml", HF_HOME=home)
+    assert told.status == 0, told.output
+    count = len(world.study().by_path)
+    assert f"{count} of {count} results are there already" in told.output
+    (line,) = (line for line in told.output.splitlines() if line.startswith("in all"))
+    assert int(line.split()[2]) == count
+    failed = world.mergelaw("estimate", "study.yaml", HF_HOME=str(world.folder / "empty"))
+    assert failed.errors() == [
+        "bases.tiny: its size is not known before it is fetched; give its 'N' in billions"
+    ]
+
+
 # What a hub answers
 
 
