@@ -98,8 +98,8 @@ def describe(
     for method, bases in single.items():
         warnings.append(
             f"one circle only of {method} on {', '.join(sorted(bases))}, and no surrogate that "
-            "holds there: how far its means are from those over all subsets is not known and not in the "
-            "intervals; set circles to 3 or more"
+            "holds there: how far its means are from those over all subsets is not known and not "
+            "in the intervals; set circles to 3 or more"
         )
     return table.join(pd.concat(parts)), warnings
 

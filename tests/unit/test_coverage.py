@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
-import coverage
+import interval_coverage as coverage
 
 
 def test_settings_cross_what_they_are_to_cross():

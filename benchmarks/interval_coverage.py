@@ -15,7 +15,7 @@ Estimands: L_inf(7B), the law's floor; L(7B, M) from k in {1, 2, 4}, with known 
 alone from its three points, else of the law over all sizes; L(72B, M) of the law; and, where there
 is scatter, of a new base with what the law will miss of it.
 
-    python benchmarks/coverage.py > benchmarks/coverage.md
+    python benchmarks/interval_coverage.py > benchmarks/interval_coverage.md
 """
 
 import argparse
