@@ -279,6 +279,7 @@ def install() -> None:
 
 def main() -> int:
     """Run a command on a cluster of its own: ``cluster.py pytest tests/slurm``."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the cluster is stopped
     folder = Path(tempfile.mkdtemp(prefix="slurm-"))
     try:
         install()
