@@ -28,7 +28,14 @@ from pathlib import Path
 from typing import Any
 
 ADDRESS = "MERGELAW_FORKSERVER"
-IMPORTED = ("datasets", "pandas", "pyarrow.parquet", "safetensors.torch", "torch")
+IMPORTED = (
+    "datasets",
+    "mergelaw.consensus",
+    "pandas",
+    "pyarrow.parquet",
+    "safetensors.torch",
+    "torch",
+)
 
 
 def start() -> subprocess.Popen[bytes]:
