@@ -180,10 +180,10 @@ def _written(table: pd.DataFrame) -> tuple[pd.DataFrame, list[str]]:
 
 
 def _read(path: Path) -> pd.DataFrame:
+    if not path.exists():
+        raise MergelawError(f"{path}: there is no such file: correct the path")
     if path.suffix not in (".csv", ".parquet"):
         raise MergelawError(f"{path}: is neither .csv nor .parquet: save the points as one of them")
-    if not path.is_file():
-        raise MergelawError(f"{path}: there is no such file: correct the path")
     try:
         return pd.read_csv(path) if path.suffix == ".csv" else pd.read_parquet(path)
     except (ValueError, OSError) as error:  # pandas' and pyarrow's parsers raise ValueErrors
