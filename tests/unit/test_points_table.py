@@ -99,6 +99,7 @@ def test_bad_tables_are_one_line(tmp_path, table, message):
 def test_files_that_are_no_tables_are_one_line(tmp_path):
     with pytest.raises(MergelawError, match="no such file"):
         read_points(tmp_path / "none.csv")
+    (tmp_path / "points.xlsx").write_text("a workbook")
     with pytest.raises(MergelawError, match=r"neither \.csv nor"):
         read_points(tmp_path / "points.xlsx")
     (tmp_path / "broken.parquet").write_text("no parquet")
