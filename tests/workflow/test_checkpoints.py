@@ -139,10 +139,10 @@ def test_a_grown_vocabulary_is_refused_unless_asked_for(world, tmp_path):
 
 
 def test_what_it_took_tells_what_it_costs(world):
-    rates = world.mergelaw("rates", "--config", "study.yaml")
-    assert rates.status == 0
-    (world.folder / "rates.yaml").write_text(rates.output)
     home = str(world.folder / "home")  # where the base's size is known from
+    rates = world.mergelaw("rates", "--config", "study.yaml", HF_HOME=home)
+    assert rates.status == 0, rates.output
+    (world.folder / "rates.yaml").write_text(rates.output)
     told = world.mergelaw("estimate", "study.yaml", "--rates", "rates.yaml", HF_HOME=home)
     assert told.status == 0, told.output
     count = len(world.study().by_path)

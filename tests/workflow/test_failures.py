@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import socket
 import subprocess
 from pathlib import Path
 
@@ -181,8 +182,9 @@ def test_a_second_run_on_one_results_folder_says_so_and_ends(ready, tmp_path):
     assert first.poll() is None, "the first run was over too soon to show anything"
     assert second.status and "Traceback" not in second.output
     (line,) = second.errors()
-    assert (
-        line == f"{place.results}: another run is working on this folder; wait for it, or stop it"
+    assert line == (
+        f"{place.results}: another run is working on this folder (process {first.pid} on "
+        f"{socket.gethostname()}); wait for it, or stop it"
     )
     output, _ = first.communicate()
     assert first.returncode == 0, output
