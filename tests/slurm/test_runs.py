@@ -54,8 +54,9 @@ def test_a_study_from_start_to_law(tmp_path):
     assert {job["account"] for job in jobs} == {"research"}
     # Each job asked for what its model's size needs; those that train and evaluate for a GPU.
     for path in study.by_path:
-        kind, key = path.split("/")[0], path.rpartition("@")[2]
-        (job,) = (job for job in jobs if key in job["of"].split("_"))
+        kind, (name, key) = path.split("/")[0], path.rpartition("/")[2].split("@")
+        # Both bases have the same plan, and so the same key of it.
+        (job,) = (job for job in jobs if key in job["of"].split("_") and name in job["of"])
         if kind in ("bases", "experts", "task_vectors", "evals"):
             want = expected(place, path)
             assert {name: job[name] for name in want} == want, path
