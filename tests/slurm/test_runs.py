@@ -54,15 +54,16 @@ def test_a_study_from_start_to_law(tmp_path):
     assert {job["account"] for job in jobs} == {"research"}
     # Each job asked for what its model's size needs; those that train and evaluate for a GPU.
     for path in study.by_path:
-        kind, (name, key) = path.split("/")[0], path.rpartition("/")[2].split("@")
-        # Both bases have the same plan, and so the same key of it.
-        (job,) = (job for job in jobs if key in job["of"].split("_") and name in job["of"])
-        if kind in ("bases", "experts", "task_vectors", "evals"):
-            want = expected(place, path)
-            assert {name: job[name] for name in want} == want, path
-        else:
-            assert (job["gpus"], job["megabytes"], job["minutes"]) == (0, 1500, 20)
-            assert job["partition"] == "main"
+        kind, key = path.split("/")[0], path.rpartition("@")[2]
+        alike = [job for job in jobs if key in job["of"].split("_")]
+        assert len(alike) == sum(key in other for other in study.by_path)  # of plans: both bases'
+        for job in alike:
+            if kind in ("bases", "experts", "task_vectors", "evals"):
+                want = expected(place, path)
+                assert {name: job[name] for name in want} == want, path
+            else:
+                assert (job["gpus"], job["megabytes"], job["minutes"]) == (0, 1500, 20)
+                assert job["partition"] == "main"
     trained = {path for path, made in study.by_path.items() if "training" in made.recipe}
     by_gpu = {job["rule"] for job in jobs if job["gpus"]}
     assert by_gpu == GPU_RULES and len(trained) == 4
