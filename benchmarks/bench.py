@@ -4,19 +4,23 @@
     python benchmarks/bench.py --sizes 45M --k 2 8 --methods average ties
 
 Base and experts are random, of Llama's architecture, in bfloat16 files; all are evaluated in
-float32 (on a GPU in bfloat16) by the same forward pass, on the same tokens. mergekit and the
-paper's code run as their users run them: a command that merges and writes, then loading and
-evaluating. What starting such a command costs is told apart. The floor is the forward pass alone
-and one pass over the bytes of base, vectors and result at the copy bandwidth measured here.
+float32 (on a GPU in bfloat16). mergekit and the paper's code run as their users run them: a command
+that merges and writes, then loading and evaluating. The evaluation is the same forward pass for
+all: it is timed by itself, and a peer's seconds are its command's, those of loading and this
+pass's. Of ours a merge is also evaluated in one go, at the largest k. What starting a peer's
+command costs is told apart. The floor is the forward pass alone and one pass over the bytes of
+base, vectors and result at the copy bandwidth measured here.
 
 On one thread seconds are of processor time, on several or with a GPU of the clock. Repetitions are
-interleaved and the least of them counts. Peers are found in PEERS (.venv-peers); `--no-peers`
-leaves them out.
+interleaved, caches are cold, and the least counts. Peers are found in PEERS (.venv-peers);
+`--no-peers` leaves them out.
 """
 
 import argparse
 import json
+import math
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -24,17 +28,18 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-import psutil
 import torch
+import transformers
 import yaml
 
-from mergelaw import cross_entropy, lineage, merge, task_vector, training
+from mergelaw import cross_entropy, evaluate, lineage, merge, task_vector, training
 from mergelaw.merge import Merger
 from mergelaw.methods import method_of
 from mergelaw.methods.ties import magnitude_threshold
 from mergelaw.task_vector import TaskVector
 from mergelaw.tokens import Window
 
+transformers.logging.disable_progress_bar()
 ROOT = Path(__file__).parents[1]
 SIZES = {
     "1M": {"hidden_size": 128, "num_hidden_layers": 2, "intermediate_size": 256, "vocab": 4096},
@@ -169,6 +174,27 @@ def table(title: str, head: list[str], rows: list[list[str]]) -> None:
         print("  " + "  ".join(cells).rstrip(), flush=True)
 
 
+class Pass:
+    """The forward pass over the evaluation's tokens, by a model that is loaded."""
+
+    def __init__(self, base: Path, tokens: int) -> None:
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.dtype = "bfloat16" if self.device.type == "cuda" else "float32"
+        self.model = training.load(base, self.dtype, device_map=self.device.type).eval()
+        self.batches, self.documents = batches(self.model.config.vocab_size, tokens, self.device)
+        self.parameters = sum(parameter.numel() for parameter in self.model.parameters())
+        self.tokens = self.documents * (WINDOW - 1)
+
+    def __call__(self) -> object:
+        return cross_entropy.nll(self.model, self.batches, self.documents)
+
+
+def forward_pass(clock: Clock, base: Path, asked: argparse.Namespace) -> dict[str, float]:
+    forward = Pass(base, asked.tokens)
+    seconds = min(clock.of(forward) for _ in range(asked.forwards))
+    return {"seconds": seconds, "parameters": forward.parameters, "tokens": forward.tokens}
+
+
 def merging(
     clock: Clock,
     base: Path,
@@ -176,49 +202,33 @@ def merging(
     recipe: dict,
     asked: argparse.Namespace,
 ) -> dict[int, dict[str, float]]:
-    """Our merges by one method, alone and evaluated, against the floor, for each k."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    dtype = "bfloat16" if device.type == "cuda" else "float32"
-    model = training.load(base, dtype, device_map=device.type).eval()
-    made, documents = batches(model.config.vocab_size, asked.tokens, device)
-    size = sum(parameter.numel() for parameter in model.parameters())
-    free = psutil.virtual_memory().available
-    if device.type == "cuda":
-        free = torch.cuda.mem_get_info()[0]
-
-    def forward() -> object:
-        return cross_entropy.nll(model, made, documents)
-
+    """Our merges by one method against the memory's floor, for each k; evaluated at the last."""
+    forward = Pass(base, asked.tokens)
+    device, size = forward.device, forward.parameters
     merges: dict[int, list[float]] = {k: [] for k in asked.k}
-    both: dict[int, list[float]] = {k: [] for k in asked.k}
-    alone, bandwidth = [], []
+    bandwidth = []
     start = clock.now()
-    with Merger(model, base, vectors, method_of(recipe), asked.memory or free // 2) as merger:
+    memory = asked.memory or evaluate.memory(device)
+    cache = base.parent / "prepared"
+    with Merger(forward.model, base, vectors, method_of(recipe), memory, cache) as merger:
         prepared = clock.now() - start
-        merger.merge(list(vectors)[:2])  # what is compiled or loaded once
-        forward()
+        merger.merge(list(vectors)[: max(asked.k)])  # what is compiled or read from disk once
         for _ in range(asked.repeats):
             for k in asked.k:
-                start = clock.now()
-                merger.merge(list(vectors)[:k])
-                merges[k].append(clock.now() - start)
-                forward()
-                both[k].append(clock.now() - start)
-            alone.append(clock.of(forward))
-            bandwidth.append(copy_bandwidth(clock, device, size))
+                bandwidth.append(copy_bandwidth(clock, device, size))  # and nothing left in caches
+                merges[k].append(clock.of(lambda k=k: merger.merge(list(vectors)[:k])))
+        both = clock.of(lambda: (merger.merge(list(vectors)[: max(asked.k)]), forward()))
+        resident = merger.resident
     # Base and result in the model's dtype, vectors in fp32.
-    width = 2 if dtype == "bfloat16" else 4
+    width = 2 if forward.dtype == "bfloat16" else 4
     return {
         k: {
             "merge": min(merges[k]),
-            "both": min(both[k]),
-            "forward": min(alone),
+            "both": both if k == max(asked.k) else float("nan"),
             "memory": size * (4 * (k + 1) + width) / max(bandwidth),
             "prepared": prepared,
-            "resident": float(merger.resident),
-            "parameters": size,
+            "resident": float(resident),
             "bandwidth": max(bandwidth),
-            "tokens": documents * (WINDOW - 1),
         }
         for k in asked.k
     }
@@ -227,21 +237,17 @@ def merging(
 def peers(
     clock: Clock, folder: Path, base: Path, experts: dict[str, Path], asked: argparse.Namespace
 ) -> dict[tuple[str, str, int], tuple[float, float]]:
-    """(seconds, peak bytes) of mergekit and of the paper's code: merge, write, load, evaluate."""
+    """(seconds, peak bytes) of mergekit and of the paper's code: merge, write and load."""
     programs = Path(os.environ.get("PEERS", ROOT / ".venv-peers")).absolute() / "bin"
     if not (programs / "mergekit-yaml").exists():
         raise SystemExit(f"no mergekit in {programs}: run `make bench`, or give --no-peers")
     out = folder / "peer"
     found: dict[tuple[str, str, int], tuple[float, float]] = {}
 
-    def evaluated(name: str, method: str, k: int, *command: object) -> None:
-        subprocess.run(["rm", "-rf", out], check=True)
+    def timed(name: str, method: str, k: int, *command: object) -> None:
+        shutil.rmtree(out, ignore_errors=True)
         seconds, peak = clock.command(*command)
-        start = clock.now()
-        model = training.load(out, "float32").eval()
-        made, documents = batches(model.config.vocab_size, asked.tokens, torch.device("cpu"))
-        cross_entropy.nll(model, made, documents)
-        seconds += clock.now() - start
+        seconds += clock.of(lambda: training.load(out, "float32"))
         best = found.get((name, method, k), (float("inf"), 0.0))
         found[name, method, k] = min(best[0], seconds), max(best[1], peak)
 
@@ -264,9 +270,9 @@ def peers(
                     recipe["parameters"] = {"density": 1 - METHODS[method]["drop_rate"]}
                 (folder / "mergekit.yaml").write_text(yaml.safe_dump(recipe))
                 program = programs / "mergekit-yaml"
-                evaluated("mergekit", method, k, program, folder / "mergekit.yaml", out)
+                timed("mergekit", method, k, program, folder / "mergekit.yaml", out)
                 if method in PAPER:
-                    evaluated(
+                    timed(
                         "paper", method, k, programs / "python",
                         Path(__file__).with_name("paper_merge.py"), PAPER[method], 1.0, out,
                         base, *chosen.values(),
@@ -292,36 +298,38 @@ def thresholds(clock: Clock, size: int) -> list[list[str]]:
     return [[n, f"{1e3 * s:.0f}", f"{s / best['ours']:.1f}"] for n, s in best.items()]
 
 
-def report(clock: Clock, size: str, ours: dict, theirs: dict) -> None:
+def report(size: str, forward: dict, ours: dict, theirs: dict) -> None:
     some = next(iter(ours.values()))
+    evaluated = forward["seconds"]
     print(
-        f"\n== {size}: {some['parameters'] / 1e6:.1f}M parameters, {some['tokens']} scored tokens, "
-        f"forward pass {some['forward']:.2f} s, copy {some['bandwidth'] / 1e9:.1f} GB/s, vectors "
-        f"{'resident' if some['resident'] else 'streamed'}"
+        f"\n== {size}: {forward['parameters'] / 1e6:.1f}M parameters, {forward['tokens']} scored "
+        f"tokens, forward pass {evaluated:.2f} s, copy {some['bandwidth'] / 1e9:.1f} GB/s"
     )
     rows = []
     for (method, k), t in ours.items():
-        rest = t["merge"] / t["forward"]
         rows.append(
-            [method, str(k), f"{t['merge']:.3f}", f"{t['merge'] / t['memory']:.2f}",
-             f"{100 * rest:.1f}%", f"{t['both']:.2f}",
-             f"{t['both'] / (t['forward'] + t['memory']):.3f}", f"{t['prepared']:.1f}"]
+            [method, str(k), "resident" if t["resident"] else "streamed", f"{t['prepared']:.1f}",
+             f"{t['merge']:.3f}", f"{t['merge'] / t['memory']:.2f}",
+             f"{100 * t['merge'] / evaluated:.2f}%",
+             "" if math.isnan(t["both"]) else f"{t['both'] / (evaluated + t['memory']):.3f}"]
         )  # fmt: skip
-    head = ["method", "k", "merge s", "/ memory pass", "/ forward", "merge+evaluate s", "/ floor"]
-    table("ours", [*head, "prepare all s"], rows)
+    head = ["method", "k", "vectors", "prepare all s", "merge s", "/ memory pass", "/ forward"]
+    table("ours", [*head, "merge and evaluate / floor"], rows)
     if not theirs:
         return
     rows = []
-    for (name, method, k), (seconds, peak) in sorted(theirs.items()):
+    for (name, method, k), (merged, peak) in sorted(theirs.items()):
         if method == "start":
             continue
-        mine, start = ours[method, k]["both"], theirs[name, "start", 0][0]
+        mine, start = ours[method, k]["merge"] + evaluated, theirs[name, "start", 0][0]
+        seconds = merged + evaluated
         rows.append(
-            [name, method, str(k), f"{seconds:.1f}", f"{seconds / mine:.2f}",
-             f"{(seconds - start) / mine:.2f}", f"{peak / 1e9:.2f}"]
+            [name, method, str(k), f"{merged:.1f}", f"{seconds / mine:.2f}",
+             f"{(seconds - start) / mine:.2f}", f"{merged / ours[method, k]['merge']:.0f}",
+             f"{peak / 1e9:.2f}"]
         )  # fmt: skip
-    head = ["peer", "method", "k", "merge+write+load+evaluate s", "/ ours"]
-    table("peers", [*head, "/ ours, without start", "peak GB"], rows)
+    head = ["peer", "method", "k", "merge+write+load s", "evaluated / ours", "without start / ours"]
+    table("peers", [*head, "without evaluation / ours", "peak GB"], rows)
 
 
 def main() -> None:
@@ -332,10 +340,11 @@ def main() -> None:
     parser.add_argument("--k", nargs="+", type=int, default=[2, 4, 8])
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS)
     parser.add_argument("--tokens", type=int, default=8192, help="tokens that are evaluated")
-    parser.add_argument("--repeats", type=int, default=5, help="of ours")
+    parser.add_argument("--repeats", type=int, default=5, help="of our merges")
+    parser.add_argument("--forwards", type=int, default=2, help="times of the forward pass")
     parser.add_argument("--peer-repeats", type=int, default=1)
     parser.add_argument(
-        "--memory", type=int, help="bytes for vectors; default: half of what is free"
+        "--memory", type=int, help="bytes for vectors; default: as a job of evaluation takes"
     )
     parser.add_argument("--no-peers", action="store_true")
     parser.add_argument("--folder", type=Path, help="keeps models and vectors for the next time")
@@ -358,20 +367,21 @@ def main() -> None:
             folder.mkdir(parents=True, exist_ok=True)
             base, experts = make_models(folder, size, max(asked.k))
             vectors = {name: vector_of(base, path) for name, path in experts.items()}
+            forward = forward_pass(clock, base, asked)
             ours = {
                 (method, k): times
                 for method in asked.methods
                 for k, times in merging(clock, base, vectors, METHODS[method], asked).items()
             }
             if torch.cuda.is_available():
-                some = next(iter(ours.values()))
-                share = 2 * some["parameters"] * some["tokens"] / some["forward"] / rate
+                share = 2 * forward["parameters"] * forward["tokens"] / forward["seconds"] / rate
                 print(f"{size}: the forward pass runs at {100 * share:.0f}% of the matrix rate")
             peak = lineage.peak_memory()
             theirs = {} if asked.no_peers else peers(clock, folder, base, experts, asked)
-            report(clock, size, ours, theirs)
+            report(size, forward, ours, theirs)
             print(f"\npeak resident memory of ours, mapped files included: {peak / 1e9:.2f} GB")
             results[size] = {
+                "forward": forward,
                 "ours": {f"{m} {k}": t for (m, k), t in ours.items()},
                 "peers": {f"{p} {m} {k}": t for (p, m, k), t in theirs.items()},
             }

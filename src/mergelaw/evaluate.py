@@ -134,7 +134,7 @@ def _measure(
     measured = count = 0
     shown = started = time.perf_counter()
     cache = store.folder / "prepared"
-    with Merger(model, base, pool, method, _memory(model.device), cache) as merger:
+    with Merger(model, base, pool, method, memory(model.device), cache) as merger:
         waiting, wait = list(by_merge), False
         while waiting:
             elsewhere = []
@@ -235,7 +235,7 @@ def check_room(base: Path, dtype: str) -> None:
         )
 
 
-def _memory(device: Any) -> int:
+def memory(device: Any) -> int:
     """Bytes that base and prepared vectors may take: half of what is free, or a job has."""
     import os
 

@@ -30,7 +30,7 @@ from typing import Any
 ADDRESS = "MERGELAW_FORKSERVER"
 IMPORTED = (
     "datasets",
-    "mergelaw.consensus",
+    "mergelaw.kernels",
     "pandas",
     "pyarrow.parquet",
     "safetensors.torch",

@@ -7,23 +7,26 @@ element, so both give the same values.
 """
 
 import json
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mergelaw import lineage
-from mergelaw.checkpoint import COMPANIONS, COMPUTED, FLOATS, WEIGHTS, Tensors, Writer
+from mergelaw.checkpoint import COMPANIONS, COMPUTED, FLOATS, WEIGHTS, Tensors, Writer, open_mapped
 from mergelaw.errors import MergelawError
 from mergelaw.keys import digest
 from mergelaw.methods import Method
-from mergelaw.task_vector import TaskVector
+from mergelaw.task_vector import TaskVector, pieces
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-# Elements worked on at a time; no bit depends on it. On a processor temporaries stay in each core's
-# cache (fastest of 2^13 to 2^20), a GPU is to have more to do than kernels to launch.
+    from mergelaw.kernels import Sparse
+
+# Elements worked on at a time where there are temporaries; no bit depends on it. On a processor
+# they stay in each core's cache, a GPU is to have more to do than kernels to launch. Multiples of
+# what masks are packed by.
 SLICE = 1 << 18
 GPU_SLICE = 1 << 24
 
@@ -35,17 +38,58 @@ def prepare(method: Method, vector: TaskVector, cache: Path | None = None) -> di
     if path and path.exists():
         try:
             entry = json.loads(path.read_text(encoding="utf-8"))
-            if entry["recipe"] == recipe:
+            if entry["recipe"] == recipe and entry["checksum"] == digest(entry["prepared"]):
                 return entry["prepared"]
-        except (ValueError, KeyError, TypeError):
-            path.unlink()
+        except (OSError, ValueError, KeyError, TypeError):
+            pass  # damaged: it is made again
     prepared = method.prepare(vector.tensors)
     if path and prepared:
         path.parent.mkdir(parents=True, exist_ok=True)
         scratch = path.with_suffix(f".{lineage.unique()}")
-        lineage.write_json(scratch, {"recipe": recipe, "prepared": prepared})
+        entry = {"recipe": recipe, "prepared": prepared, "checksum": digest(prepared)}
+        lineage.write_json(scratch, entry)
         scratch.replace(path)
     return prepared
+
+
+def masks(
+    method: Method, vector: TaskVector, cache: Path | None, stack: ExitStack
+) -> "Callable[[str], Tensor | None]":
+    """``method.mask`` of one expert by tensor name, remembered in the folder ``cache``.
+
+    There it is a file, an eighth of a byte for each parameter, that is mapped until ``stack`` is
+    closed; without a ``cache`` the masks are in memory.
+    """
+    import torch
+
+    from mergelaw.kernels import packed_size
+
+    drawn = method.drawn()
+    if drawn is None:
+        return lambda name: None
+
+    def of(name: str) -> "Iterator[Tensor]":
+        for start, stop in pieces(vector.size(name)):
+            mask = method.mask(vector.digest, name, start, stop - start)
+            assert mask is not None
+            yield mask
+
+    if cache is None:
+        held = {n: torch.cat([torch.empty(0, dtype=torch.uint8), *of(n)]) for n in vector.names}
+        return held.get
+    recipe = {"masks": drawn, "vector": vector.digest}
+    path = cache / f"{digest(recipe)[:32]}.safetensors"
+    known = path.with_suffix(".sha256")
+    if not (path.exists() and known.exists() and known.read_text() == lineage.file_digest(path)):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        scratch = path.with_suffix(f".{lineage.unique()}")
+        layout = {name: ("U8", (packed_size(vector.size(name)),)) for name in vector.names}
+        with Writer(scratch, layout) as writer:
+            for name in vector.names:
+                writer.write_pieces(name, of(name))
+        known.write_text(lineage.file_digest(scratch))
+        scratch.replace(path)
+    return open_mapped(path, stack).get_tensor
 
 
 class Merger:
@@ -70,6 +114,7 @@ class Merger:
 
         self.vectors, self.method = vectors, method
         self._prepared = {name: prepare(method, vector, cache) for name, vector in vectors.items()}
+        self._masks: dict[str, Callable[[str], Tensor | None]] = {}
         self._stack = ExitStack()
         self._base = self._stack.enter_context(Tensors(base))
         self._parameters = parameters_by_tensor(model, self._base)
@@ -84,6 +129,8 @@ class Merger:
         devices = {(p.device, p.dtype) for p in self._parameters.values()}
         self.resident = len(devices) == 1 and 4 * sum(sizes.values()) * (len(vectors) + 3) <= memory
         if not self.resident:
+            for name, vector in vectors.items():
+                self._masks[name] = masks(method, vector, cache, self._stack)
             return
         (device, dtype), starts, end = next(iter(devices)), {}, 0
         for name, size in sizes.items():
@@ -100,7 +147,8 @@ class Merger:
             parameter.data = self._out[place].view(parameter.shape)
             for expert in vectors:
                 if name in vectors[expert].names:
-                    self._flat[expert][place] = self._transformed(expert, name, 0, sizes[name])
+                    values = self._transformed(expert, name, 0, sizes[name])
+                    self._flat[expert][place] = values.dense()
         self._starts = starts
 
     def __enter__(self) -> "Merger":
@@ -109,46 +157,56 @@ class Merger:
     def __exit__(self, *exc: object) -> None:
         self._stack.close()
 
-    def _transformed(self, expert: str, name: str, start: int, stop: int) -> "Tensor":
+    def _transformed(
+        self, expert: str, name: str, start: int, stop: int, mask: "Tensor | None" = None
+    ) -> "Sparse":
         vector = self.vectors[expert]
         values = vector.part(name, start, stop, self._parameters[name].device)
-        return self.method.transform(values, self._prepared[expert], vector.digest, name, start)
+        prepared = self._prepared[expert]
+        return self.method.transform(values, prepared, vector.digest, name, start, mask)
 
     def _slices(
         self, experts: Sequence[str]
-    ) -> Iterator[tuple["Tensor", "Tensor", list["Tensor"]]]:
-        """(slice of the result, fp32 base, prepared vectors) that cover every parameter once."""
+    ) -> Iterator[tuple["Tensor", "Tensor", list["Sparse"]]]:
+        """(part of the result, base, vectors), flat, that cover every parameter once."""
+        from mergelaw.kernels import Sparse, packed_size
+
         if self.resident:
-            size = slice_size(self._out)
+            size = slice_size(self._out, True)
             for start in range(0, len(self._out), size):
                 place = slice(start, start + size)
-                vectors = [self._flat[expert][place] for expert in experts]
+                vectors = [Sparse(self._flat[expert][place]) for expert in experts]
                 yield self._out[place], self._flat_base[place], vectors
             return
         for name, parameter in self._parameters.items():
             base, out = self._base[name].view(-1), parameter.data.view(-1)
-            size = slice_size(out)
+            holders = [expert for expert in experts if name in self.vectors[expert].names]
+            kept = {expert: self._masks[expert](name) for expert in holders}
+            size = slice_size(out, all(self.vectors[expert].mapped for expert in holders))
             for start in range(0, len(out), size):
                 stop = min(start + size, len(out))
+                place = slice(start // 8, start // 8 + packed_size(stop - start))
                 vectors = [
-                    self._transformed(expert, name, start, stop)
-                    for expert in experts
-                    if name in self.vectors[expert].names
+                    self._transformed(
+                        expert, name, start, stop, None if mask is None else mask[place]
+                    )
+                    for expert, mask in kept.items()
                 ]
-                yield out[start:stop], base[start:stop].to(out.device).float(), vectors
+                yield out[start:stop], base[start:stop].to(out.device), vectors
 
     def merge(self, experts: Sequence[str], weights: Sequence[float] | None = None) -> None:
         """Make the model the merge of ``experts`` (in canonical order); none: the base."""
-        import torch
+        from mergelaw import kernels
 
         weights = weights or [1.0] * len(experts)
+        rule = self.method.rule(weights) if experts else None
         for out, base, vectors in self._slices(experts):
-            if not vectors:
+            if not vectors or not rule:
                 out.copy_(base)
-            elif out.dtype == base.dtype:
-                torch.add(base, self.method.combine(vectors, weights), out=out)
+            elif in_one_pass(out):
+                kernels.merge(base, vectors, rule, out)
             else:
-                out.copy_(base + self.method.combine(vectors, weights))
+                out.copy_(base.float() + kernels.combine(vectors, rule))
         if len(experts) == 1 and self.method.keeps_single(weights[0]):
             self._restore(experts[0])
 
@@ -160,10 +218,22 @@ class Merger:
             flat[index.to(flat.device)] = value.to(flat)
 
 
-def slice_size(out: "Tensor") -> int:
+def in_one_pass(out: "Tensor") -> bool:
+    """Whether a merge into ``out`` is compiled, and needs no temporaries."""
     import torch
 
-    return SLICE * torch.get_num_threads() if out.device.type == "cpu" else GPU_SLICE
+    return out.device.type == "cpu" and out.dtype == torch.float32
+
+
+def slice_size(out: "Tensor", mapped: bool) -> int:
+    """Elements worked on at a time; ``mapped``: vectors lie in memory as they are."""
+    import torch
+
+    if out.device.type != "cpu":
+        return GPU_SLICE
+    if mapped and in_one_pass(out):
+        return max(len(out), 1)
+    return SLICE * torch.get_num_threads()
 
 
 def parameters_by_tensor(model: "nn.Module", base: Tensors) -> dict[str, "nn.Parameter"]:
@@ -219,7 +289,9 @@ def write(
     """
     import torch
 
-    weights = weights or [1.0] * len(vectors)
+    from mergelaw.kernels import combine
+
+    rule = method.rule(weights or [1.0] * len(vectors))
     prepared = {name: prepare(method, vector) for name, vector in vectors.items()}
     with Tensors(base) as tensors:
         layout = {name: (tensors.dtype(name), tensors.shape(name)) for name in tensors.names()}
@@ -244,8 +316,8 @@ def write(
                         )
                         for expert, vector in holders.items()
                     ]
-                    out[start:stop] = flat[start:stop].float() + method.combine(parts, weights)
-                if len(vectors) == 1 and method.keeps_single(weights[0]):
+                    out[start:stop] = flat[start:stop].float() + combine(parts, rule)
+                if len(vectors) == 1 and method.keeps_single(weights[0] if weights else 1.0):
                     (vector,) = vectors.values()
                     if name in vector.changed:
                         index, value = vector.exceptions(name)  # type: ignore[misc]

@@ -156,19 +156,33 @@ def arguments(
     return [*words, *(f"--{name}" for name, on in flags.items() if on)], made
 
 
+# torchrun gives each of its processes a session of its own, where a signal to its group does not
+# reach them: one that is killed would leave them training. So Linux ends them with it (prctl's
+# PR_SET_PDEATHSIG is 1).
+WORKER = """
+import ctypes, runpy, signal, sys
+if sys.platform == "linux":
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)
+del sys.argv[0]
+runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
+"""
+
+
 def launcher(python: str, machine: Machine, job: str, host: str) -> list[str]:
     """torchrun, on this node or, by srun, on all nodes of the SLURM job ``job``.
 
-    The processes meet on ``host``, one of the nodes, at a port of the job's own.
+    A module's name and its arguments are to follow. The processes meet on ``host``, one of the
+    nodes, at a port of the job's own.
     """
+    worker = ["--no-python", python, "-c", WORKER]
     torchrun = [python, "-m", "torch.distributed.run", f"--nproc-per-node={machine.gpus}"]
     if machine.nodes == 1:
-        return [*torchrun, "--standalone", "-m"]
+        return [*torchrun, "--standalone", *worker]
     srun = ["srun", f"--nodes={machine.nodes}", f"--ntasks={machine.nodes}"]
     srun += ["--ntasks-per-node=1", "--overlap", "--cpu-bind=none", "--kill-on-bad-exit=1"]
     meet = [f"--nnodes={machine.nodes}", "--rdzv-backend=c10d", f"--rdzv-id={job}"]
     meet += [f"--rdzv-endpoint={host}:{20000 + int(job) % 20000}"]
-    return [*srun, *torchrun, *meet, "-m"]
+    return [*srun, *torchrun, *meet, *worker]
 
 
 def least_memory(recipe: Training, parameters: int, world: int) -> int:
@@ -538,7 +552,7 @@ def launch(python: str, machine: Machine, words: list[str], state: Path) -> None
     env = environment(python)
     if machine.nodes > 1:
         env = slurm_clean(env)
-    print(f"mergelaw: {' '.join(command)}", file=sys.stderr, flush=True)
+    print(f"mergelaw: {shlex.join(command)}", file=sys.stderr, flush=True)
     with subprocess.Popen(command, cwd=state, env=env, preexec_fn=ends_with_parent()) as process:
         try:
             status = process.wait()

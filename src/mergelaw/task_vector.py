@@ -252,6 +252,7 @@ class TaskVector:
         self.digest = digest_of(self.folder, known)
         self._stack = ExitStack()
         self._source: Whole | Adapter | None = None
+        self._last: tuple[str, Any] = "", None
         with self._stack:
             if DERIVED in known["files"]:
                 self._derive(known)
@@ -305,18 +306,30 @@ class TaskVector:
         import torch
 
         if self._source is None:
-            return self._vector.get_tensor(name).view(-1)[start:stop].to(device)
-        stop = min(stop, self._sizes[name])
+            if name != self._last[0]:  # opening a tensor costs as much as reading a slice
+                self._last = name, self._vector.get_tensor(name).view(-1)
+            return self._last[1][start:stop].to(device)
+        stop = min(stop, self.size(name))
         if isinstance(self._source, Whole):
             return self._source.part(name, start, stop, device)
         if name in self._source.names:
             return self._source.part(name, start, stop).to(device)
         return torch.zeros(stop - start, device=device)
 
+    @property
+    def mapped(self) -> bool:
+        """Whether its values are in a file, and not derived when they are asked for."""
+        return self._source is None
+
+    def size(self, name: str) -> int:
+        if self._source is not None:
+            return self._sizes[name]
+        return math.prod(self._vector.get_slice(name).get_shape())
+
     def __getitem__(self, name: str) -> "Tensor":
         if self._source is None:
             return self._vector.get_tensor(name).view(-1)
-        return self.part(name, 0, self._sizes[name])
+        return self.part(name, 0, self.size(name))
 
     def tensors(self) -> Iterator[tuple[str, "Tensor"]]:
         for name in self.names:

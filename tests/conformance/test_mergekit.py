@@ -134,7 +134,8 @@ class Study:
         for folder in self.vectors.values():
             vector = TaskVector(folder)
             prepared = rule.prepare(lambda v=vector: [(name, v[name])])
-            made.append(rule.transform(vector[name], prepared, vector.digest, name, 0).double())
+            values = rule.transform(vector[name], prepared, vector.digest, name, 0)
+            made.append(values.dense().double())
         return made
 
 

@@ -149,7 +149,7 @@ def test_streamed_and_resident_merges_have_the_same_bits(base, pool, recipe, dty
 @pytest.mark.parametrize("memory", [ROOMY, NONE])
 def test_the_size_of_a_slice_changes_no_bit(base, pool, recipe, memory, monkeypatch):
     wanted = merged(base, pool, recipe, list(pool), memory=memory)
-    monkeypatch.setattr(merge, "SLICE", 1003)
+    monkeypatch.setattr(merge, "SLICE", 3 * 512)
     assert merged(base, pool, recipe, list(pool), memory=memory) == wanted
 
 

@@ -10,8 +10,8 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from mergelaw import consensus as module
-from mergelaw.consensus import consensus
+from mergelaw import kernels
+from mergelaw.kernels import Rule, Sparse, combine
 from mergelaw.methods import method_of, registry
 from mergelaw.methods.dare import keep_mask
 from mergelaw.methods.ties import kept, magnitude_threshold
@@ -23,13 +23,17 @@ def normal(*shape, seed=0) -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
+def sparse(vectors: list[torch.Tensor]) -> list[Sparse]:
+    return [Sparse(vector) for vector in vectors]
+
+
 def ties(**parameters):
     return method_of({"method": "ties", **parameters})
 
 
 def trimmed(method, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     prepared = method.prepare(lambda: tensors.items())
-    return {n: method.transform(t, prepared, "digest", n, 0) for n, t in tensors.items()}
+    return {n: method.transform(t, prepared, "digest", n, 0).dense() for n, t in tensors.items()}
 
 
 def test_the_registry_knows_each_method_by_its_name():
@@ -131,26 +135,64 @@ def column(*values: float) -> list[torch.Tensor]:
     ],
 )
 def test_consensus_by_hand(values, weights, elect, expected):
-    assert consensus(column(*values), weights, elect, 1.0).item() == expected
-    assert consensus(column(*values), weights, elect, 0.5).item() == expected / 2
+    vectors = sparse(column(*values))
+    assert combine(vectors, Rule(elect, weights)).item() == expected
+    assert combine(vectors, Rule(elect, weights, 0.5)).item() == expected / 2
 
 
-@pytest.mark.parametrize("elect", ["sum", "count"])
+def drops(what: str, vectors: list[torch.Tensor]) -> list[Sparse]:
+    """The vectors with nothing dropped, small values, a mask, or each of these in turn."""
+    made = []
+    for i, values in enumerate(vectors):
+        kind = ("none", "least", "mask")[i % 3] if what == "mixed" else what
+        kept = kernels.pack(normal(len(values), seed=50 + i).numpy() > 0.3)
+        made.append(
+            {
+                "none": Sparse(values),
+                "least": Sparse(values, least=0.4),
+                "mask": Sparse(values, mask=kept, scale=1 / 0.7),
+            }[kind]
+        )
+    return made
+
+
+@pytest.mark.parametrize("dropped", ["none", "least", "mask", "mixed"])
 @pytest.mark.parametrize("k", [1, 2, 3, 5, 8])
 @pytest.mark.parametrize("threads", [1, 3])
-def test_the_compiled_consensus_has_the_bits_of_torch(elect, k, threads):
-    size = 3 * module.SHARE + 1001  # no multiple of anything
+def test_the_compiled_sums_have_the_bits_of_torch(dropped, k, threads):
+    size = 3 * kernels.SHARE + 1001  # no multiple of anything
     vectors = [normal(size, seed=i) * (normal(size, seed=90 + i) > 0.5) for i in range(k)]
+    given = drops(dropped, vectors)
+    bases = normal(size, seed=99), normal(size, seed=99).bfloat16(), normal(size, seed=99).half()
     for weights in ([1.0] * k, [0.3] * k, [1.0 + 0.7 * i for i in range(k)]):
-        torch.set_num_threads(threads)
-        try:
-            found = consensus(vectors, weights, elect, 0.7)
-        finally:
-            torch.set_num_threads(1)
-        used = weights if len(set(weights)) > 1 else [1.0] * k
-        wanted = module._by_torch(vectors, used, elect == "count", 0.7)
-        assert torch.equal(found.view(torch.int32), wanted.view(torch.int32))
-        assert (found != 0).any()
+        for elect in ("", "sum", "count"):
+            rule = Rule(elect, weights, 0.7)
+            wanted = kernels._by_torch(given, rule)
+            assert (wanted != 0).any()
+            torch.set_num_threads(threads)
+            try:
+                assert same_bits(combine(given, rule), wanted)
+                for base in bases:
+                    out = torch.empty(size)
+                    kernels.merge(base, given, rule, out)
+                    assert same_bits(out, base.float() + wanted)
+            finally:
+                torch.set_num_threads(1)
+
+
+def same_bits(left: torch.Tensor, right: torch.Tensor) -> bool:
+    return torch.equal(left.view(torch.int32), right.view(torch.int32))
+
+
+@pytest.mark.parametrize("size", [0, 1, 63, 64, 65, 511, 512, 513, 5000])
+def test_a_packed_mask_is_the_mask(size):
+    kept = normal(size).numpy() > 0.3
+    packed = kernels.pack(kept)
+    assert len(packed) == kernels.packed_size(size) <= size / 8 + 64
+    assert np.array_equal(kernels.unpack(packed, size).numpy(), kept)
+    for start in range(0, size, 1024):
+        part = packed[start // 8 : start // 8 + kernels.packed_size(min(1024, size - start))]
+        assert torch.equal(part, kernels.pack(kept[start : start + 1024]))
 
 
 def test_no_method_writes_to_the_vectors_it_is_given():
@@ -160,7 +202,7 @@ def test_no_method_writes_to_the_vectors_it_is_given():
         method = method_of({"method": name})
         for weights in ([1.0], [1.0, 1.0, 1.0], [1.0, 2.0, 3.0]):
             given = vectors[: len(weights)]
-            method.combine(given, weights)
+            combine(sparse(given), method.rule(weights))
             prepared = method.prepare(lambda given=given: [("w", given[0])])
             method.transform(given[0], prepared, "digest", "w", 0)
         assert all(torch.equal(*pair) for pair in zip(vectors, before, strict=True))
@@ -224,7 +266,7 @@ def test_a_mask_keeps_its_share_everywhere(drop_rate):
 def test_dare_rescales_what_it_keeps(name):
     method = method_of({"method": name, "drop_rate": 0.75})
     values = normal(1000)
-    out = method.transform(values, {}, "expert", "w", 0)
+    out = method.transform(values, {}, "expert", "w", 0).dense()
     mask = torch.from_numpy(keep_mask(0, "expert", "w", 0, 1000, 0.75))
     assert torch.equal(out, torch.where(mask, values * 4, 0.0))
 

@@ -149,7 +149,11 @@ def test_a_batch_that_cannot_be_shared_is_refused():
 def test_one_node_or_all_of_a_slurm_job():
     one = openrlhf.launcher("/env/bin/python", openrlhf.Machine(1, 4), "77", "node1")
     assert one[:3] == ["/env/bin/python", "-m", "torch.distributed.run"]
-    assert "--nproc-per-node=4" in one and "--standalone" in one and one[-1] == "-m"
+    assert (
+        "--nproc-per-node=4" in one
+        and "--standalone" in one
+        and one[-4:-1] == ["--no-python", "/env/bin/python", "-c"]
+    )
     many = openrlhf.launcher("/env/bin/python", openrlhf.Machine(3, 8), "40077", "node1")
     srun, torchrun = many[: many.index("/env/bin/python")], many[many.index("/env/bin/python") :]
     assert srun[0] == "srun" and {"--nodes=3", "--ntasks=3", "--ntasks-per-node=1"} <= set(srun)

@@ -8,10 +8,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
-from mergelaw.methods.base import Method, normalized, weighted_sum
+from mergelaw.methods.base import Method, normalized
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from mergelaw.kernels import Rule
 
 
 class Average(Method):
@@ -19,8 +19,10 @@ class Average(Method):
 
     method: Literal["average"] = "average"
 
-    def combine(self, vectors: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
-        return weighted_sum(vectors, normalized(weights))
+    def rule(self, weights: Sequence[float]) -> Rule:
+        from mergelaw.kernels import Rule
+
+        return Rule("", normalized(weights))
 
     def keeps_single(self, weight: float) -> bool:
         return True

@@ -10,6 +10,8 @@ from pydantic import BaseModel, ConfigDict
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from mergelaw.kernels import Rule, Sparse
+
 # A task vector's tensors, to be walked through as often as needed: (name, flat fp32 values).
 Tensors = Callable[[], Iterable[tuple[str, "Tensor"]]]
 
@@ -17,10 +19,11 @@ Tensors = Callable[[], Iterable[tuple[str, "Tensor"]]]
 class Method(BaseModel):
     """A merge rule: theta = theta_0 + combine(transform(v_1), ..., transform(v_k)).
 
-    ``prepare`` looks at one expert's whole task vector once; ``transform`` and ``combine`` work
-    element by element, so the engine may call them on any slice of any tensor and gets the same
-    bits. To keep that so on every device they use no fused operation: additions and
-    multiplications are rounded one by one, experts in the configuration's order.
+    ``prepare`` looks at one expert's whole task vector once; ``transform`` says which of its values
+    are dropped, ``rule`` how those of several experts are combined. Both work element by element,
+    so the engine may take any slice of any tensor and gets the same bits: in
+    :mod:`mergelaw.kernels` additions and multiplications are rounded one by one, experts in the
+    configuration's order, on every device.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -29,18 +32,39 @@ class Method(BaseModel):
         """What depends on one expert alone, by tensor name (a TIES threshold); JSON-able."""
         return {}
 
+    def drawn(self) -> dict[str, Any] | None:
+        """The parameters that masks depend on; None: there are no masks."""
+        return None
+
+    def mask(self, expert: str, name: str, start: int, size: int) -> Tensor | None:
+        """What is kept, whatever its value, packed (:func:`mergelaw.kernels.pack`); None: all.
+
+        Of elements ``start`` onwards of the flattened tensor ``name`` of the expert with digest
+        ``expert``.
+        """
+        return None
+
     def transform(
-        self, values: Tensor, prepared: dict[str, float], expert: str, name: str, start: int
-    ) -> Tensor:
-        """One expert's values as ``combine`` wants them.
+        self,
+        values: Tensor,
+        prepared: dict[str, float],
+        expert: str,
+        name: str,
+        start: int,
+        mask: Tensor | None = None,
+    ) -> Sparse:
+        """One expert's values with what is dropped of them.
 
         ``values``: fp32, elements ``start`` onwards of the flattened tensor ``name`` of the expert
-        with digest ``expert``; never written to.
+        with digest ``expert``; never written to. ``mask``: what :meth:`mask` says of them, where it
+        is at hand.
         """
-        return values
+        from mergelaw.kernels import Sparse
 
-    def combine(self, vectors: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
-        """The merged difference from the base: fp32, of the shape of each of ``vectors``."""
+        return Sparse(values)
+
+    def rule(self, weights: Sequence[float]) -> Rule:
+        """How the prepared values of experts with these weights become one."""
         raise NotImplementedError
 
     def keeps_single(self, weight: float) -> bool:
@@ -50,23 +74,6 @@ class Method(BaseModel):
     def mergekit(self) -> dict[str, Any] | None:
         """The same rule in mergekit's words ({merge_method, parameters}), or None without one."""
         return None
-
-
-def weighted_sum(vectors: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
-    """sum_i w_i v_i in the given order; equal weights are multiplied in once, at the end."""
-    import torch
-
-    if len(vectors) == 1:
-        return vectors[0] if weights[0] == 1 else vectors[0] * weights[0]
-    if len(set(weights)) == 1:
-        total = torch.add(vectors[0], vectors[1])
-        for vector in vectors[2:]:
-            total += vector
-        return total if weights[0] == 1 else total.mul_(weights[0])
-    total = vectors[0] * weights[0]
-    for vector, weight in zip(vectors[1:], weights[1:], strict=True):
-        total += vector * weight
-    return total
 
 
 def normalized(weights: Sequence[float]) -> list[float]:

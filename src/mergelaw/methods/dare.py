@@ -9,14 +9,16 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
-from mergelaw.methods.base import Method, normalized, weighted_sum
+from mergelaw.methods.base import Method, normalized
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from mergelaw.kernels import Rule, Sparse
 
 
 def keep_mask(seed: int, expert: str, name: str, start: int, size: int, drop_rate: float):
@@ -41,16 +43,30 @@ class _Dare(Method):
     lambda_: float = Field(1.0, alias="lambda", gt=0, description="scale of the merged difference")
     seed: int = Field(0, ge=0, description="seed of the masks")
 
-    def transform(
-        self, values: Tensor, prepared: dict[str, float], expert: str, name: str, start: int
-    ) -> Tensor:
-        if self.drop_rate == 0:
-            return values
-        import torch
+    def drawn(self) -> dict[str, Any] | None:
+        return {"seed": self.seed, "drop_rate": self.drop_rate} if self.drop_rate else None
 
-        mask = keep_mask(self.seed, expert, name, start, values.numel(), self.drop_rate)
-        kept = values * torch.from_numpy(mask).to(values.device)
-        return kept.mul_(1 / (1 - self.drop_rate))
+    def mask(self, expert: str, name: str, start: int, size: int) -> Tensor | None:
+        from mergelaw.kernels import pack
+
+        if not self.drop_rate:
+            return None
+        return pack(keep_mask(self.seed, expert, name, start, size, self.drop_rate))
+
+    def transform(
+        self,
+        values: Tensor,
+        prepared: dict[str, float],
+        expert: str,
+        name: str,
+        start: int,
+        mask: Tensor | None = None,
+    ) -> Sparse:
+        from mergelaw.kernels import Sparse
+
+        if mask is None:
+            mask = self.mask(expert, name, start, values.numel())
+        return Sparse(values, mask=mask, scale=1 / (1 - self.drop_rate))
 
 
 class DareLinear(_Dare):
@@ -59,10 +75,12 @@ class DareLinear(_Dare):
     method: Literal["dare_linear"] = "dare_linear"
     normalize: bool = Field(True, description="scale the mean (true) or the sum (false)")
 
-    def combine(self, vectors: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
+    def rule(self, weights: Sequence[float]) -> Rule:
+        from mergelaw.kernels import Rule
+
         if self.normalize:
             weights = normalized(weights)
-        return weighted_sum(vectors, [self.lambda_ * weight for weight in weights])
+        return Rule("", [self.lambda_ * weight for weight in weights])
 
     def keeps_single(self, weight: float) -> bool:
         whole = self.drop_rate == 0 and self.lambda_ == 1
@@ -77,10 +95,10 @@ class DareTies(_Dare):
         "sum", description="sign of the summed values, or of the majority"
     )
 
-    def combine(self, vectors: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
-        from mergelaw.consensus import consensus
+    def rule(self, weights: Sequence[float]) -> Rule:
+        from mergelaw.kernels import Rule
 
-        return consensus(vectors, weights, self.elect, self.lambda_)
+        return Rule(self.elect, weights, self.lambda_)
 
     def keeps_single(self, weight: float) -> bool:
         return self.drop_rate == 0 and self.lambda_ == 1

@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
-from mergelaw.methods.base import Method, normalized, weighted_sum
+from mergelaw.methods.base import Method, normalized
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from mergelaw.kernels import Rule
 
 
 class TaskArithmetic(Method):
@@ -24,10 +24,12 @@ class TaskArithmetic(Method):
     lambda_: float = Field(1.0, alias="lambda", gt=0, description="scale of the merged difference")
     normalize: bool = Field(True, description="scale the mean (true) or the sum (false)")
 
-    def combine(self, vectors: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
+    def rule(self, weights: Sequence[float]) -> Rule:
+        from mergelaw.kernels import Rule
+
         if self.normalize:
             weights = normalized(weights)
-        return weighted_sum(vectors, [self.lambda_ * weight for weight in weights])
+        return Rule("", [self.lambda_ * weight for weight in weights])
 
     def keeps_single(self, weight: float) -> bool:
         return self.lambda_ == 1 and (self.normalize or weight == 1)

@@ -18,6 +18,8 @@ from mergelaw.methods.base import Method, Tensors
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from mergelaw.kernels import Rule, Sparse
+
 
 class Ties(Method):
     """theta = theta_0 + lambda * mean of the trimmed v_i that agree with the elected sign."""
@@ -48,16 +50,22 @@ class Ties(Method):
         return {name: threshold for name, _ in tensors()}
 
     def transform(
-        self, values: Tensor, prepared: dict[str, float], expert: str, name: str, start: int
-    ) -> Tensor:
-        if not prepared:
-            return values
-        return values * (values.abs() >= prepared[name])
+        self,
+        values: Tensor,
+        prepared: dict[str, float],
+        expert: str,
+        name: str,
+        start: int,
+        mask: Tensor | None = None,
+    ) -> Sparse:
+        from mergelaw.kernels import Sparse
 
-    def combine(self, vectors: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
-        from mergelaw.consensus import consensus
+        return Sparse(values, least=prepared.get(name, 0.0))
 
-        return consensus(vectors, weights, self.elect, self.lambda_)
+    def rule(self, weights: Sequence[float]) -> Rule:
+        from mergelaw.kernels import Rule
+
+        return Rule(self.elect, weights, self.lambda_)
 
     def keeps_single(self, weight: float) -> bool:
         return self.density == 1 and self.lambda_ == 1
