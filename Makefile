@@ -41,7 +41,7 @@ test: $(VENV)/.installed
 test-conformance: $(VENV)/.installed $(PEERS)/.installed
 	PEERS="$(PEERS)" $(BIN)/python -m pytest tests/conformance
 
-# Times against mergekit, the paper's code and the floor. For half an hour nothing else should run.
+# Times against mergekit, the paper's code and the floor. For an hour nothing else should run.
 bench: $(VENV)/.installed $(PEERS)/.installed
 	PEERS="$(PEERS)" $(BIN)/python benchmarks/bench.py
 

@@ -20,6 +20,7 @@ import argparse
 import json
 import math
 import os
+import resource
 import shutil
 import subprocess
 import sys
@@ -28,11 +29,12 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import psutil
 import torch
 import transformers
 import yaml
 
-from mergelaw import cross_entropy, evaluate, lineage, merge, task_vector, training
+from mergelaw import cli, cross_entropy, evaluate, lineage, merge, task_vector, training
 from mergelaw.merge import Merger
 from mergelaw.methods import method_of
 from mergelaw.methods.ties import magnitude_threshold
@@ -78,20 +80,31 @@ class Clock:
         work()
         return self.now() - start
 
-    def command(self, *arguments: object) -> tuple[float, float]:
-        """(seconds, peak bytes) of a command."""
+    def command(self, *arguments: object) -> tuple[float, float] | None:
+        """(seconds, peak bytes) of a command; None: this machine has too little memory for it."""
         start = time.perf_counter()
+        limit = psutil.virtual_memory().available * 9 // 10
+
+        def within() -> None:
+            resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
+
         threads = str(torch.get_num_threads())
         with tempfile.TemporaryFile() as log:
             environment = {**os.environ, "PYTHONPATH": "", "OMP_NUM_THREADS": threads}
             running = subprocess.Popen(
-                [str(a) for a in arguments], stdout=log, stderr=log, env=environment
-            )
+                [str(a) for a in arguments], stdout=log, stderr=log, env=environment,
+                preexec_fn=within if sys.platform == "linux" else None,
+            )  # fmt: skip
             _, status, used = os.wait4(running.pid, 0)
             running.returncode = os.waitstatus_to_exitcode(status)
             if running.returncode:
                 log.seek(0)
-                raise SystemExit(f"{arguments[0]}: {log.read().decode()[-2000:]}")
+                said = log.read().decode()
+                if any(
+                    word in said for word in ("MemoryError", "enough memory", "allocate memory")
+                ):
+                    return None
+                raise SystemExit(f"{arguments[0]}: {said[-2000:]}")
         peak = used.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
         wall = time.perf_counter() - start
         return (used.ru_utime + used.ru_stime if self.processor else wall), peak
@@ -236,28 +249,38 @@ def merging(
 
 def peers(
     clock: Clock, folder: Path, base: Path, experts: dict[str, Path], asked: argparse.Namespace
-) -> dict[tuple[str, str, int], tuple[float, float]]:
-    """(seconds, peak bytes) of mergekit and of the paper's code: merge, write and load."""
+) -> dict[tuple[str, str, int], tuple[float, float] | None]:
+    """(seconds, peak bytes) of mergekit and of the paper's code: merge, write and load.
+
+    None: too much for this machine's memory.
+    """
     programs = Path(os.environ.get("PEERS", ROOT / ".venv-peers")).absolute() / "bin"
     if not (programs / "mergekit-yaml").exists():
         raise SystemExit(f"no mergekit in {programs}: run `make bench`, or give --no-peers")
     out = folder / "peer"
-    found: dict[tuple[str, str, int], tuple[float, float]] = {}
+    found: dict[tuple[str, str, int], tuple[float, float] | None] = {}
 
     def timed(name: str, method: str, k: int, *command: object) -> None:
         shutil.rmtree(out, ignore_errors=True)
-        seconds, peak = clock.command(*command)
-        seconds += clock.of(lambda: training.load(out, "float32"))
-        best = found.get((name, method, k), (float("inf"), 0.0))
+        made = clock.command(*command)
+        if made is None:
+            found[name, method, k] = None
+            return
+        seconds, peak = made[0] + clock.of(lambda: training.load(out, "float32")), made[1]
+        best = found.get((name, method, k)) or (float("inf"), 0.0)
         found[name, method, k] = min(best[0], seconds), max(best[1], peak)
+
+    def started(programs: Path, name: str, imports: str) -> None:
+        """What a command costs that has imported everything, from a warm disk, no more."""
+        runs = [clock.command(programs / "python", "-c", imports) for _ in range(2)]
+        found[name, "start", 0] = runs[1]
 
     training.load(base, "float32")  # what is imported once is nobody's cost
     for _ in range(asked.peer_repeats):
-        # What a command costs that has imported everything and merges nothing.
         idle = "import mergekit.scripts.run_yaml, mergekit.merge, transformers"
-        found["mergekit", "start", 0] = clock.command(programs / "python", "-c", idle)
+        started(programs, "mergekit", idle)
         idle = "import merge.merging_methods, transformers.models.llama.modeling_llama"
-        found["paper", "start", 0] = clock.command(programs / "python", "-c", idle)
+        started(programs, "paper", idle)
         for method in asked.methods:
             rule = method_of(METHODS[method])
             for k in asked.k:
@@ -318,9 +341,13 @@ def report(size: str, forward: dict, ours: dict, theirs: dict) -> None:
     if not theirs:
         return
     rows = []
-    for (name, method, k), (merged, peak) in sorted(theirs.items()):
+    for (name, method, k), found in sorted(theirs.items()):
         if method == "start":
             continue
+        if found is None:
+            rows.append([name, method, str(k), "out of memory", *[""] * 4])
+            continue
+        merged, peak = found
         mine, start = ours[method, k]["merge"] + evaluated, theirs[name, "start", 0][0]
         seconds = merged + evaluated
         rows.append(
@@ -351,6 +378,7 @@ def main() -> None:
     asked = parser.parse_args()
     clock = Clock()
     threads = torch.get_num_threads()
+    cli.prepare_torch(threads)  # as a job does
     kind = "processor" if clock.processor else "clock"
     print(f"{threads} thread(s), seconds of the {kind}, torch {torch.__version__}")
     if torch.cuda.is_available():

@@ -80,7 +80,11 @@ def masks(
     recipe = {"masks": drawn, "vector": vector.digest}
     path = cache / f"{digest(recipe)[:32]}.safetensors"
     known = path.with_suffix(".sha256")
-    if not (path.exists() and known.exists() and known.read_text() == lineage.file_digest(path)):
+    if not (
+        path.exists()
+        and known.exists()
+        and known.read_bytes() == lineage.file_digest(path).encode()
+    ):
         path.parent.mkdir(parents=True, exist_ok=True)
         scratch = path.with_suffix(f".{lineage.unique()}")
         layout = {name: ("U8", (packed_size(vector.size(name)),)) for name in vector.names}

@@ -379,6 +379,41 @@ def test_prepared_values_are_remembered_and_remade_when_damaged(pool, tmp_path, 
     assert len(list(tmp_path.iterdir())) == 4
 
 
+@pytest.mark.parametrize("name", ["dare_linear", "dare_ties"])
+def test_masks_are_remembered_and_remade_when_damaged(base, pool, tmp_path, name, monkeypatch):
+    """Streamed merges read them from a file; they have the bits of those that are held in memory."""
+    recipe = METHODS[name]
+    held = merged(base, pool, recipe, list(pool), memory=ROOMY)
+
+    def streamed() -> dict[str, bytes]:
+        model = load(base)
+        with Merger(model, base, pool, method_of(recipe), NONE, tmp_path) as merger:
+            merger.merge(list(pool))
+        return {name: bits(parameter) for name, parameter in model.named_parameters()}
+
+    assert streamed() == held
+    files = sorted(tmp_path.iterdir())
+    assert [path.suffix for path in files] == [".safetensors", ".sha256"] * len(pool)
+    content = {path: path.read_bytes() for path in files}
+    made = []
+    plain = type(method_of(recipe)).mask
+
+    def counted(self, *arguments):
+        made.append(arguments)
+        return plain(self, *arguments)
+
+    monkeypatch.setattr(type(method_of(recipe)), "mask", counted)
+    assert streamed() == held and not made
+    for place in (0, 1, 2):
+        path, whole = files[place], content[files[place]]
+        for damage in (b"", whole[: len(whole) // 2], whole[:-1] + bytes([whole[-1] ^ 1])):
+            path.write_bytes(damage)
+            assert streamed() == held
+            assert made
+            made.clear()
+            assert {path: path.read_bytes() for path in sorted(tmp_path.iterdir())} == content
+
+
 def test_masks_do_not_depend_on_what_the_vector_is_called(base, pool, tmp_path):
     vector = pool["expert0"]
     moved = tmp_path / "elsewhere"

@@ -46,12 +46,13 @@ def run(folder, base, experts) -> tuple[dict[str, bytes], dict[str, np.ndarray]]
     windows = encode(tokenizer(), items, 512, "refuse", "the set").windows
     for name in registry():
         method = method_of({"method": name})
-        model = load(base)
-        with Merger(model, base, pool, method, 1 << 30) as merger:
-            merger.merge(list(pool))
-            for parameter, value in model.named_parameters():
-                exact[f"{name} {parameter}"] = bits(value)
-            close[name] = nll(model, batches(windows, 4096, "cpu"), len(items))
+        for memory in (0, 1 << 30):  # streamed and resident
+            model = load(base)
+            with Merger(model, base, pool, method, memory) as merger:
+                merger.merge(list(pool))
+                for parameter, value in model.named_parameters():
+                    exact[f"{name} {parameter} {memory}"] = bits(value)
+        close[name] = nll(model, batches(windows, 4096, "cpu"), len(items))
         written = folder / name
         written.mkdir()
         merge.write(base, pool, method, None, written)

@@ -91,7 +91,7 @@ def test_gc_removes_what_no_configuration_refers_to_and_keeps_the_cells(trained,
     place = trained.copy(tmp_path)
     config, cells, before = place.config, place.cells(), place.lineages()
     listed = place.mergelaw("gc", "--config", "study.yaml")
-    assert listed.status == 0 and listed.output.startswith("0 artifacts, 0 bytes")
+    assert listed.status == 0 and listed.output.startswith("0 artifacts and files, 0 bytes")
     experts = {**config["experts"], "code": {"training": {"learning_rate": 2e-3}}}
     place.configure(config | {"experts": experts})
     old = {
@@ -108,6 +108,13 @@ def test_gc_removes_what_no_configuration_refers_to_and_keeps_the_cells(trained,
     assert before.keys() - place.lineages().keys() == old
     assert place.cells() == cells
     assert place.mergelaw("gc", "--config", "study.yaml").output.startswith("0 artifacts")
+    # Of what was prepared of experts, what is used stays.
+    prepared = place.results / "cells" / "small" / "prepared"
+    prepared.mkdir(exist_ok=True)
+    for name in ("aa.json", "aa.safetensors", "aa.sha256", "aa.18f0-1c2"):
+        (prepared / name).write_text("x")
+    place.mergelaw("gc", "--config", "study.yaml", "--delete")
+    assert {path.suffix for path in prepared.iterdir()} == {".json", ".safetensors", ".sha256"}
     # Two configurations keep what either refers to.
     (tmp_path / "other.yaml").write_text((tmp_path / "study.yaml").read_text())
     place.configure(trained_config(trained.folder) | {"training": TRAINING | {"steps": 6}})
