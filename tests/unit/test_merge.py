@@ -389,7 +389,7 @@ def test_masks_are_remembered_and_remade_when_damaged(base, pool, tmp_path, name
         model = load(base)
         with Merger(model, base, pool, method_of(recipe), NONE, tmp_path) as merger:
             merger.merge(list(pool))
-        return {name: bits(parameter) for name, parameter in model.named_parameters()}
+        return parameters(model)
 
     assert streamed() == held
     files = sorted(tmp_path.iterdir())

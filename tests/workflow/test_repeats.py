@@ -4,7 +4,7 @@ from studies import Place, make_trained, same_measurements
 
 from mergelaw import lineage
 
-ON_TWO = ("--set-threads", "base=2", "expert=2", "evaluate=2")
+ON_TWO = ("--set-threads", "get_base=2", "get_expert=2", "evaluate_merges=2")
 
 
 def digests(place: Place, *kinds: str) -> dict[str, str]:
