@@ -17,6 +17,7 @@ from mergelaw import config as configuration
 from mergelaw import lineage
 from mergelaw.config import Model
 from mergelaw.errors import MergelawError
+from mergelaw.methods import method_of
 from mergelaw.resources import Hardware, Need, check, documents_of, need_of
 from mergelaw.size import Size
 from mergelaw.study import Artifact, Study
@@ -228,11 +229,14 @@ def work_of(study: Study, artifact: Artifact, rates: Rates) -> Work:
     gpus, parallel = _gpus(need, rates)
     resident = 4 * size.total * (members + 3) <= gpus * rates.gpu_memory_gb * 1e9 / 2 or not gpus
     passed = members if resident else sum(row[0] for row in rows)
+    # Masks, a bit a value, are made by the first shard for all.
+    drawn = not resident and method_of(recipe["method"]).drawn() is not None
+    masks = members * size.total / 8 if drawn and artifact.name.endswith("-000") else 0
     return Work(
         tokens,
         forward_flops(size, tokens, context),
         whole + passed * vector,
-        2 * len(rows) * (len(domains) * ROW + 24 * documents),
+        2 * len(rows) * (len(domains) * ROW + 24 * documents) + masks,
         own["dtype"],
         gpus,
         parallel,
