@@ -11,6 +11,7 @@ import hashlib
 import importlib.metadata
 import json
 import os
+import re
 import resource
 import shutil
 import socket
@@ -209,14 +210,34 @@ def make(
                 shutil.rmtree(output)
             folder.rename(output)
             sync(output.parent)
-        except BaseException:
+        except BaseException as error:
+            cause = None
+            if isinstance(error, Exception) and not isinstance(error, (MergelawError, OSError)):
+                cause = unwritable(state, error)
             shutil.rmtree(folder, ignore_errors=True)
             with suppress(OSError):  # not empty: what a training goes on from
                 state.rmdir()
                 scratch.rmdir()
+            if cause:
+                raise cause from error
             raise
         shutil.rmtree(scratch, ignore_errors=True)
     return True
+
+
+def unwritable(folder: Path, error: Exception) -> OSError | None:
+    """What hinders writing where a library failed: of a full disk many say no more than that."""
+    said = re.search(r"\(os error (\d+)\)", str(error))
+    if said:
+        return OSError(int(said[1]), os.strerror(int(said[1])), str(folder.parent))
+    probe = folder / f"probe-{unique()}"
+    try:
+        probe.write_bytes(bytes(1 << 20))
+    except OSError as reason:
+        return OSError(reason.errno, os.strerror(reason.errno or 0), str(folder.parent))
+    finally:
+        probe.unlink(missing_ok=True)
+    return None
 
 
 def write_json(path: Path, value: Any) -> None:

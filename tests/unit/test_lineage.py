@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -367,3 +368,31 @@ def test_a_flipped_bit_anywhere_in_a_lineage_is_found(tmp_path):
         path.write_bytes(bytes(flipped))
         with pytest.raises(MergelawError):
             lineage.verified(output)
+
+
+def test_a_full_disk_is_said_whoever_was_writing(tmp_path, monkeypatch):
+    """safetensors and torch have errors of their own for it, one of them without the reason."""
+
+    def make_failing(error: Exception) -> None:
+        def work(folder, state):
+            raise error
+
+        lineage.make(tmp_path / "a", "corpus", {}, {}, work)
+
+    with pytest.raises(OSError) as told:
+        make_failing(ValueError("while serializing: I/O error: No space left (os error 28)"))
+    assert told.value.errno == errno.ENOSPC and str(tmp_path) in told.value.filename
+    with pytest.raises(RuntimeError, match="file write failed"):  # the disk is not full
+        make_failing(RuntimeError("file write failed"))
+    plain = Path.write_bytes
+
+    def full(path, data):
+        if "probe" in path.name:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return plain(path, data)
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(OSError) as told:
+        make_failing(RuntimeError("file write failed"))
+    assert told.value.errno == errno.ENOSPC
+    assert [path.name for path in tmp_path.iterdir()] == [".a.lock"]
