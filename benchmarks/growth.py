@@ -1,6 +1,6 @@
 """How time and memory grow with parameters, k, the pool, evaluation tokens and number of merges.
 
-    python benchmarks/growth.py --output growth.html
+    python benchmarks/growth.py --output growth.svg
 
 Each point is a process of its own that runs the stage `evaluate` on random models. Processor
 seconds and peak memory are fitted as a power of what grows, between the last two points, for at
@@ -25,7 +25,7 @@ import psutil
 START = {"layers": 4, "width": 128, "k": 4, "pool": 8, "documents": 24, "merges": 32}
 SWEEPS = {
     "parameters": [{"layers": layers, "width": 256} for layers in (2, 4, 8, 16)],
-    "k": [{"k": k, "width": 256} for k in (1, 2, 4, 8)],
+    "k": [{"k": k, "pool": 32, "width": 256} for k in (1, 2, 4, 8, 16)],
     "pool": [{"pool": pool, "merges": 8, "width": 256} for pool in (4, 8, 16, 32)],
     "tokens": [{"documents": documents} for documents in (24, 48, 96, 192)],
     "merges": [
@@ -171,7 +171,7 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--sweeps", nargs="+", default=list(SWEEPS), choices=SWEEPS)
-    parser.add_argument("--output", type=Path, default=Path("growth.html"))
+    parser.add_argument("--output", type=Path, default=Path("growth.svg"))
     parser.add_argument("--point", help=argparse.SUPPRESS)
     asked = parser.parse_args()
     if asked.point:
@@ -200,6 +200,7 @@ def main() -> int:
             each = (last["memory"] - before["memory"]) / (last["merges"] - before["merges"])
             print(f"  {each:.0f} bytes stay behind for each merge (its cell's row among them)")
     plot(found, asked.output)
+    print(f"plot: {asked.output}")
     if bad:
         print(f"worse than linear: {', '.join(bad)}")
     return bool(bad)
