@@ -238,7 +238,7 @@ def arguments(cls: Any, recipe: Optimisation, seed: int, state: Path, **more: An
 
     micro = recipe.micro_batch_size or recipe.batch_size
     cpu = not torch.cuda.is_available()
-    return cls(
+    made = cls(
         output_dir=str(state),
         max_steps=recipe.steps or -1,
         num_train_epochs=recipe.epochs or 1.0,
@@ -265,6 +265,10 @@ def arguments(cls: Any, recipe: Optimisation, seed: int, state: Path, **more: An
         dataloader_pin_memory=not cpu,
         **more,
     )
+    # Of several GPUs it would take all, each with a batch of its own: more documents a step than
+    # the recipe says.
+    made._n_gpu = min(made.n_gpu, 1)
+    return made
 
 
 def by_the_clock(save_every: float) -> Any:
