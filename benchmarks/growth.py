@@ -86,13 +86,18 @@ def measure(settings: dict[str, int], folder: Path) -> dict[str, float]:
         )
     del model, save
     # As many distinct subsets of k as are asked for, or else of other sizes too.
-    names, k = list(vectors), settings["k"]
-    every = list(combinations(names, k))
-    for other in range(2, len(names) + 1):
-        if len(every) < settings["merges"] and other != k:
-            every += combinations(names, other)
-    chosen = random.Random(0).sample(every, min(settings["merges"], len(every)))
-    rows = [[len(subset), 0, i, list(subset)] for i, subset in enumerate(chosen)]
+    names, k, rng = list(vectors), settings["k"], random.Random(0)
+    chosen: set[tuple[str, ...]] = set()
+    for size in (k, *(other for other in range(2, len(names) + 1) if other != k)):
+        there, wanted = math.comb(len(names), size), settings["merges"] - len(chosen)
+        if there <= wanted:
+            chosen |= set(combinations(names, size))
+        else:
+            end = len(chosen) + wanted
+            while len(chosen) < end:
+                chosen.add(tuple(sorted(rng.sample(names, size), key=names.index)))
+            break
+    rows = [[len(subset), 0, i, list(subset)] for i, subset in enumerate(sorted(chosen))]
     plan = {
         "method": {"method": "average"},
         "evaluation": Evaluation().model_dump(),
@@ -140,10 +145,15 @@ def point(settings: dict[str, int]) -> dict[str, float]:
             [sys.executable, __file__, "--point", json.dumps(settings), "--output", folder],
             capture_output=True,
             text=True,
-            env={**os.environ, "OMP_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "1"},
+            env={
+                **os.environ,
+                "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+                "OMP_NUM_THREADS": "1",
+                "MALLOC_ARENA_MAX": "1",
+            },
         )
     if run.returncode:
-        raise SystemExit(run.stderr[-3000:])
+        raise SystemExit(f"{settings}: status {run.returncode}\n{run.stderr[-3000:]}")
     return json.loads(run.stdout.splitlines()[-1])
 
 
