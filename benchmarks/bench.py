@@ -4,11 +4,11 @@
     python benchmarks/bench.py --sizes 45M --k 2 8 --methods average ties
 
 Base and experts are random, of Llama's architecture, in bfloat16 files; all are evaluated in
-float32 (on a GPU in bfloat16). mergekit and the paper's code run as their users run them: a command
-that merges and writes, then loading and evaluating. The evaluation is the same forward pass for
-all: it is timed by itself, and a peer's seconds are its command's, those of loading and this
-pass's. Of ours a merge is also evaluated in one go, at the largest k. What starting a peer's
-command costs is told apart. The floor is the forward pass alone and one pass over the bytes of
+float32 (on a GPU in bfloat16). mergekit and the paper's code run as their users run them: a
+command that merges and writes, then a process that loads the result by transformers and asks for
+its loss on as many tokens. What starting a command and its imports take is told apart, for the
+second process it is not counted; the loss is timed once a size. Of ours a merge is also evaluated
+in one go, at the largest k. The floor is the forward pass alone and one pass over the bytes of
 base, vectors and result at the copy bandwidth measured here.
 
 On one thread seconds are of processor time, on several or with a GPU of the clock. Repetitions are
@@ -247,6 +247,38 @@ def merging(
     }
 
 
+def plainly(folder: Path, tokens: int) -> dict[str, float]:
+    """Seconds to load a model and to ask it for its loss, as one does; in a process of its own."""
+    run = subprocess.run(
+        [sys.executable, __file__, "--plainly", str(folder), "--tokens", str(tokens)],
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
+        env={**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())},
+    )
+    return json.loads(run.stdout.splitlines()[-1])
+
+
+def evaluate_plainly(folder: Path, tokens: int) -> dict[str, float]:
+    clock = Clock()
+    start = clock.now()
+    kind = torch.bfloat16 if torch.cuda.is_available() else torch.float32
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=kind).eval()
+    if torch.cuda.is_available():
+        model.cuda()
+    load = clock.now() - start
+    if not tokens:
+        return {"load": load}
+    shape = max(tokens // WINDOW, 1), WINDOW
+    ids = torch.randint(model.config.vocab_size, shape, device=model.device)
+
+    def loss() -> object:
+        with torch.no_grad():
+            return model(input_ids=ids, labels=ids).loss.item()
+
+    return {"load": load, "evaluate": min(clock.of(loss) for _ in range(2))}
+
+
 def peers(
     clock: Clock, folder: Path, base: Path, experts: dict[str, Path], asked: argparse.Namespace
 ) -> dict[tuple[str, str, int], tuple[float, float] | None]:
@@ -266,7 +298,7 @@ def peers(
         if made is None:
             found[name, method, k] = None
             return
-        seconds, peak = made[0] + clock.of(lambda: training.load(out, "float32")), made[1]
+        seconds, peak = made[0] + plainly(out, 0)["load"], made[1]
         best = found.get((name, method, k)) or (float("inf"), 0.0)
         found[name, method, k] = min(best[0], seconds), max(best[1], peak)
 
@@ -275,7 +307,6 @@ def peers(
         runs = [clock.command(programs / "python", "-c", imports) for _ in range(2)]
         found[name, "start", 0] = runs[1]
 
-    training.load(base, "float32")  # what is imported once is nobody's cost
     for _ in range(asked.peer_repeats):
         idle = "import mergekit.scripts.run_yaml, mergekit.merge, transformers"
         started(programs, "mergekit", idle)
@@ -349,7 +380,7 @@ def report(size: str, forward: dict, ours: dict, theirs: dict) -> None:
             continue
         merged, peak = found
         mine, start = ours[method, k]["merge"] + evaluated, theirs[name, "start", 0][0]
-        seconds = merged + evaluated
+        seconds = merged + forward["plainly"]
         rows.append(
             [name, method, str(k), f"{merged:.1f}", f"{seconds / mine:.2f}",
              f"{(seconds - start) / mine:.2f}", f"{merged / ours[method, k]['merge']:.0f}",
@@ -374,8 +405,12 @@ def main() -> None:
         "--memory", type=int, help="bytes for vectors; default: as a job of evaluation takes"
     )
     parser.add_argument("--no-peers", action="store_true")
+    parser.add_argument("--plainly", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help="keeps models and vectors for the next time")
     asked = parser.parse_args()
+    if asked.plainly:
+        print(json.dumps(evaluate_plainly(asked.plainly, asked.tokens)))
+        return
     clock = Clock()
     threads = torch.get_num_threads()
     cli.prepare_torch(threads)  # as a job does
@@ -405,6 +440,9 @@ def main() -> None:
                 share = 2 * forward["parameters"] * forward["tokens"] / forward["seconds"] / rate
                 print(f"{size}: the forward pass runs at {100 * share:.0f}% of the matrix rate")
             peak = lineage.peak_memory()
+            if not asked.no_peers:
+                forward["plainly"] = plainly(base, asked.tokens)["evaluate"]
+                print(f"transformers' own loss: {forward['plainly']:.2f} s")
             theirs = {} if asked.no_peers else peers(clock, folder, base, experts, asked)
             report(size, forward, ours, theirs)
             print(f"\npeak resident memory of ours, mapped files included: {peak / 1e9:.2f} GB")

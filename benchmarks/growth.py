@@ -164,12 +164,13 @@ def plot(found: dict[str, list[dict[str, float]]], output: Path) -> None:
     panels = []
     for name, points in found.items():
         data = pd.DataFrame(points)
-        for what, unit in (("seconds", "processor seconds"), ("peak", "peak memory, bytes")):
+        data["gigabytes"] = data["peak"] / 1e9
+        for what, unit in (("seconds", "processor seconds"), ("gigabytes", "peak memory, GB")):
             panels.append(
                 alt.Chart(data, width=180, height=140)
                 .mark_line(point=True)
                 .encode(
-                    alt.X(name, scale=alt.Scale(type="log")),
+                    alt.X(name, scale=alt.Scale(type="log", nice=False)),
                     alt.Y(what, scale=alt.Scale(type="log"), title=unit),
                 )
             )
