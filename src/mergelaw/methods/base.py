@@ -29,7 +29,7 @@ class Method(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     def prepare(self, tensors: Tensors) -> dict[str, float]:
-        """What depends on one expert alone, by tensor name (a TIES threshold); JSON-able."""
+        """The smallest magnitude of one expert that is kept, by tensor name; none: all are."""
         return {}
 
     def drawn(self) -> dict[str, Any] | None:
@@ -43,6 +43,11 @@ class Method(BaseModel):
         ``expert``.
         """
         return None
+
+    @property
+    def scale(self) -> float:
+        """What the values that a mask keeps are multiplied by."""
+        return 1.0
 
     def transform(
         self,
@@ -61,7 +66,9 @@ class Method(BaseModel):
         """
         from mergelaw.kernels import Sparse
 
-        return Sparse(values)
+        if mask is None:
+            mask = self.mask(expert, name, start, values.numel())
+        return Sparse(values, prepared.get(name, 0.0), mask, self.scale)
 
     def rule(self, weights: Sequence[float]) -> Rule:
         """How the prepared values of experts with these weights become one."""

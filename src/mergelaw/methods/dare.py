@@ -18,7 +18,7 @@ from mergelaw.methods.base import Method, normalized
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from mergelaw.kernels import Rule, Sparse
+    from mergelaw.kernels import Rule
 
 
 def keep_mask(seed: int, expert: str, name: str, start: int, size: int, drop_rate: float):
@@ -53,20 +53,9 @@ class _Dare(Method):
             return None
         return pack(keep_mask(self.seed, expert, name, start, size, self.drop_rate))
 
-    def transform(
-        self,
-        values: Tensor,
-        prepared: dict[str, float],
-        expert: str,
-        name: str,
-        start: int,
-        mask: Tensor | None = None,
-    ) -> Sparse:
-        from mergelaw.kernels import Sparse
-
-        if mask is None:
-            mask = self.mask(expert, name, start, values.numel())
-        return Sparse(values, mask=mask, scale=1 / (1 - self.drop_rate))
+    @property
+    def scale(self) -> float:
+        return 1 / (1 - self.drop_rate)
 
 
 class DareLinear(_Dare):

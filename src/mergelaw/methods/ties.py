@@ -16,9 +16,7 @@ from pydantic import Field
 from mergelaw.methods.base import Method, Tensors
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
-    from mergelaw.kernels import Rule, Sparse
+    from mergelaw.kernels import Rule
 
 
 class Ties(Method):
@@ -48,19 +46,6 @@ class Ties(Method):
             lambda: (values for _, values in tensors()), kept(size, self.density)
         )
         return {name: threshold for name, _ in tensors()}
-
-    def transform(
-        self,
-        values: Tensor,
-        prepared: dict[str, float],
-        expert: str,
-        name: str,
-        start: int,
-        mask: Tensor | None = None,
-    ) -> Sparse:
-        from mergelaw.kernels import Sparse
-
-        return Sparse(values, least=prepared.get(name, 0.0))
 
     def rule(self, weights: Sequence[float]) -> Rule:
         from mergelaw.kernels import Rule
