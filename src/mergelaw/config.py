@@ -77,6 +77,11 @@ class Source(Model):
     where: dict[str, str | int | bool] | None = Field(
         None, description="keep only records whose columns have these values"
     )
+    invalid_records: Literal["refuse", "skip"] = Field(
+        "refuse",
+        description="records without a prompt, a response or text: stop and name them, or leave "
+        "them out and count them",
+    )
 
     @model_validator(mode="after")
     def _one_kind(self) -> Self:
@@ -91,8 +96,9 @@ class Source(Model):
                 "a hub dataset needs its 'revision' (a commit), or it cannot be traced"
             )
         if self.synthetic is not None:
-            if self.where is not None:
-                raise ValueError("'where' goes with 'files' or 'dataset'")
+            for key in ("where", "invalid_records"):
+                if key in given:
+                    raise ValueError(f"{key!r} goes with 'files' or 'dataset'")
             from mergelaw.synthetic import DOMAINS
 
             if self.synthetic not in DOMAINS:

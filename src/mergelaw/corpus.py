@@ -16,6 +16,7 @@ import json
 import os
 import re
 import reprlib
+import sys
 import tempfile
 import unicodedata
 from collections.abc import Iterator, Mapping
@@ -70,9 +71,10 @@ def _document(record: dict[str, Any]) -> Document:
     for prompt, response in PAIRS:
         if prompt in record and response in record:
             turns = _turns(record[prompt], prompt, role="user")
-            if prompt == "instruction" and record.get("input", "") != "":
-                # Alpaca's records without an input have an empty one.
-                turns[-1]["content"] += "\n\n" + _text(record["input"], "input")
+            given = record.get("input", "")
+            # Alpaca's records without an input have an empty one.
+            if prompt == "instruction" and not (isinstance(given, str) and not given.strip()):
+                turns[-1]["content"] += "\n\n" + _text(given, "input")
             answer = _turns(record[response], response, role="assistant")
             if not any(turn["role"] == "assistant" for turn in answer):
                 raise ValueError(f"{response!r} holds no assistant turn")
@@ -334,22 +336,36 @@ class _Pool:
 
     documents: list[Document]
     records: int
+    invalid: int = 0  # records that hold no document
 
 
 def _pool(source: Mapping[str, Any], needed: int, seed: int) -> _Pool:
     if "synthetic" in source:
         return _synthetic_pool(source, needed, seed)
     distinct: dict[str, Document] = {}
+    invalid: list[str] = []
     records = 0
     for place, record in _kept(source):
         records += 1
         try:
             document = _document(record)
         except ValueError as error:
-            raise MergelawError(f"{place}: {error}: correct or remove the record") from error
+            invalid.append(f"{place}: {error}")
+            continue
         _add(distinct, document)
+    if invalid and source.get("invalid_records") != "skip":
+        more = f" (and {len(invalid) - 1} more like it)" if invalid[1:] else ""
+        raise MergelawError(
+            f"{invalid[0]}: correct or remove the record{more}, or set invalid_records: skip"
+        )
+    if invalid:
+        print(
+            f"mergelaw: {_source_name(source)}: {len(invalid)} of {records} records skipped, the "
+            f"first is {invalid[0]}",
+            file=sys.stderr,
+        )
     order = sorted(distinct, key=lambda document: digest([seed, document]))
-    return _Pool([distinct[document] for document in order], records)
+    return _Pool([distinct[document] for document in order], records, len(invalid))
 
 
 def _synthetic_pool(source: Mapping[str, Any], needed: int, seed: int) -> _Pool:
@@ -405,7 +421,8 @@ def _split(recipe: Mapping[str, Any]) -> tuple[list[Document], list[Document], d
     trained = left if train_documents is None else left[:train_documents]
     counts = {
         "records": sum(pool.records for pool in pools),
-        "duplicates": sum(pool.records - len(pool.documents) for pool in pools),
+        "duplicates": sum(p.records - p.invalid - len(p.documents) for p in pools),
+        "invalid_records": sum(pool.invalid for pool in pools),
     }
     return trained, evaluated, counts
 
@@ -417,7 +434,8 @@ def _check_enough(
     train_needed = 1 if train_documents is None else train_documents
     if len(pool.documents) < train_needed + eval_documents:
         raise MergelawError(
-            f"{_source_name(source)}: {len(pool.documents)} distinct documents, but"
+            f"{_source_name(source)}: {len(pool.documents)} distinct documents"
+            f"{f' ({pool.invalid} records are invalid)' if pool.invalid else ''}, but"
             f" {eval_documents} were asked for evaluation and"
             f" {'the rest' if train_documents is None else train_documents} for training:"
             " lower eval_documents or train_documents, or give more records"
@@ -430,9 +448,10 @@ def build(recipe: Mapping[str, Any], output: Path) -> dict[str, int]:
     The recipe has ``source``, ``eval_source`` (None: evaluation documents come from the source),
     ``train_documents`` (None: all that is left), ``eval_documents`` and ``seed``. The files have
     the columns document, messages (JSON text, null for plain text) and response, and the same
-    bytes whenever the recipe and the contents are the same. Counts are of records, duplicates
-    and documents, and of the UTF-8 bytes of prompts and responses together. Raises MergelawError
-    for input that does not make a corpus; then nothing is written.
+    bytes whenever the recipe and the contents are the same. Counts are of records, duplicates,
+    invalid records (an error unless the source has ``invalid_records: skip``) and documents, and of
+    the UTF-8 bytes of prompts and responses together. Raises MergelawError for input
+    that does not make a corpus; then nothing is written.
     """
     trained, evaluated, counts = _split(recipe)
     shared = _shared({document.document for document in trained}, evaluated)

@@ -81,7 +81,8 @@ class Study:
         identity = source_identity(source.model_dump(exclude_none=True), self._cache)
         if source.files is not None:
             identity = {"files": [value for _, value in identity["files"]]}
-        return identity | {"where": source.where}
+        skip = {"invalid_records": "skip"} if source.invalid_records == "skip" else {}
+        return identity | {"where": source.where} | skip
 
     def _checkpoint(self, checkpoint: Checkpoint) -> dict[str, Any]:
         """What a ready-made checkpoint is: a commit, or the digests of its files."""

@@ -187,6 +187,11 @@ def test_an_unknown_key_names_the_nearest_known_one(place, value, words):
         ("domains__code__source", {"files": []}, "domains.code.source.files: is empty"),
         ("domains__code__source__revision", "x", "'revision' goes with 'dataset' only"),
         ("domains__code__source__where", {"a": 1}, "'where' goes with 'files' or 'dataset'"),
+        (
+            "domains__code__source__invalid_records",
+            "skip",
+            "'invalid_records' goes with 'files' or 'dataset'",
+        ),
         ("domains__code__source", {"dataset": "a/b"}, "a hub dataset needs its 'revision'"),
         ("domains__code__train_documents", 0, "experts.code.domains: domain 'code' has train_doc"),
         ("corpus__train_documents", None, "domains.algebra.train_documents: a synthetic source"),

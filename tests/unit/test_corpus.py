@@ -75,6 +75,7 @@ USER = [{"role": "user", "content": "Why?"}]
         {"prompt": "Why?", "response": "So."},
         {"prompt": "Why?", "completion": "So.", "response": None},
         {"instruction": "Why?", "output": "So.", "input": ""},
+        {"instruction": "Why?", "output": "So.", "input": " \n"},
         {"problem": "Why?", "solution": "So."},
         {"question": "Why?", "answer": "So."},
         {"prompt": USER, "response": "So."},
@@ -300,7 +301,25 @@ def test_a_bad_record_is_named_with_the_place(tmp_path, record, message):
     name = written(tmp_path / "a.json", [*records(3), record])
     refused = refusal(tmp_path, {"files": [name]})
     assert f"a.json, record 4: {message}" in refused
-    assert refused.endswith("correct or remove the record")
+    assert refused.endswith("correct or remove the record, or set invalid_records: skip")
+
+
+def test_invalid_records_are_counted_and_skipped_if_one_says_so(tmp_path, capsys):
+    good, bad = records(20), {"prompt": "what?", "response": " "}
+    source = {"files": [written(tmp_path / "a.jsonl", [*good[:7], bad, *good[7:], bad, bad])]}
+    refused = refusal(tmp_path, source)
+    assert "a.jsonl, line 8: 'response' is empty" in refused and "(and 2 more like it)" in refused
+    skipping = recipe(source | {"invalid_records": "skip"}, train=None, evaluation=5)
+    counts = corpus.build(skipping, tmp_path / "skipped")
+    assert (counts["records"], counts["duplicates"], counts["invalid_records"]) == (23, 0, 3)
+    said = capsys.readouterr().err
+    assert "3 of 23 records skipped, the first is " in said and "a.jsonl, line 8" in said
+    clean = {"files": [written(tmp_path / "b.jsonl", good)]}
+    counts = corpus.build(recipe(clean, train=None, evaluation=5), tmp_path / "clean")
+    assert counts["invalid_records"] == 0
+    for split in ("train.parquet", "eval.parquet"):
+        same = (tmp_path / "clean" / split).read_bytes()
+        assert (tmp_path / "skipped" / split).read_bytes() == same
 
 
 def test_a_missing_file_a_folder_and_a_damaged_parquet_are_named(tmp_path):
