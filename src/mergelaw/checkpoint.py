@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mergelaw.errors import MergelawError
+from mergelaw.keys import canonical_json
+from mergelaw.lineage import file_digest
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -346,6 +348,21 @@ def same_tokens(base: Path, expert: Path, common: int, where: str) -> None:
 # Of a hub's repository: nothing in subfolders (pickles, other formats), and the weights once.
 WANTED = ("*.safetensors", "*.safetensors.index.json", *COMPANIONS, ADAPTER_CONFIG)
 UNWANTED = ("*/*", "consolidated*.safetensors")
+
+
+def take(known: Mapping[str, Any], sources: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    """Link a checkpoint that is found to be the one meant into ``folder``; what to remember of it.
+
+    ``known``: the SHA-256 of its files, or the hub's commit; ``sources``: where it lies.
+    """
+    source = locate(sources)
+    link(source, folder)
+    for name, digest in known.get("files", {}).items():
+        path = folder / name
+        if path.exists() and file_digest(path) != digest:
+            raise MergelawError(f"{source / name}: changed since the run began; run again")
+    commit = {"commit": source.name} if "hub" in sources else {}  # the revision may be a branch
+    return {"sources": [canonical_json({**sources, **commit})]}
 
 
 def link(source: Path, folder: Path) -> None:

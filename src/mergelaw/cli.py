@@ -228,16 +228,9 @@ def model(stage: str, recipe: str, output: Path, inputs: dict, threads: int, tra
         if "checkpoint" not in own:
             prepare_torch(threads)
             return train(own, folder, state)
-        from mergelaw.checkpoint import link, locate
+        from mergelaw.checkpoint import take
 
-        source = locate(sources)
-        link(source, folder)
-        for name, known in own["checkpoint"].get("files", {}).items():
-            path = folder / name
-            if path.exists() and lineage.file_digest(path) != known:
-                raise MergelawError(f"{source / name}: changed since the run began; run again")
-        commit = {"commit": source.name} if "hub" in sources else {}  # the revision may be a branch
-        return {"sources": [keys.canonical_json(sources | commit)]}
+        return take(own["checkpoint"], sources, folder)
 
     make(output, stage, own, inputs, work)
 
@@ -875,6 +868,23 @@ def collect_garbage(
                 folder.unlink()
     verb = "removed" if delete else "not referred to (--delete removes them)"
     print(f"{len(unused)} artifacts and files, {freed:,} bytes {verb}; measured cells are kept")
+
+
+@app.command("import")
+def take_over(
+    source: Annotated[Path, typer.Argument(help="another results folder")],
+    configuration: Config,
+) -> None:
+    """Take what a study needs from another results folder: verified artifacts, and cells."""
+    from mergelaw import config
+    from mergelaw.study import Study
+    from mergelaw.transfer import Transfer
+
+    transfer = Transfer(Study(config.load(configuration)), source)
+    transfer.run()
+    print(f"{len(transfer.taken)} artifacts and {transfer.cells} cells taken from {source}")
+    if transfer.left:
+        raise MergelawError(f"{len(transfer.left)} left out: {'; '.join(transfer.left)}")
 
 
 @app.command()

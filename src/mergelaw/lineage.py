@@ -203,13 +203,7 @@ def make(
                 "peak_memory": peak_memory(),
             }
             write_json(folder / LINEAGE, lineage | {"checksum": checksum(lineage)})
-            for path in folder.rglob("*"):
-                if path.is_file() and not path.is_symlink():
-                    sync(path)
-            if output.exists():  # an empty or half folder without a lineage: not an artifact
-                shutil.rmtree(output)
-            folder.rename(output)
-            sync(output.parent)
+            _publish(folder, output)
         except BaseException as error:
             cause = None
             if isinstance(error, Exception) and not isinstance(error, (MergelawError, OSError)):
@@ -223,6 +217,44 @@ def make(
             raise
         shutil.rmtree(scratch, ignore_errors=True)
     return True
+
+
+def take(source: Path, output: Path) -> bool:
+    """Make the artifact ``output`` a copy of ``source``, unless it is there; whether it was made.
+
+    The source is verified first and the copy after. Links stay links.
+    """
+    from filelock import FileLock
+
+    output.parent.mkdir(parents=True, exist_ok=True)
+    scratch = output.parent / f".{output.name}.work"
+    with FileLock(output.parent / f".{output.name}.lock"):
+        if (output / LINEAGE).exists():
+            return False
+        if verified(source)["artifact"] != output.name:
+            raise MergelawError(f"{source}: is another artifact by its {LINEAGE}; delete it there")
+        folder = scratch / "artifact"
+        shutil.rmtree(folder, ignore_errors=True)
+        try:
+            shutil.copytree(source, folder, symlinks=True)
+            verified(folder)
+            _publish(folder, output)
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+            with suppress(OSError):  # not empty: what a training goes on from
+                scratch.rmdir()
+    return True
+
+
+def _publish(folder: Path, output: Path) -> None:
+    """Put a whole artifact in its place, by one rename."""
+    for path in folder.rglob("*"):
+        if path.is_file() and not path.is_symlink():
+            sync(path)
+    if output.exists():  # an empty or half folder without a lineage: not an artifact
+        shutil.rmtree(output)
+    folder.rename(output)
+    sync(output.parent)
 
 
 def unwritable(folder: Path, error: Exception) -> OSError | None:
@@ -312,7 +344,8 @@ def unique() -> str:
     return f"{time.time_ns():x}-{os.getpid():x}"
 
 
-LAYOUT = 1  # of a results folder
+LAYOUT = 1  # of a results folder, which its mark says
+MARK = ".mergelaw.json"
 BEAT = 20  # seconds between a run's signs of life
 SILENCE = 120  # seconds without one after which a run on another host has ended
 
@@ -383,13 +416,9 @@ class OnlyRun:
         self.release()
 
 
-def only_run(results: Path) -> OnlyRun:
-    """The right to be the one run on a results folder.
-
-    Raises MergelawError where another run has it, or the folder was made by an older version.
-    """
-    results.mkdir(parents=True, exist_ok=True)
-    mark = results / ".mergelaw.json"
+def check_layout(results: Path) -> None:
+    """Raise MergelawError for a results folder of another version; an unmarked one passes."""
+    mark = results / MARK
     try:
         layout = json.loads(mark.read_text(encoding="utf-8"))["layout"] if mark.exists() else LAYOUT
     except (ValueError, KeyError, TypeError):
@@ -399,6 +428,16 @@ def only_run(results: Path) -> OnlyRun:
             f"{results}: laid out by another version of mergelaw (layout {layout}, this one has "
             f"{LAYOUT}); use another results folder or that version"
         )
+
+
+def only_run(results: Path) -> OnlyRun:
+    """The right to be the one run on a results folder.
+
+    Raises MergelawError where another run has it, or the folder was made by an older version.
+    """
+    results.mkdir(parents=True, exist_ok=True)
+    check_layout(results)
+    mark = results / MARK
     if not mark.exists():
         write_json(mark, {"layout": LAYOUT})
     return OnlyRun(results)

@@ -1,9 +1,12 @@
 """Everything says where it came from, damage is named, and what is not needed can be removed."""
 
 import json
+from collections import Counter
 
 import pytest
-from studies import TRAINING, Place, trained_config
+from studies import READY, TRAINING, Place, ready_config, same_measurements, trained_config
+
+from mergelaw import lineage
 
 
 @pytest.fixture(scope="module")
@@ -129,3 +132,107 @@ def test_gc_waits_for_no_run(ready, tmp_path):
     with only_run(place.results):
         refused = place.mergelaw("gc", "--config", "study.yaml")
     assert refused.status == 1 and "another run is working on this folder" in refused.output
+
+
+def test_import_takes_what_the_study_needs_and_nothing_is_made_again(trained, tmp_path):
+    place = Place(tmp_path, trained.config)
+    taken = place.mergelaw("import", str(trained.results), "--config", "study.yaml")
+    assert taken.status == 0, taken.output
+    # Copies, but for the checkpoint from outside, which is linked anew.
+    ours, theirs = place.lineages(), trained.lineages()
+    assert ours.keys() == theirs.keys()
+    (linked,) = (path for path in ours if ours[path] != theirs[path])
+    assert linked.startswith("bases/large@") and (place.results / linked).parent.is_dir()
+    assert sorted(place.cells()) == sorted(trained.cells())
+    assert place.planned() == {}
+    (report,) = place.artifacts("reports").values()
+    assert place.mergelaw("lineage", str(report), "--verify").status == 0
+    again = place.mergelaw("import", str(trained.results), "--config", "study.yaml")
+    assert again.output.startswith("0 artifacts and 0 cells taken")
+
+
+def test_after_an_import_only_what_is_new_is_measured(ready, tmp_path):
+    """A larger pool: cells of the smaller one's subsets are taken, the shard's rest is measured."""
+    place = Place(tmp_path, ready_config(ready.folder, READY[:5]))
+    place.finish()
+    grown = Place(tmp_path / "grown", ready_config(ready.folder))
+    taken = grown.mergelaw("import", str(place.results), "--config", "study.yaml")
+    assert taken.status == 0, taken.output
+    # The sixth expert's vector, the plan, the shard and what follows it are new.
+    assert not grown.artifacts("evals") and len(grown.artifacts("task_vectors")) == 5
+    assert len(grown.cells()) == len(place.cells()) == 32 * 3
+    grown.finish()
+    cells = grown.cells()
+    assert sorted(cells) == sorted(set(cells)) and len(cells) == 64 * 3
+    same_measurements(grown.rows(), ready.rows())
+
+
+def test_import_leaves_out_what_is_damaged_and_what_was_made_from_it(trained, tmp_path):
+    there = trained.copy(tmp_path / "there")
+    (vector,) = (
+        path for name, path in there.artifacts("task_vectors").items() if "small/co" in name
+    )
+    with (vector / "vector.safetensors").open("r+b") as file:
+        file.seek(-1, 2)
+        file.write(bytes([vector.joinpath("vector.safetensors").read_bytes()[-1] ^ 4]))
+    # Its link leads nowhere on this machine; the study's own source is linked.
+    (link,) = (path for name, path in there.artifacts("bases").items() if "large" in name)
+    (link / "model.safetensors").unlink()
+    (link / "model.safetensors").symlink_to(tmp_path / "nowhere")
+    place = Place(tmp_path / "here", trained.config)
+    taken = place.mergelaw("import", str(there.results), "--config", "study.yaml")
+    assert taken.status == 1
+    (line,) = taken.errors()
+    left = ("task_vectors/small/code-s0@", "evals/small/average", "laws/", "reports/")
+    assert all(name in line for name in left) and line.startswith("4 left out: ")
+    absent = there.lineages().keys() - place.lineages().keys()
+    assert Counter(path.split("/")[0] for path in absent) == Counter(
+        ("task_vectors", "evals", "laws", "reports")
+    )
+    place.finish()
+    assert sorted(place.cells()) == sorted(trained.cells())
+    (report,) = place.artifacts("reports").values()
+    assert place.mergelaw("lineage", str(report), "--verify").status == 0
+
+
+def test_import_takes_nothing_that_was_made_from_something_else(trained, tmp_path):
+    place = trained.copy(tmp_path / "here").forget("experts")
+    there = trained.copy(tmp_path / "there")
+    (base,) = (path for name, path in place.artifacts("bases").items() if "small" in name)
+    entry = json.loads((base / "lineage.json").read_text())
+    del entry["checksum"]
+    lineage.write_json(
+        base / "lineage.json",
+        (other := entry | {"digest": "0" * 64}) | {"checksum": lineage.checksum(other)},
+    )
+    taken = place.mergelaw("import", str(there.results), "--config", "study.yaml")
+    (line,) = taken.errors()
+    assert line.startswith("3 left out: ") and f"is made from another base than {base}" in line
+    assert len(place.artifacts("experts")) == 3
+
+
+def test_import_stays_in_its_folders(trained, tmp_path):
+    """A lineage from elsewhere may name any path as its input."""
+    there = trained.copy(tmp_path / "there")
+    secret = trained.copy(tmp_path / "secret").artifacts("plans").popitem()[1]
+    (report,) = there.artifacts("reports").values()
+    entry = json.loads((report / "lineage.json").read_text())
+    del entry["checksum"]
+    entry["inputs"]["plan"] = {"path": f"../../../../secret/{secret.name}", "digest": ""}
+    lineage.write_json(report / "lineage.json", entry | {"checksum": lineage.checksum(entry)})
+    place = Place(tmp_path / "here", trained.config)
+    taken = place.mergelaw("import", str(there.results), "--config", "study.yaml")
+    (line,) = taken.errors()
+    assert line.startswith("1 left out: ") and "its input plan lies outside of" in line
+    assert not place.artifacts("reports") and len(place.artifacts("laws")) == 1
+
+
+def test_import_wants_a_results_folder_of_this_version(trained, tmp_path):
+    place = Place(tmp_path, trained.config)
+    for folder, said in ((tmp_path / "none", "no results folder"), (tmp_path, "no results folder")):
+        refused = place.mergelaw("import", str(folder), "--config", "study.yaml")
+        assert refused.status == 1 and said in refused.errors()[0]
+    (tmp_path / ".mergelaw.json").write_text('{"layout": 99}')
+    refused = place.mergelaw("import", str(tmp_path), "--config", "study.yaml")
+    assert refused.status == 1 and "laid out by another version" in refused.errors()[0]
+    assert not place.results.exists()
