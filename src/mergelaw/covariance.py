@@ -129,7 +129,11 @@ def of_circles(means: Array, shape: Array) -> Part:
 
 
 def restricted(
-    residuals: Array, jacobian: Array, known: Array, shapes: Sequence[Array | None]
+    residuals: Array,
+    jacobian: Array,
+    known: Array,
+    shapes: Sequence[Array | None],
+    above_zero: bool = False,
 ) -> tuple[Array, Array]:
     """REML estimates of the variances that multiply ``shapes``, and their covariance.
 
@@ -138,6 +142,8 @@ def restricted(
         jacobian: (points, parameters), derivatives of the fitted losses by what was free.
         known: (points, points), the rest of the covariance.
         shapes: (points, points) each; None is the identity, which comes first.
+        above_zero: keep the first variance off 0, by a prior that is as its root (Chung et al.
+            2013), where the likelihood alone would say 0.
 
     Returns:
         Variances, 0 or more; and the inverse of the information on those above 0.
@@ -146,11 +152,11 @@ def restricted(
     lengths = np.linalg.norm(jacobian, axis=0)
     left = np.linalg.qr(jacobian / np.where(lengths > 0, lengths, 1), mode="complete").Q
     left = left[:, jacobian.shape[1] :]
-    variances, _, information = _likeliest(
-        left.T @ residuals,
-        left.T @ known @ left,
-        [None if shape is None else left.T @ shape @ left for shape in shapes],
-    )
+    values, rest = left.T @ residuals, left.T @ known @ left
+    seen = [None if shape is None else left.T @ shape @ left for shape in shapes]
+    variances, _, information = _likeliest(values, rest, seen)
+    if above_zero and variances[0] == 0:
+        variances, _, information = _likeliest(values, rest, seen, above_zero=True)
     above = variances > 0
     inverse: Array = np.linalg.pinv(information[np.ix_(above, above)]).astype(float)
     return variances, 2 * inverse
@@ -162,7 +168,7 @@ def deviance(residuals: Array, known: Array, shapes: Sequence[Array | None]) -> 
 
 
 def _likeliest(
-    values: Array, known: Array, shapes: Sequence[Array | None]
+    values: Array, known: Array, shapes: Sequence[Array | None], above_zero: bool = False
 ) -> tuple[Array, float, Array]:
     """Variances >= 0 that make normal values likeliest, by Fisher's scoring.
 
@@ -171,8 +177,24 @@ def _likeliest(
     """
     scale = float(values @ values) / len(values) or 1.0
     at = _likelihood(values / math.sqrt(scale), known / scale, shapes)
-    variances, value, second = _scored(at, len(shapes))
+    variances, value, second = _scored(_off_zero(at) if above_zero else at, len(shapes))
     return variances * scale, value + len(values) * math.log(scale), second / scale**2
+
+
+def _off_zero(
+    at: Callable[[Array], tuple[float, Array, Array]],
+) -> Callable[[Array], tuple[float, Array, Array]]:
+    """A likelihood times the square root of the first variance."""
+
+    def penalised(variances: Array) -> tuple[float, Array, Array]:
+        first = max(float(variances[0]), 1e-300)
+        value, slope, second = at(variances)
+        slope, second = slope.copy(), second.copy()
+        slope[0] -= 1 / first
+        second[0, 0] += 1 / first**2
+        return value - math.log(first), slope, second
+
+    return penalised
 
 
 def _likelihood(

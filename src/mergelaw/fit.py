@@ -612,13 +612,18 @@ def _solve(
     none = np.zeros((points, points))
     total, whole = sum(weighing(known), none), sum(weighing(known, whole=True), none)
     # A point without any error would have infinite weight.
+    # Where as many points are exact as the law has parameters it can go through them, and whether
+    # it misses anything the others hardly tell: that it misses nothing is then no finding.
+    exact = int(np.sum(np.diag(whole) == 0))
+    pinned = misfit is None and enough and exact >= len(law.parameters)
     little = max(least**2, SINGULAR * float(np.trace(total)) / points) * np.eye(points)
     total, whole = total + little, whole + little
     problem, variances, spread = Problem(law, variables, loss, total), np.zeros(0), np.zeros((0, 0))
     for _ in range(ROUNDS if estimated else 0):
         near = plain.project(state.theta)
         tangent = plain.tangent(near)[:, _free(plain, near)]
-        variances, spread = restricted(near.residuals * plain.size, tangent, whole, estimated)
+        residuals = near.residuals * plain.size
+        variances, spread = restricted(residuals, tangent, whole, estimated, pinned)
         weighed = total
         for shape, variance in zip(estimated, variances, strict=True):
             weighed = weighed + variance * (np.eye(points) if shape is None else shape)

@@ -151,7 +151,8 @@ def read(source: Path) -> tuple[pd.DataFrame, list[str]]:
     folder = source if source.is_dir() else source.parent
     inside = source.is_dir() or source.name in ("laws.json", "points.parquet")
     if not inside:
-        return read_points(source)
+        table, told = read_points(source)
+        return _of_design(table), told
     file = folder / "points.parquet"
     if not file.is_file():
         raise MergelawError(
@@ -168,14 +169,21 @@ def read(source: Path) -> tuple[pd.DataFrame, list[str]]:
         raise MergelawError(
             f"{file}: lacks the column {', '.join(absent)}: written by another version, fit again"
         )
+    if "se" in table:  # where nothing was known of it
+        table["se"] = table["se"].fillna(0.0)
+    return _of_design(table), []
+
+
+def _of_design(table: pd.DataFrame) -> pd.DataFrame:
+    """Points that `mergelaw fit` wrote, with the errors of sampling alone.
+
+    Forecasts and plans speak of these evaluation documents.
+    """
     if "design" in table:
-        # Forecasts and plans speak of these evaluation documents: only sampling is in their errors.
         table["_place"] = table.groupby(["method", "family", "domain"]).cumcount()
         at = table[["design", "_place"]].itertuples(index=False, name=None)
         table["se"] = [math.sqrt(max(row[place], 0.0)) for row, place in at]
-    elif "se" in table:  # where nothing was known of it
-        table["se"] = table["se"].fillna(0.0)
-    return table, []
+    return table
 
 
 def choose(
@@ -272,7 +280,11 @@ def along_k(
             + ", ".join(map(str, used))
         )
     asked = [size for size in range(1, M + 1) if size not in used] if k is None else list(k)
-    if not asked or any(not math.isfinite(size) or size < 1 for size in asked):
+    if not asked:
+        raise MergelawError(
+            f"{recipe} forecast of {base}: it uses every k of a pool of {M}: give other k"
+        )
+    if any(not math.isfinite(size) or size < 1 for size in asked):
         raise MergelawError(f"k = {', '.join(f'{s:g}' for s in asked)}: give numbers of 1 or more")
     sizes = np.array(sorted(asked), dtype=float)
     warnings = sampled(own[own["k"].isin(used)])
@@ -335,7 +347,10 @@ def _record(
     found: dict[str, Array] = {}
     for name in points["base"].unique():
         other = base_of(points, name)
-        law, used = _recipe(recipe, int(other["M"].iloc[0]))
+        try:
+            law, used = _recipe(recipe, int(other["M"].iloc[0]))
+        except MergelawError:  # a pool that is too small for it
+            continue
         if name == base or not set(used) < set(other["k"]):
             continue
         gain = _gain(other, used)

@@ -88,18 +88,27 @@ class Answer:
         return "\n".join([*lines, *(f"! {warning}" for warning in self.warnings)])
 
 
+def bases_of(points: pd.DataFrame, N: float) -> list[str]:
+    """The names of the bases of a size (billions): of those about as large the nearest; or none."""
+    sizes = points[["base", "N"]].drop_duplicates().sort_values("base")
+    away = (sizes["N"] / billions(N)[0] - 1).abs()
+    return sizes["base"][(away <= SAME_SIZE) & (away == away.min())].to_list()
+
+
 def measured_base(points: pd.DataFrame, N: float) -> str:
     """The name of the base of a size (billions)."""
-    near = points[_same_size(points["N"], billions(N)[0])]
-    if near.empty:
+    names = bases_of(points, N)
+    if not names:
         sizes = points.sort_values("N").drop_duplicates("base")
         listed = ", ".join(f"{b} ({n:.4g})" for b, n in zip(sizes["base"], sizes["N"], strict=True))
         raise MergelawError(f"no base of N = {N:g} is measured: there are {listed}")
-    return str(near["base"].iloc[0])
+    return _the_one(names, N)
 
 
-def _same_size(sizes: pd.Series, N: float) -> pd.Series:
-    return (sizes / N - 1).abs() <= SAME_SIZE
+def _the_one(names: Sequence[str], N: float) -> str:
+    if len(names) > 1:
+        raise MergelawError(f"N = {N:g} is the size of {', '.join(names)}: name one with --base")
+    return names[0]
 
 
 # ---- a size's curve
@@ -118,17 +127,18 @@ class Curve:
 
     def __init__(self, points: pd.DataFrame, N: float, level: float = LEVEL, joint: bool = False):
         self.level, self.points = level, points
-        sizes = points[["base", "N"]].drop_duplicates()
-        near = sizes[_same_size(sizes["N"], N)]
+        near = bases_of(points, N)
         self.M = int(points["M"].max())
-        self.measured = not near.empty
+        self.measured = bool(near)
         self.N, self.name, self.warnings = N, f"N = {N:.4g}", []
         self._at: dict[str, float] = {}
         self.table = points
         law = MERGING
         if self.measured:
-            self.N, self.name = float(near["N"].iloc[0]), str(near["base"].iloc[0])
+            # The joint law is of sizes, whichever base of a size gives it its name.
+            self.name = near[0] if joint else _the_one(near, N)
             own = base_of(points, self.name)
+            self.N = float(min(own["N"], key=lambda size: abs(size / N - 1)))
             self.M = int(own["M"].iloc[0])
             if not joint and own["k"].nunique() >= len(MERGING_FIXED_N.parameters):
                 law, self.table = MERGING_FIXED_N, own
@@ -313,7 +323,7 @@ class Costs:
         per_merge = merges.groupby(["base", "N", "method", "merge"])["eval_seconds"].sum()
         by_size["serving"] = by_size["evaluation"] / by_size["tokens"] * 1e6
         by_size["evaluation"] = per_merge.groupby(["base", "N"]).mean()
-        by_size["training"] = 0.0
+        by_size["training"] = math.nan
         for (base, N), own in _training_seconds(evals).items():
             if (base, N) in by_size.index:
                 by_size.loc[(base, N), "training"] = float(np.mean(own))
@@ -321,7 +331,13 @@ class Costs:
         return cls(table, "seconds")
 
     def at(self, N: float, what: str) -> float:
-        """One thing's cost at a size: between and beyond the given ones a power law in N."""
+        """One thing's cost at a size: between and beyond the given ones a power law in N.
+
+        Of nothing that costs nothing; NaN is not known.
+        """
+        given = self.table.loc[np.isclose(self.table["N"], N), what].dropna()
+        if len(given) and not given.any():
+            return 0.0
         known = self.table[self.table[what] > 0].groupby("N")[what].mean()
         if known.empty:
             return 0.0
@@ -548,7 +564,7 @@ def budget(
         sizes = sorted(billions(size)[0] for size in sizes)
     if not sizes or min(sizes) <= now.N:
         raise MergelawError(
-            f"no base larger than {now.name} to compare with: name some with --sizes, in billions"
+            f"no base larger than {now.name} to compare with: name some with --size, in billions"
         )
     rows: list[dict[str, Any]] = []
 
@@ -562,8 +578,11 @@ def budget(
         first = k + 1 if size == now.N else 1
         for count in range(first, max(k, now.M) + 2 if size == now.N else now.M + 1):
             cost = price(size, count)
-            if cost <= 0:
-                raise MergelawError("costs: training, merging and evaluation are all 0; give them")
+            if cost <= 0 and amount is None:
+                raise MergelawError(
+                    f"costs: N = {size:.4g}, k = {count} costs nothing, so no gain per cost can be "
+                    "compared: give --budget, or what merging and evaluation cost"
+                )
             gain = now.loss(k) - float(now.fitted.predict(N=size, k=count))
             rows.append(
                 {
@@ -572,7 +591,7 @@ def budget(
                     "k": count,
                     "cost": cost,
                     "gain": gain,
-                    "gain per cost": gain / cost,
+                    "gain per cost": gain / cost if cost > 0 else None,
                 }
             )
     affordable = [row for row in rows if amount is None or row["cost"] <= amount]
@@ -655,6 +674,9 @@ def rule(
     curves: dict[tuple[str, float], Curve] = {}
     for method in methods:
         for size in sizes:
+            bases = bases_of(points[points["method"] == method], size)
+            if bases:
+                _the_one(bases, size)
             with suppress(MergelawError):
                 curves[method, size] = Curve(points[points["method"] == method], size, level)
     fitted = [method for method in methods if any((method, size) in curves for size in sizes)]
@@ -671,6 +693,11 @@ def rule(
         M = max(curve.M for curve in there.values())
         for count in range(1, M + 1) if k is None else (k,):
             rows.append(_compared(there, count))
+    if not rows:
+        raise MergelawError(
+            "rule: no size has the curves of two methods: measure another method at the same "
+            "sizes and k"
+        )
     clear = [row for row in rows if row["clear"]]
     first = rows[0]
     reach: tuple[float, float] | None = None
@@ -781,11 +808,12 @@ def measure(
             with suppress(MergelawError):
                 more = _with(table, candidate.points)
                 narrowed = _width(curve, more, max(sigma, least), k)
-                worth = (width - narrowed) / (candidate.cost if costs else 1.0)
-                tried.append((worth, -place, narrowed, more))
-        if not tried or max(tried, key=lambda t: t[:2])[2] >= width * (1 - 1e-3):
+                saved, cost = width - narrowed, candidate.cost if costs else 1.0
+                worth = saved / cost if cost > 0 else math.copysign(math.inf, saved)
+                tried.append(((worth, saved, -place), narrowed, more))
+        if not tried or max(tried, key=lambda t: t[0])[1] >= width * (1 - 1e-3):
             break
-        _, place, width, table = max(tried, key=lambda t: t[:2])
+        (_, _, place), width, table = max(tried, key=lambda t: t[0])
         candidate = candidates.pop(-place)
         bought.append(candidate)
         row = {"buy": candidate.what, "interval after": width, "share": width / start}

@@ -19,6 +19,7 @@ WRITTEN = [
 ]
 # No model has so many billions of parameters: such an N counts parameters.
 TOO_MANY_BILLIONS = 1e4
+MOST = 1_000_000  # experts in a pool
 
 
 def points(rows: pd.DataFrame) -> tuple[pd.DataFrame, list[str]]:
@@ -115,6 +116,9 @@ def read_points(path: Path) -> tuple[pd.DataFrame, list[str]]:
             cannot be, two units of N, or points that disagree.
     """
     table = _read(path).rename(columns=lambda name: str(name).strip())
+    twice = ", ".join(dict.fromkeys(table.columns[table.columns.duplicated()]))
+    if twice:
+        raise MergelawError(f"{path}: has the column {twice} twice: keep the one that is meant")
     if "loss" in table and "ce" in table:
         raise MergelawError(f"{path}: has the columns loss and ce: keep the one that is meant")
     given = ", ".join(map(str, table))
@@ -145,11 +149,12 @@ def read_points(path: Path) -> tuple[pd.DataFrame, list[str]]:
         )
     if (table["k"] > table["M"]).any():
         raise MergelawError(f"{path}: has a k above M: a pool of M experts has no such merges")
-    for name in ("method", "family", "domain"):
-        table[name] = table[name].fillna("").astype(str) if name in table else ""
-    table["base"] = (
-        table["base"].astype(str) if "base" in table else table["N"].map("N={:.6g}".format)
-    )
+    for name in ("method", "family", "domain", "base"):
+        empty = table["N"].map("N={:.6g}".format) if name == "base" else ""
+        if name not in table:
+            table[name] = None
+        names = table[name].astype(object)
+        table[name] = names.where(names.notna(), empty).astype(str)
     columns = [*POINT, "ce", *(name for name in ("se",) if name in table), "M"]
     distinct = table[columns].drop_duplicates()
     if len(distinct) < len(table):
@@ -185,10 +190,12 @@ def _read(path: Path) -> pd.DataFrame:
     if path.suffix not in (".csv", ".parquet"):
         raise MergelawError(f"{path}: is neither .csv nor .parquet: save the points as one of them")
     try:
-        return pd.read_csv(path) if path.suffix == ".csv" else pd.read_parquet(path)
+        table = pd.read_csv(path) if path.suffix == ".csv" else pd.read_parquet(path)
     except (ValueError, OSError) as error:  # pandas' and pyarrow's parsers raise ValueErrors
         reason = " ".join(str(error).split())  # they may take several lines
         raise MergelawError(f"{path}: cannot be read as a table: {reason}") from None
+    # A Parquet file may keep an index: columns, if it has names, else places of other tables.
+    return table.reset_index(drop=table.index.names == [None])
 
 
 def _numbers(path: Path, table: pd.DataFrame, name: str) -> pd.Series:
@@ -199,10 +206,10 @@ def _numbers(path: Path, table: pd.DataFrame, name: str) -> pd.Series:
     whole = finite & (values == values.round())
     rules = {
         "N": (finite & (values > 0), "a number above 0, in billions of parameters"),
-        "k": (whole & (values >= 1), "a whole number of experts, at least 1"),
+        "k": (whole & (values >= 1) & (values <= MOST), "a whole number of experts, at least 1"),
         "ce": (finite & (values > 0), "a cross-entropy above 0"),
         "se": (finite & (values >= 0), "a standard error of 0 or more"),
-        "M": (whole & (values >= 1), "the whole number of experts in the pool"),
+        "M": (whole & (values >= 1) & (values <= MOST), "the whole number of experts in the pool"),
     }
     allowed, meaning = rules[name]
     if not allowed.all():

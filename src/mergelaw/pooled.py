@@ -91,7 +91,7 @@ def pool_domains(method: str, family: str, fits: Mapping[str, Fit]) -> Pooled | 
             deviance = state.squares * problem.size**2
             aicc = deviance + 2 * spent * points / (points - spent - 1)
             found.append((aicc, shared, problem, state))
-    if not found:
+    if all(way[1] for way in found):  # too few points for every domain's own: nothing to compare
         return None
     found.sort(key=lambda way: way[0])
     _, shared, problem, state = found[0]

@@ -232,6 +232,40 @@ def test_a_written_tables_design_weighs_its_points(tmp_path):
     assert widths[1] == pytest.approx(2 * 1.645e-3, rel=0.05)
 
 
+def test_a_written_table_says_the_same_under_another_name(tmp_path):
+    points = study(noise=1e-4, sizes=[3.0])
+    size = len(points)
+    design, documents = np.diag(np.full(size, 1e-6)), np.full((size, size), 1e-4)
+    written = points.assign(
+        se=1e-2,
+        subsets=9,
+        replicates=3,
+        freedom=2.0,
+        design=list(design),
+        documents=list(documents),
+    )
+    folder = tmp_path / "laws"
+    folder.mkdir()
+    for file in (folder / "points.parquet", tmp_path / "mine.parquet"):
+        written.to_parquet(file, index=False)
+    told = []
+    for source in (folder, tmp_path / "mine.parquet"):
+        read, _ = forecast.read(source)
+        assert read["se"].unique() == pytest.approx([1e-3])
+        fitted = forecast.fit_points(forecast.MERGING_FIXED_N, read)
+        told.append(fitted.predict_interval(k=9))
+    assert np.array_equal(*told)
+
+
+def test_pools_too_small_for_a_recipe_are_no_record_of_it():
+    lone = study(sizes=[1.5], M=1)
+    rest = study(sizes=[3.0, 7.0, 14.0])
+    found = forecast.along_k(pd.concat([lone, rest]), "3B", "end-point")
+    assert found.table.equals(forecast.along_k(rest, "3B", "end-point").table)
+    with pytest.raises(MergelawError, match="uses every k of a pool of 2"):
+        forecast.along_k(study(sizes=[3.0], M=2), "3B", "end-point")
+
+
 # ---- reading, choosing, telling
 
 

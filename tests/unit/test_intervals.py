@@ -115,6 +115,23 @@ def test_points_without_error_do_not_take_all_the_weight():
     assert np.abs(fitted.residuals[K == 9]).max() > 0
 
 
+def test_exact_points_that_pin_the_law_do_not_make_it_exact():
+    """Three exact points and three parameters: only the others can tell what the law misses."""
+    errors = np.where((K == 1) | (K >= 8), 0.0, 3e-3)
+    held, rounds = 0, 60
+    for seed in range(rounds):
+        random = np.random.default_rng(seed)
+        ce = MERGING_FIXED_N.predict(TRUTH, k=K) + random.standard_normal(9) * np.hypot(
+            errors, 3e-4
+        )
+        fitted = fit(MERGING_FIXED_N, {"k": K, "ce": ce, "se": errors})
+        assert fitted.misfit > 0
+        low, high = fitted.interval("L_inf")
+        held += low <= TRUTH["L_inf"] <= high
+    # Nine in ten, and no fewer than chance allows (binomial, one in a thousand).
+    assert held >= stats.binom.ppf(1e-3, rounds, 0.9)
+
+
 def test_three_points_need_an_error_to_have_intervals():
     k = np.array([1, 2, 4])
     table = noisy(5, k=k)

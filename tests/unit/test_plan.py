@@ -401,18 +401,71 @@ def test_questions_that_make_no_sense_are_refused_in_a_line(ask, message):
     assert "\n" not in str(refused.value)
 
 
+def test_of_bases_about_as_large_the_named_or_nearest_one_is_meant(tmp_path):
+    near = study(sizes=[6.74]).assign(base="llama")
+    both = pd.concat([study(sizes=[6.66]).assign(base="other", ce=lambda t: t["ce"] + 0.3), near])
+    alone = plan.loss(near, 6.74, 4)
+    for N in (6.74, 6.75):
+        assert plan.loss(both, N, 4).value == alone.value
+    same = pd.concat([both, both[both["base"] == "llama"].assign(base="twin", ce=0.9)])
+    with pytest.raises(MergelawError, match=r"is the size of llama, twin: name one with --base"):
+        plan.loss(same, 6.74, 4)
+    file = tmp_path / "points.csv"
+    same[["N", "k", "ce", "M", "base"]].to_csv(file, index=False)
+    for base, value in (("llama", alone.value), ("twin", 0.9)):
+        told = asked("plan", "loss", str(file), "--base", base, "--k", "4", "--json")
+        assert json.loads(told.stdout)["value"] == pytest.approx(value)
+        assert json.loads(told.stdout)["answer"].startswith(f"{base}, k = 4")
+
+
+def test_what_costs_nothing_is_not_made_up():
+    costs = plan.Costs(
+        pd.DataFrame(
+            {"N": [7.0, 14.0], "training": [0.0, 100.0], "merging": 0.0, "evaluation": 0.0}
+        )
+    )
+    assert costs.at(7.0, "training") == 0 and costs.at(14.0, "training") == pytest.approx(100)
+    costs = plan.Costs(costs.table.assign(training=[math.nan, 100.0]))  # not known
+    assert costs.at(7.0, "training") == pytest.approx(50)
+
+
+def test_steps_that_cost_nothing_can_be_bought_and_measured():
+    free = prices(merging=0.0, evaluation=0.0)
+    few = study(k=[1, 2, 4, 8], sizes=[3.0])
+    bought = plan.measure(few, 3.0, 9, free)
+    assert bought.table and bought.table[0]["cost"] == 0
+    with pytest.raises(MergelawError, match="costs nothing, so no gain per cost"):
+        plan.budget(study(), 3.0, 4, free, have=8)
+    answer = plan.budget(study(), 3.0, 4, free, have=8, amount=0)
+    assert answer.answer.startswith("more experts, k = 8")
+    json.loads(plan.to_json(answer))
+
+
+def test_a_rule_needs_two_methods_at_one_size():
+    apart = pd.concat([study(sizes=[1.5]), study(sizes=[3.0], method="ties")])
+    with pytest.raises(MergelawError, match="no size has the curves of two methods"):
+        plan.rule(apart)
+
+
+def asked(*words):
+    command = [sys.executable, "-c", "from mergelaw.cli import main; main()", *words]
+    return subprocess.run(command, capture_output=True, text=True, env={**os.environ})
+
+
 def test_the_command_answers_and_refuses(tmp_path):
     file = tmp_path / "points.csv"
     study()[["N", "k", "ce", "M"]].to_csv(file, index=False)
 
-    def run(*words):
-        command = [sys.executable, "-c", "from mergelaw.cli import main; main()", *words]
-        return subprocess.run(command, capture_output=True, text=True, env={**os.environ})
-
+    run = asked
     done = run("plan", "loss", str(file), "--N", "3", "--k", "6", "--json")
     assert json.loads(done.stdout)["value"] == pytest.approx(truth(3.0, 6), abs=4e-4)
     done = run("forecast", str(file), "--N", "3")
     assert done.returncode == 0 and "three-point forecast" in done.stdout
+    done = run("forecast", str(file), "--N", "300")  # not measured: from the sizes that are
+    assert done.returncode == 0 and "size forecast" in done.stdout
+    assert done.stdout == run("forecast", str(file), "--N", "300", "--recipe", "size").stdout
+    refused = run("forecast", str(file), "--N", "300", "--recipe", "end-point")
+    assert refused.returncode == 1 and "no base of N = 300 is measured" in refused.stderr
     refused = run("plan", "experts", str(file), "--N", "3", "--target", "0.1")
     assert refused.returncode == 1 and refused.stdout == ""
     assert refused.stderr.startswith("mergelaw: error: target 0.1 is below the floor")

@@ -149,3 +149,42 @@ def test_one_size_is_fitted_and_the_joint_law_is_not(tmp_path, monkeypatch, caps
     run(monkeypatch, "--points", saved(grid(sizes=[7]), tmp_path))
     printed = capsys.readouterr().out
     assert "L_inf" in printed and "3 different values of N" in printed
+
+
+def test_an_index_that_parquet_keeps_is_columns_or_nothing(tmp_path):
+    plain, _ = read_points(saved(grid().assign(M=9), tmp_path))
+    one, other = (grid(sizes).assign(M=9) for sizes in ((0.5, 1.5), (7, 72)))
+    pd.concat([one, other]).to_parquet(tmp_path / "repeated.parquet")
+    grid().assign(M=9).set_index(["N", "k"]).to_parquet(tmp_path / "named.parquet")
+    for name in ("repeated.parquet", "named.parquet"):
+        pd.testing.assert_frame_equal(read_points(tmp_path / name)[0], plain)
+
+
+@pytest.mark.parametrize("kind", ["object", "category"])
+def test_names_may_be_missing_in_part(tmp_path, kind):
+    given = grid().assign(M=9, base=grid()["N"].map({0.5: "small", 72: "large"}), method="ties")
+    given.loc[0, "method"] = None
+    given = given.astype({"base": kind, "method": kind})
+    table, _ = read_points(saved(given, tmp_path, "points.parquet"))
+    assert list(dict.fromkeys(table.sort_values("N")["base"])) == ["small", "N=1.5", "N=7", "large"]
+    assert sorted(set(table["method"])) == ["", "ties"]
+
+
+def test_what_pandas_would_stumble_over_is_one_line(tmp_path):
+    (tmp_path / "twice.csv").write_text("N,k,loss, loss\n1,1,.8,.8\n1,2,.7,.7\n")
+    with pytest.raises(MergelawError, match="has the column loss twice"):
+        read_points(tmp_path / "twice.csv")
+    (tmp_path / "huge.csv").write_text("N,k,loss\n1,1,.8\n1,1e30,.6\n")
+    with pytest.raises(MergelawError, match=r"row 2 has k = 1e\+30: give a whole number"):
+        read_points(tmp_path / "huge.csv")
+
+
+def test_domains_too_short_for_laws_of_their_own_are_not_pooled(tmp_path):
+    """Twelve points for twelve parameters: there is nothing to compare sharing with."""
+    places = [(1.0, 1), (1.0, 2), (1.0, 4), (3.0, 1), (3.0, 4), (9.0, 1)]
+    N, k = (np.array(axis) for axis in zip(*places, strict=True))
+    loss = MERGING.predict(TRUTH, N=N, k=k)
+    few = pd.DataFrame({"N": N, "k": k, "loss": loss, "se": 1e-3, "M": 9})
+    both = pd.concat([few.assign(domain="a"), few.assign(domain="b", loss=few["loss"] + 0.1)])
+    study = fit_points(*read_points(saved(both, tmp_path)))
+    assert sum(fitted.base is None for fitted in study.fits) == 2 and not study.pooled
