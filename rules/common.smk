@@ -2,6 +2,7 @@
 import json
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -34,6 +35,9 @@ try:
         resources.check(to_come, hardware)
 except MergelawError as error:
     sys.exit(f"mergelaw: error: {error}")
+
+# On one machine the jobs that would use its GPUs take turns, as its profile says.
+turns = not hardware and shutil.which("nvidia-smi") is not None
 
 # Of every failed job it would be said that a lineage.json which never was cannot be restored.
 logger.addFilter(lambda record: "no backup found" not in str(record.msg))
@@ -112,7 +116,7 @@ def options(pattern):
 def asks(pattern):
     """What an artifact's job asks a cluster for, as input functions by the resources' names.
 
-    Nothing where the profile names no hardware: on one machine no job is to wait for a resource.
+    Where the profile names no hardware, on one machine, nothing but its GPUs, if it has any.
     """
 
     def asked(name):
@@ -123,6 +127,8 @@ def asks(pattern):
 
         return value
 
+    if turns:
+        return {"gpu": lambda wildcards: int(study.by_path[pattern.format(**wildcards)].on_gpu)}
     return {name: asked(name) for name in resources.ASKED} if hardware else {}
 
 

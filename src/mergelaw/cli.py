@@ -30,7 +30,7 @@ plan_app = typer.Typer(
 app.add_typer(plan_app, name="plan")
 
 Recipe = Annotated[str, typer.Option(help="the stage's recipe: JSON, or a file of it")]
-Output = Annotated[Path, typer.Option(help="folder of the artifact to be made")]
+Output = Annotated[Path, typer.Option(help="folder of the artifact to be made, a new one")]
 Config = Annotated[Path, typer.Option("--config", help="the study's configuration")]
 Threads = Annotated[int, typer.Option(min=1, help="threads of the processor")]
 Corpora = Annotated[list[Path], typer.Option("--corpus", help="corpora, one or more")]
@@ -184,7 +184,10 @@ def corpus(recipe: Recipe, output: Output) -> None:
     full = {"eval_source": None, **own, **sources}
 
     def work(folder: Path, state: Path) -> dict[str, Any]:
-        return {**stage.build(full, folder), "sources": list(map(keys.canonical_json, [sources]))}
+        counts = stage.build(full, folder)
+        for name, source in sources.items():
+            stage.check_unchanged(own[name], source)
+        return {**counts, "sources": list(map(keys.canonical_json, [sources]))}
 
     make(output, "corpus", own, {}, work)
 
@@ -205,7 +208,9 @@ def check_overlap(corpora: Corpora, output: Output) -> None:
 def base(
     recipe: Recipe,
     output: Output,
-    corpora: Annotated[list[Path] | None, typer.Option("--corpus")] = None,
+    corpora: Annotated[
+        list[Path] | None, typer.Option("--corpus", help="corpora to pre-train on, one or more")
+    ] = None,
     threads: Threads = 1,
     save_every: SaveEvery = 600,
 ) -> None:
@@ -240,7 +245,9 @@ def expert(
     recipe: Recipe,
     output: Output,
     base: Annotated[Path | None, typer.Option(help="the base to train from")] = None,
-    corpora: Annotated[list[Path] | None, typer.Option("--corpus")] = None,
+    corpora: Annotated[
+        list[Path] | None, typer.Option("--corpus", help="corpora to train on, with --base")
+    ] = None,
     threads: Threads = 1,
     save_every: SaveEvery = 600,
 ) -> None:
@@ -348,7 +355,9 @@ def fit(
     points: Annotated[
         Path | None, typer.Option(help="instead: a table of points, CSV or Parquet")
     ] = None,
-    output: Annotated[Path | None, typer.Option(help="folder of the artifact to be made")] = None,
+    output: Annotated[
+        Path | None, typer.Option(help="folder of the artifact to be made, a new one")
+    ] = None,
 ) -> None:
     """Fit the laws to the rows of evaluations, or to a table of points of your own."""
     if points is not None:
@@ -396,7 +405,13 @@ def fit_own(table: Path, output: Path | None) -> None:
 @app.command()
 def forecast(
     source: Points,
-    recipe: Annotated[str, typer.Option(help="three-point, end-point or size")] = "three-point",
+    recipe: Annotated[
+        str | None,
+        typer.Option(
+            help="three-point, end-point or size; by default three-point, for a size that is not "
+            "measured size"
+        ),
+    ] = None,
     base: BaseName = None,
     N: Size = None,
     k: Annotated[str | None, typer.Option(help="numbers of experts, 6,9,12; else all")] = None,
@@ -411,12 +426,16 @@ def forecast(
 ) -> None:
     """Forecast losses from few points, beside what was measured, if it was."""
     from mergelaw import forecast as stage
+    from mergelaw.plan import bases_of
 
     points, warnings = chosen(source, method, domain, family)
     try:
         sizes = None if k is None else [float(part) for part in k.split(",")]
     except ValueError:
         raise MergelawError(f"--k {k}: give numbers with commas between them") from None
+    if recipe is None:
+        new = base is None and N is not None and not bases_of(points, N)
+        recipe = stage.SIZE if new else stage.THREE_POINT
     if recipe == stage.SIZE:
         if sigma is not None:
             raise MergelawError("--sigma: the size recipe finds it from residuals; leave it out")
@@ -451,6 +470,14 @@ def size_of(points: Any, base: str | None, N: float | None) -> float:
             )
         return float(sizes[0])
     return N
+
+
+def place(points: Any, base: str | None, N: float | None) -> tuple[Any, float]:
+    """The points and the size asked about; of bases as large only the one that is named."""
+    size = size_of(points, base, N)
+    if base is not None:
+        points = points[(points["base"] == base) | (points["N"] != size)]
+    return points, size
 
 
 def base_name(points: Any, base: str | None, N: float | None) -> str:
@@ -493,7 +520,7 @@ def plan_loss(
     from mergelaw import plan
 
     points, warnings = chosen(source, method, domain, family)
-    tell(plan.loss(points, size_of(points, base, N), k, level), warnings, as_json)
+    tell(plan.loss(*place(points, base, N), k, level), warnings, as_json)
 
 
 @plan_app.command("experts")
@@ -512,7 +539,7 @@ def plan_experts(
     from mergelaw import plan
 
     points, warnings = chosen(source, method, domain, family)
-    tell(plan.experts(points, size_of(points, base, N), target, level), warnings, as_json)
+    tell(plan.experts(*place(points, base, N), target, level), warnings, as_json)
 
 
 @plan_app.command("stop")
@@ -531,7 +558,7 @@ def plan_stop(
     from mergelaw import plan
 
     points, warnings = chosen(source, method, domain, family)
-    tell(plan.stop(points, size_of(points, base, N), threshold, level), warnings, as_json)
+    tell(plan.stop(*place(points, base, N), threshold, level), warnings, as_json)
 
 
 @plan_app.command("budget")
@@ -560,8 +587,7 @@ def plan_budget(
 
     points, warnings = chosen(source, method, domain, family)
     answer = plan.budget(
-        points,
-        size_of(points, base, N),
+        *place(points, base, N),
         k,
         costs_of(source, costs),
         amount=budget,
@@ -589,7 +615,9 @@ def plan_rule(
 
     table, warnings = forecast.read(source)
     points = forecast.choose(table, domain=domain, family=family, every=["method"])
-    size = None if base is None and N is None else size_of(points, base, N)
+    size = None
+    if base is not None or N is not None:
+        points, size = place(points, base, N)
     tell(plan.rule(points, size, k, level), warnings, as_json)
 
 
@@ -617,8 +645,8 @@ def plan_measure(
         if costs is not None:
             raise
         prices = None  # what narrows the interval most is worth knowing without prices
-    size = size_of(points, base, N)
-    tell(plan.measure(points, size, k, prices, share=share, level=level), warnings, as_json)
+    asked = place(points, base, N)
+    tell(plan.measure(*asked, k, prices, share=share, level=level), warnings, as_json)
 
 
 @app.command()
@@ -696,7 +724,7 @@ def merge(
     vectors: Vectors,
     output: Output,
 ) -> None:
-    """Write a merge out as a checkpoint, with the same merge as mergekit's YAML."""
+    """Write a merge out as a checkpoint, and as mergekit's YAML where that merges the same way."""
     import yaml
 
     from mergelaw import merge as stage
@@ -742,12 +770,12 @@ def config_check(file: Annotated[Path, typer.Argument(help="a configuration")]) 
 
     study = Study(config.load(file))
     own, made = study.config, study.by_path.values()
-    merges = max(len(study.subsets(base)) for base in own.bases)
-    rows = merges * len(own.methods) + len(own.baselines)
-    cells = rows * len(own.bases) * len(own.domains) * len(own.training_seeds)
-    trained = sum(
-        artifact.recipe.keys() & {"training", "pretraining"} != set() for artifact in made
-    )
+    plans = [len(study.subsets(base)) for base in own.bases]  # with the base itself
+    low, high = min(plans) - 1, max(plans) - 1
+    merges = f"{low}" if low == high else f"{low} to {high}"
+    measured = (sum(plans) - len(plans)) * len(own.methods) + len(plans) * len(own.baselines)
+    cells = (measured * len(own.training_seeds) + len(plans)) * len(own.domains)
+    trained = sum(artifact.trains for artifact in made)
     print(
         f"{file}: {len(own.bases)} bases, {len(own.pool())} experts, {len(own.domains)} domains, "
         f"{len(own.methods)} methods; {trained} models to train, {merges} merges per base and "
@@ -826,10 +854,10 @@ def show_lineage(
 
 @app.command("gc")
 def collect_garbage(
-    configs: Annotated[list[Path], typer.Option("--config", help="configurations to keep")],
+    configs: Annotated[list[Path], typer.Option("--config", help="studies to keep, one or more")],
     delete: Annotated[bool, typer.Option("--delete", help="remove what is listed")] = False,
 ) -> None:
-    """List what no configuration refers to; with --delete, remove it."""
+    """List what none of the given configurations refers to; with --delete, remove it."""
     import shutil
 
     from mergelaw import config

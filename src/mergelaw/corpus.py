@@ -598,6 +598,16 @@ def source_identity(source: Mapping[str, Any], cache: Path | None = None) -> dic
     return identity
 
 
+def check_unchanged(recipe: Mapping[str, Any], source: Mapping[str, Any]) -> None:
+    """Raise MergelawError where a source's files are not those whose digests the recipe has."""
+    if "files" not in recipe:
+        return
+    found = [value for _, value in source_identity(source)["files"]]
+    known = [value if isinstance(value, str) else value[1] for value in recipe["files"]]
+    if found != known:
+        raise MergelawError(f"{_source_name(source)}: changed since the run began; run again")
+
+
 def _digests(named: Mapping[str, Path], cache: Path | None) -> list[list[str]]:
     remembered = _read_cache(cache) if cache else {}
     found = dict(remembered)

@@ -26,10 +26,10 @@ class Batch:
     """Token ids (rows, longest), the scored positions and whose they are."""
 
     ids: "Tensor"
-    keep: "Tensor"  # time steps whose logits are needed, ascending
+    keep: list[int]  # time steps whose logits are needed, ascending; of no device
     at: "Tensor"  # for each scored token its place in the flattened (rows, len(keep)) logits
     targets: "Tensor"
-    documents: "Tensor"
+    documents: "np.ndarray"
 
 
 def cut(lengths: Sequence[int], batch_tokens: int) -> list[tuple[int, int]]:
@@ -66,6 +66,7 @@ def cut(lengths: Sequence[int], batch_tokens: int) -> list[tuple[int, int]]:
 
 def batches(windows: Sequence[Window], batch_tokens: int, device: Any) -> list[Batch]:
     """The windows as batches on ``device``, longest first."""
+    import numpy as np
     import torch
 
     ordered = sorted(windows, key=lambda w: (-len(w.ids), w.document, w.start))
@@ -82,27 +83,37 @@ def batches(windows: Sequence[Window], batch_tokens: int, device: Any) -> list[B
                 at.append(row * len(keep) + place[t - 1])
                 targets.append(window.ids[t])
                 documents.append(window.document)
-        tensors = (ids, *(torch.tensor(x) for x in (keep, at, targets, documents)))
-        made.append(Batch(*(t.to(device) for t in tensors)))
+        made.append(
+            Batch(
+                ids.to(device),
+                keep,
+                torch.tensor(at).to(device),
+                torch.tensor(targets).to(device),
+                np.array(documents),
+            )
+        )
     return made
 
 
 def nll(model: Any, made: Sequence[Batch], documents: int) -> "np.ndarray":
     """Negative log-likelihood in nats of each document's scored tokens: float64, (documents,)."""
+    import numpy as np
     import torch
     from torch.nn.functional import cross_entropy
 
-    total = torch.zeros(documents, dtype=torch.float64, device=made[0].ids.device)
+    total = np.zeros(documents)
     with torch.inference_mode():
         for batch in made:
-            logits = model(
-                input_ids=batch.ids, use_cache=False, logits_to_keep=batch.keep
-            ).logits.flatten(0, 1)
+            logits = model(input_ids=batch.ids, use_cache=False, logits_to_keep=batch.keep).logits
+            if logits.shape[1] != len(batch.keep):  # a model that knows nothing of logits_to_keep
+                logits = logits[:, batch.keep]
+            logits = logits.flatten(0, 1)
             rows = max(LOGITS // logits.shape[-1], 1)
             for start in range(0, len(batch.at), rows):
                 part = slice(start, start + rows)
                 losses = cross_entropy(
                     logits[batch.at[part]].float(), batch.targets[part], reduction="none"
                 )
-                total.index_add_(0, batch.documents[part], losses.double())
-    return total.cpu().numpy()
+                # In the documents' order: a GPU would add them in any.
+                np.add.at(total, batch.documents[part], losses.double().cpu().numpy())
+    return total

@@ -119,6 +119,11 @@ def _measure(
     if device == "cuda":
         check_room(base, settings["dtype"])
     model = training.load(base, settings["dtype"], device_map="auto" if several else device).eval()
+    if several and {"cpu", "disk"} & set(map(str, model.hf_device_map.values())):
+        raise MergelawError(
+            f"{base}: its layers do not fit the {torch.cuda.device_count()} GPUs given one by one; "
+            "give the job more GPUs, or evaluate in bfloat16"
+        )
     sets = {
         domain: cross_entropy.batches(e.windows, settings["batch_tokens"], model.device)
         for domain, e in encoded.items()
@@ -236,7 +241,11 @@ def check_room(base: Path, dtype: str) -> None:
 
 
 def memory(device: Any) -> int:
-    """Bytes that base and prepared vectors may take: half of what is free, or a job has."""
+    """Bytes that base and prepared vectors may take: half of what is free, or a job has.
+
+    On one machine a job has as much of the free memory as it has of the cores, for other jobs may
+    start on the others.
+    """
     import os
 
     import psutil
@@ -245,7 +254,11 @@ def memory(device: Any) -> int:
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0] // 2
     free = psutil.virtual_memory().available
-    return min(free, int(os.environ.get("SLURM_MEM_PER_NODE", 0)) << 20 or free) // 2
+    allotted = int(os.environ.get("SLURM_MEM_PER_NODE", 0)) << 20
+    if not allotted:
+        cores = os.cpu_count() or 1
+        allotted = free * min(torch.get_num_threads(), cores) // cores
+    return min(free, allotted) // 2
 
 
 def _synchronize(device: str) -> None:

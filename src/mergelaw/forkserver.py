@@ -45,7 +45,12 @@ def start() -> subprocess.Popen[bytes]:
     command = [sys.executable, "-m", "mergelaw.forkserver", address]
     server = subprocess.Popen(command, stdin=subprocess.PIPE)
     os.environ[ADDRESS] = address
-    atexit.register(server.communicate)  # so that what its forks used counts as this process's
+
+    def end() -> None:
+        server.communicate()  # so that what its forks used counts as this process's
+        shutil.rmtree(Path(address).parent, ignore_errors=True)  # if it was killed
+
+    atexit.register(end)
     return server
 
 

@@ -164,6 +164,7 @@ def make(
     from filelock import FileLock
 
     output = Path(os.path.normpath(output))
+    _check_vacant(output)
     output.parent.mkdir(parents=True, exist_ok=True)
     scratch = output.parent / f".{output.name}.work"
     with FileLock(output.parent / f".{output.name}.lock"):
@@ -244,6 +245,17 @@ def take(source: Path, output: Path) -> bool:
             with suppress(OSError):  # not empty: what a training goes on from
                 scratch.rmdir()
     return True
+
+
+def _check_vacant(output: Path) -> None:
+    """Raise MergelawError for a folder that somebody keeps something else in.
+
+    One with a key in its name is ours: without a lineage it is half an artifact and is replaced.
+    """
+    if re.search(r"@[0-9a-f]{8}$", output.name) or (output / LINEAGE).exists():
+        return
+    if output.exists() and not (output.is_dir() and not any(output.iterdir())):
+        raise MergelawError(f"{output}: is there and holds something else; name a new folder")
 
 
 def _publish(folder: Path, output: Path) -> None:

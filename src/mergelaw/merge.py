@@ -33,7 +33,7 @@ GPU_SLICE = 1 << 24
 
 def prepare(method: Method, vector: TaskVector, cache: Path | None = None) -> dict[str, float]:
     """``method.prepare`` of one expert, remembered in the folder ``cache``."""
-    recipe = {"method": method.model_dump(by_alias=True), "vector": vector.digest}
+    recipe = {"method": method.model_dump(by_alias=True), **_known_by(vector)}
     path = cache / f"{digest(recipe)[:32]}.json" if cache else None
     if path and path.exists():
         try:
@@ -50,6 +50,12 @@ def prepare(method: Method, vector: TaskVector, cache: Path | None = None) -> di
         lineage.write_json(scratch, entry)
         scratch.replace(path)
     return prepared
+
+
+def _known_by(vector: TaskVector) -> dict[str, str]:
+    """What is prepared depends on; an adapter's digest is not of the tensors it leaves alone."""
+    sizes = {name: vector.size(name) for name in vector.names}
+    return {"vector": vector.digest, "sizes": digest(sizes)}
 
 
 def masks(
@@ -77,7 +83,7 @@ def masks(
     if cache is None:
         held = {n: torch.cat([torch.empty(0, dtype=torch.uint8), *of(n)]) for n in vector.names}
         return held.get
-    recipe = {"masks": drawn, "vector": vector.digest}
+    recipe = {"masks": drawn, **_known_by(vector)}
     path = cache / f"{digest(recipe)[:32]}.safetensors"
     known = path.with_suffix(".sha256")
     if not (
@@ -88,11 +94,14 @@ def masks(
         path.parent.mkdir(parents=True, exist_ok=True)
         scratch = path.with_suffix(f".{lineage.unique()}")
         layout = {name: ("U8", (packed_size(vector.size(name)),)) for name in vector.names}
-        with Writer(scratch, layout) as writer:
-            for name in vector.names:
-                writer.write_pieces(name, of(name))
-        known.write_text(lineage.file_digest(scratch))
-        scratch.replace(path)
+        try:
+            with Writer(scratch, layout) as writer:
+                for name in vector.names:
+                    writer.write_pieces(name, of(name))
+            known.write_text(lineage.file_digest(scratch))
+            scratch.replace(path)
+        finally:
+            scratch.unlink(missing_ok=True)
     return open_mapped(path, stack).get_tensor
 
 

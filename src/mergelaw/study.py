@@ -50,6 +50,15 @@ class Artifact:
         """Relative to the results folder."""
         return f"{self.name}@{self.key}"
 
+    @property
+    def trains(self) -> bool:
+        return bool(self.recipe.keys() & {"training", "pretraining"})
+
+    @property
+    def on_gpu(self) -> bool:
+        """Whether its job uses a GPU where there is one."""
+        return self.trains or self.stage == "evaluate"
+
     @cached_property
     def recipe_json(self) -> str:
         """What the stage's command is given: the recipe, with its sources."""

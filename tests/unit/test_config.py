@@ -491,9 +491,20 @@ def test_check_says_what_would_be_measured():
     assert result.returncode == 0 and result.stderr == ""
     assert "4 bases, 9 experts, 9 domains, 4 methods" in result.stdout
     assert (
-        "40 models to train, 74 merges per base and method, 10,656 cells" in result.stdout
+        "40 models to train, 73 merges per base and method, 10,548 cells" in result.stdout
         and result.stdout.count("\n") == 1
     )
+
+
+def test_check_counts_each_bases_own_merges_and_the_base_once():
+    from mergelaw.study import Study
+
+    path = ROOT / "config" / "qwen2.5.yaml"
+    study = Study(config.load(path))
+    merges = sum(bool(row[3]) for shard in study.evals.values() for row in study.rows(shard))
+    cells = (merges + len(study.bases)) * len(study.corpora)
+    told = check(path).stdout
+    assert f"{cells:,} cells" in told and "181 to 511 merges per base and method" in told
 
 
 # -- what every job of the workflow pays -------------------------------------------------------

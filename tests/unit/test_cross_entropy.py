@@ -112,6 +112,18 @@ def test_a_loss_that_is_none_stays_one(tmp_path):
     assert np.isnan(nll(model, batches(found.windows, 1000, "cpu"), count)).all()
 
 
+def test_a_model_that_returns_all_logits_is_scored_the_same(tmp_path):
+    model = load(write_checkpoint(tmp_path / "base"))
+    found, count = encoded(True)
+    made = batches(found.windows, 1000, "cpu")
+    wanted = nll(model, made, count)
+
+    def without(logits_to_keep, **given):
+        return model(**given)
+
+    assert relative(nll(without, made, count), wanted) < 1e-6
+
+
 # Batches
 
 
@@ -121,7 +133,10 @@ def test_batches_hold_every_scored_token_once():
     for batch in batches(found.windows, 200, "cpu"):
         seen += zip(batch.documents.tolist(), batch.targets.tolist(), strict=True)
         assert (batch.at < len(batch.ids) * len(batch.keep)).all()
-        rows, columns = batch.at // len(batch.keep), batch.keep[batch.at % len(batch.keep)]
+        rows, columns = (
+            batch.at // len(batch.keep),
+            torch.tensor(batch.keep)[batch.at % len(batch.keep)],
+        )
         assert torch.equal(batch.ids[rows, columns + 1], batch.targets)
     wanted = [(w.document, t) for w in found.windows for t in w.ids[w.start : w.stop]]
     assert sorted(seen) == sorted(wanted)

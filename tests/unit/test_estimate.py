@@ -68,6 +68,17 @@ def test_derived_vectors_take_no_disk_and_checkpointing_a_third_more_time(tmp_pa
     assert other["experts"].hours == pytest.approx(before["experts"].hours * 4 / 3)
 
 
+def test_masks_of_vectors_that_memory_has_no_room_for_take_a_bit_a_value(tmp_path):
+    def disk(recipe: dict, memory: int) -> float:
+        study = study_of(tmp_path, methods={"m": recipe})
+        return rows(study, Rates(gpu_memory_gb=memory))["evaluations"].bytes
+
+    plain, drawn = {"method": "task_arithmetic"}, {"method": "dare_linear", "drop_rate": 0.5}
+    values = 2 * study_of(tmp_path).size("one").total
+    assert disk(drawn, 24) - disk(plain, 24) == values / 8
+    assert disk(drawn, 80) == disk(plain, 80)
+
+
 def test_the_longest_chain_is_that_of_the_slowest_inputs(tmp_path):
     bases = {"one": {"hub": "ours/none", "revision": "main", "N": 1}}
     bases["two"] = bases["one"] | {"N": 30}

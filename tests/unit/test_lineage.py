@@ -80,12 +80,24 @@ def test_what_is_there_is_not_made_again(chain):
 @pytest.mark.parametrize("half", [[], ["data.txt"], ["data.txt", "junk/deep.txt"]])
 def test_a_half_folder_is_replaced(tmp_path, half):
     for name in ["", *half]:
-        path = tmp_path / "artifact" / name
+        path = tmp_path / "artifact@0a1b2c3d" / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("half") if name else path.mkdir()
-    assert make(tmp_path / "artifact", "corpus", {}, {}, writes())
-    assert lineage.content(tmp_path / "artifact").keys() == {"data.txt", "sub/more.bin"}
-    verified(tmp_path / "artifact")
+    assert make(tmp_path / "artifact@0a1b2c3d", "corpus", {}, {}, writes())
+    assert lineage.content(tmp_path / "artifact@0a1b2c3d").keys() == {"data.txt", "sub/more.bin"}
+    verified(tmp_path / "artifact@0a1b2c3d")
+
+
+def test_a_folder_of_somebody_elses_is_left_alone(tmp_path):
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    (mine / "thesis.tex").write_text("x")
+    for output in (mine, mine / "thesis.tex"):
+        with pytest.raises(MergelawError, match="holds something else; name a new folder"):
+            lineage.make(output, "fit", {}, {}, lambda folder, state: None)
+    assert [path.name for path in tmp_path.rglob("*")] == ["mine", "thesis.tex"]
+    (tmp_path / "empty").mkdir()
+    assert lineage.make(tmp_path / "empty", "fit", {}, {}, lambda folder, state: None)
 
 
 class Odd(BaseException):

@@ -231,6 +231,18 @@ def test_what_a_derived_vector_is_derived_from_has_to_stay(tmp_path, both, which
         TaskVector(both[1].folder)
 
 
+def test_an_expert_that_was_written_over_is_not_what_a_vector_is_derived_from(tmp_path, both):
+    linked = tmp_path / "expert@artifact"
+    file = next(
+        path for path in sorted(linked.iterdir()) if path.suffix == ".safetensors"
+    ).resolve()
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(MergelawError, match="is not what was written"):
+        TaskVector(both[1].folder)
+
+
 @pytest.mark.parametrize("piece", [1 << 20, 1 << 22])
 def test_large_tensors_are_worked_on_in_pieces(tmp_path, monkeypatch, piece):
     """With the same bits, exceptions of every piece included."""
