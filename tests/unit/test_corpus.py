@@ -486,3 +486,22 @@ def test_identities_need_no_heavy_import(tmp_path):
         "assert not heavy, heavy"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_files_that_changed_after_their_key_was_made_are_noticed(tmp_path):
+    source = {"files": [written(tmp_path / "a.jsonl", records(9))]}
+    recipe = {"files": [digest for _, digest in corpus.source_identity(source)["files"]]}
+    corpus.check_unchanged(recipe, source)
+    corpus.check_unchanged({"synthetic": "algebra"}, {"synthetic": "algebra"})
+    written(tmp_path / "a.jsonl", records(9, first=1))
+    with pytest.raises(MergelawError, match=r"a\.jsonl: changed since the run began; run again"):
+        corpus.check_unchanged(recipe, source)
+    folder = tmp_path / "dataset"
+    folder.mkdir()
+    written(folder / "train.parquet", records(9))
+    source = {"dataset": str(folder), "revision": None, "config": None, "split": "train"}
+    recipe = corpus.source_identity(source)
+    corpus.check_unchanged(recipe, source)
+    written(folder / "train.parquet", records(8))
+    with pytest.raises(MergelawError, match="changed since the run began"):
+        corpus.check_unchanged(recipe, source)
