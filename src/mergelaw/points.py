@@ -206,7 +206,7 @@ def _numbers(path: Path, table: pd.DataFrame, name: str) -> pd.Series:
     whole = finite & (values == values.round())
     rules = {
         "N": (finite & (values > 0), "a number above 0, in billions of parameters"),
-        "k": (whole & (values >= 1) & (values <= MOST), "a whole number of experts, 1 to a million"),
+        "k": (whole & (values >= 1) & (values <= MOST), "a whole number of experts, 1 to 1e6"),
         "ce": (finite & (values > 0), "a cross-entropy above 0"),
         "se": (finite & (values >= 0), "a standard error of 0 or more"),
         "M": (whole & (values >= 1) & (values <= MOST), "the whole number of experts in the pool"),
