@@ -350,7 +350,9 @@ WANTED = ("*.safetensors", "*.safetensors.index.json", *COMPANIONS, ADAPTER_CONF
 UNWANTED = ("*/*", "consolidated*.safetensors")
 
 
-def take(known: Mapping[str, Any], sources: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+def link_known(
+    known: Mapping[str, Any], sources: Mapping[str, Any], folder: Path
+) -> dict[str, Any]:
     """Link a checkpoint that is found to be the one meant into ``folder``; what to remember of it.
 
     ``known``: the SHA-256 of its files, or the hub's commit; ``sources``: where it lies.

@@ -233,9 +233,9 @@ def model(stage: str, recipe: str, output: Path, inputs: dict, threads: int, tra
         if "checkpoint" not in own:
             prepare_torch(threads)
             return train(own, folder, state)
-        from mergelaw.checkpoint import take
+        from mergelaw.checkpoint import link_known
 
-        return take(own["checkpoint"], sources, folder)
+        return link_known(own["checkpoint"], sources, folder)
 
     make(output, stage, own, inputs, work)
 
@@ -408,8 +408,8 @@ def forecast(
     recipe: Annotated[
         str | None,
         typer.Option(
-            help="three-point, end-point or size; by default three-point, for a size that is not "
-            "measured size"
+            help="three-point, end-point or size; default: three-point, or size where --N is not "
+            "measured"
         ),
     ] = None,
     base: BaseName = None,

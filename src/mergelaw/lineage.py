@@ -223,7 +223,7 @@ def make(
 def take(source: Path, output: Path) -> bool:
     """Make the artifact ``output`` a copy of ``source``, unless it is there; whether it was made.
 
-    The source is verified first and the copy after. Links stay links.
+    The copy is verified; a damaged source is named. Links stay links.
     """
     from filelock import FileLock
 
@@ -232,13 +232,16 @@ def take(source: Path, output: Path) -> bool:
     with FileLock(output.parent / f".{output.name}.lock"):
         if (output / LINEAGE).exists():
             return False
-        if verified(source)["artifact"] != output.name:
+        lineage = read(source)
+        if lineage["artifact"] != output.name:
             raise MergelawError(f"{source}: is another artifact by its {LINEAGE}; delete it there")
         folder = scratch / "artifact"
         shutil.rmtree(folder, ignore_errors=True)
         try:
             shutil.copytree(source, folder, symlinks=True)
-            verified(folder)
+            if any(problems(folder, lineage)):
+                verified(source)
+                raise MergelawError(f"{output}: the copy of {source} was damaged; run again")
             _publish(folder, output)
         finally:
             shutil.rmtree(folder, ignore_errors=True)

@@ -333,7 +333,7 @@ class Costs:
     def at(self, N: float, what: str) -> float:
         """One thing's cost at a size: between and beyond the given ones a power law in N.
 
-        Of nothing that costs nothing; NaN is not known.
+        A price of 0 at this very size is 0; NaN is a price that is not known.
         """
         given = self.table.loc[np.isclose(self.table["N"], N), what].dropna()
         if len(given) and not given.any():

@@ -13,9 +13,9 @@ from mergelaw.study import Artifact, Study
 class Transfer:
     """Copies what is not in the study's results yet; each artifact after its inputs.
 
-    Every file is verified, there and here. What cannot be taken is left out, with all that was made
-    from it, and stands in ``left`` with the reason. Checkpoints from outside are linked from the
-    study's own sources, as a run does.
+    Every copy is verified. What cannot be taken is left out, with all that was made from it, and
+    stands in ``left`` with the reason. Checkpoints from outside are linked from the study's own
+    sources, as a run does.
     """
 
     def __init__(self, study: Study, source: Path):
@@ -68,7 +68,7 @@ class Transfer:
             artifact.stage,
             artifact.recipe,
             {},
-            lambda folder, state: checkpoint.take(
+            lambda folder, state: checkpoint.link_known(
                 artifact.recipe["checkpoint"], artifact.sources, folder
             ),
         )

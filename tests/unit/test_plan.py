@@ -456,17 +456,16 @@ def test_the_command_answers_and_refuses(tmp_path):
     file = tmp_path / "points.csv"
     study()[["N", "k", "ce", "M"]].to_csv(file, index=False)
 
-    run = asked
-    done = run("plan", "loss", str(file), "--N", "3", "--k", "6", "--json")
+    done = asked("plan", "loss", str(file), "--N", "3", "--k", "6", "--json")
     assert json.loads(done.stdout)["value"] == pytest.approx(truth(3.0, 6), abs=4e-4)
-    done = run("forecast", str(file), "--N", "3")
+    done = asked("forecast", str(file), "--N", "3")
     assert done.returncode == 0 and "three-point forecast" in done.stdout
-    done = run("forecast", str(file), "--N", "300")  # not measured: from the sizes that are
+    done = asked("forecast", str(file), "--N", "300")  # not measured: from the sizes that are
     assert done.returncode == 0 and "size forecast" in done.stdout
-    assert done.stdout == run("forecast", str(file), "--N", "300", "--recipe", "size").stdout
-    refused = run("forecast", str(file), "--N", "300", "--recipe", "end-point")
+    assert done.stdout == asked("forecast", str(file), "--N", "300", "--recipe", "size").stdout
+    refused = asked("forecast", str(file), "--N", "300", "--recipe", "end-point")
     assert refused.returncode == 1 and "no base of N = 300 is measured" in refused.stderr
-    refused = run("plan", "experts", str(file), "--N", "3", "--target", "0.1")
+    refused = asked("plan", "experts", str(file), "--N", "3", "--target", "0.1")
     assert refused.returncode == 1 and refused.stdout == ""
     assert refused.stderr.startswith("mergelaw: error: target 0.1 is below the floor")
     assert refused.stderr.count("\n") == 1
