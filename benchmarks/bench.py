@@ -240,7 +240,8 @@ def merging(
     merges: dict[int, list[float]] = {k: [] for k in asked.k}
     passes: dict[int, list[float]] = {k: [] for k in asked.k}
     copies = []
-    # Base and result in the model's dtype, vectors in fp32.
+    # Vectors are in fp32, the result in the model's dtype; the base is held in fp32, or streamed
+    # from its file.
     width = 2 if forward.dtype == "bfloat16" else 4
     start = clock.now()
     memory = asked.memory or evaluate.memory(device)
@@ -252,7 +253,8 @@ def merging(
             for k in asked.k:
                 copies.append(copy_bandwidth(clock, device, size))  # and nothing left in caches
                 merges[k].append(clock.of(lambda k=k: merger.merge(list(vectors)[:k])))
-                passes[k].append(merges[k][-1] * copies[-1] / (size * (4 * (k + 1) + width)))
+                bytes_ = size * (4 * k + width + (4 if merger.resident else 2))
+                passes[k].append(merges[k][-1] * copies[-1] / bytes_)
         both = clock.of(lambda: (merger.merge(list(vectors)[: max(asked.k)]), forward()))
         resident = merger.resident
     return {

@@ -27,7 +27,7 @@ class Batch:
 
     ids: "Tensor"
     keep: list[int]  # time steps whose logits are needed, ascending; of no device
-    at: "Tensor"  # for each scored token its place in the flattened (rows, len(keep)) logits
+    at: "np.ndarray"  # of each scored token its place in the flattened (rows, len(keep)), ascending
     targets: "Tensor"
     documents: "np.ndarray"
 
@@ -87,7 +87,7 @@ def batches(windows: Sequence[Window], batch_tokens: int, device: Any) -> list[B
             Batch(
                 ids.to(device),
                 keep,
-                torch.tensor(at).to(device),
+                np.array(at),
                 torch.tensor(targets).to(device),
                 np.array(documents),
             )
@@ -111,9 +111,10 @@ def nll(model: Any, made: Sequence[Batch], documents: int) -> "np.ndarray":
             rows = max(LOGITS // logits.shape[-1], 1)
             for start in range(0, len(batch.at), rows):
                 part = slice(start, start + rows)
-                losses = cross_entropy(
-                    logits[batch.at[part]].float(), batch.targets[part], reduction="none"
-                )
+                at = batch.at[part]
+                one_piece = at[-1] - at[0] == len(at) - 1  # which needs no copy
+                scored = logits[at[0] : at[-1] + 1] if one_piece else logits[at]
+                losses = cross_entropy(scored.float(), batch.targets[part], reduction="none")
                 # In the documents' order: a GPU would add them in any.
                 np.add.at(total, batch.documents[part], losses.double().cpu().numpy())
     return total

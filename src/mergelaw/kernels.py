@@ -13,14 +13,17 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from llvmlite import ir
 from numba import carray, njit, types
 from numba.extending import intrinsic
 from torch import Tensor
 
 ZERO, ONE = np.float32(0), np.float32(1)
+NONE = np.float32(-0.0)  # changes no bit of what it is added to
 BLOCK = 512  # elements worked on at a time, that all of them stay in the first cache
 AHEAD = 8192  # elements of a vector that are read in one go, as memory likes it
 LANES = BLOCK // 8  # bytes of a block's mask
+LINE = 64  # bytes that memory gives at a time
 SHARE = 1 << 14  # elements that are worth another thread
 RULES = ("", "sum", "count")
 WEIGHTED, SUM, COUNT = range(3)  # places there
@@ -133,17 +136,18 @@ def _compiled(vectors: Sequence[Sparse], rule: Rule, base: Tensor | None, out: T
     masks = [None if v.mask is None else v.mask.contiguous() for v in vectors]
     size = out.numel()
     assert out.is_contiguous() and (base is None or base.is_contiguous())
-    width = 0 if base is None else base.dtype.itemsize
     arguments = (
-        np.array([v.data_ptr() for v in values], np.uint64),
-        np.array([v.least for v in vectors], np.float32),
-        np.array([0 if mask is None else mask.data_ptr() for mask in masks], np.uint64),
-        np.array([v.scale for v in vectors], np.float32),
-        np.array([*weights, *[0.0] * (len(weights) % 2)], np.float32),
+        (
+            np.array([v.data_ptr() for v in values], np.uint64),
+            np.array([v.least for v in vectors], np.float32),
+            np.array([0 if mask is None else mask.data_ptr() for mask in masks], np.uint64),
+            np.array([v.scale for v in vectors], np.float32),
+            np.array([*weights, *[0.0] * (len(weights) % 2)], np.float32),
+        ),
         RULES.index(elect),
         np.float32(scale),
         np.uint64(base.data_ptr() if base is not None else 0),
-        width,
+        0 if base is None else base.dtype.itemsize,
         out.view(-1).numpy(),
     )
     threads = min(torch.get_num_threads(), size // SHARE)
@@ -177,6 +181,21 @@ _floats, _bytes = _pointer(types.float32), _pointer(types.uint8)
 _halves = _pointer(types.uint16)
 
 
+@intrinsic
+def _prefetch(context, address):
+    """Ask memory for the line at an address, into the second cache; any address will do."""
+
+    def code(target, builder, signature, arguments):
+        byte, number = ir.IntType(8).as_pointer(), ir.IntType(32)
+        kind = ir.FunctionType(ir.VoidType(), [byte, number, number, number])
+        fetch = builder.module.declare_intrinsic("llvm.prefetch", [byte], kind)
+        to_read, second, data = number(0), number(2), number(1)
+        builder.call(fetch, [builder.inttoptr(arguments[0], byte), to_read, second, data])
+        return target.get_dummy_value()
+
+    return types.void(types.uint64), code
+
+
 @njit(nogil=True, error_model="numpy")
 def _masked(y, x, mask, scale):
     """One block's."""
@@ -187,59 +206,55 @@ def _masked(y, x, mask, scale):
 
 
 @njit(nogil=True, error_model="numpy")
-def _read(y, where, least, masks, scales, vector, size, start):
-    """Into ``y`` elements ``start`` onwards of a vector, with zeros for what is dropped."""
+def _read(y, nothing, given, vector, size, start):
+    """Elements ``start`` onwards of a vector, with zeros for what is dropped.
+
+    Where they lie if nothing is dropped, else in ``y``; ``nothing``, if there is no such vector.
+    """
+    where, least, masks, scales, _ = given
+    if vector == where.size:
+        return nothing[: y.size]
     x, smallest = carray(_floats(where[vector]), (size,))[start : start + y.size], least[vector]
     if masks[vector]:
         mask = carray(_bytes(masks[vector]), ((size + BLOCK - 1) // BLOCK * LANES,))
         for a in range(0, y.size, BLOCK):
             b, place = min(a + BLOCK, y.size), (start + a) // 8
             _masked(y[a:b], x[a:b], mask[place : place + LANES], scales[vector])
-    else:
+        return y
+    if smallest > ZERO:
         for i in range(y.size):
             y[i] = x[i] if abs(x[i]) >= smallest else ZERO
-
-
-@njit(nogil=True, error_model="numpy")
-def _source(y, where, least, masks, scales, vector, size, start):
-    """The same, where it lies if nothing is dropped."""
-    if masks[vector] or least[vector] > ZERO:
-        _read(y, where, least, masks, scales, vector, size, start)
         return y
-    return carray(_floats(where[vector]), (size,))[start : start + y.size]
+    return x
 
 
 @njit(nogil=True, error_model="numpy")
-def _put_base(y, base, width, size, start):
-    """Into ``y`` elements ``start`` onwards of the base: fp32, bf16, or none."""
+def _read_base(y, nothing, base, width, size, start):
+    """The same of the base: where it lies, or in ``y`` if it is bf16."""
     if width == 4:
-        wide = carray(_floats(base), (size,))[start : start + y.size]
-        for i in range(y.size):
-            y[i] = wide[i]
-    elif width == 2:
+        return carray(_floats(base), (size,))[start : start + y.size]
+    if width == 2:
         half, bits = carray(_halves(base), (size,))[start : start + y.size], y.view(np.uint32)
         for i in range(y.size):
             bits[i] = np.uint32(half[i]) << np.uint32(16)
+        return y
+    return nothing[: y.size]
 
 
 @njit(nogil=True, error_model="numpy")
-def _add(total, u, x):
+def _add_two(first, total, u, v, x, y):
     for i in range(total.size):
-        total[i] = total[i] + x[i] * u
+        sum_ = NONE if first else total[i]
+        total[i] = (sum_ + x[i] * u) + y[i] * v
 
 
 @njit(nogil=True, error_model="numpy")
-def _add_two(total, u, v, x, y):
+def _count_two(first, total, u, v, x, y):
     for i in range(total.size):
-        total[i] = (total[i] + x[i] * u) + y[i] * v
-
-
-@njit(nogil=True, error_model="numpy")
-def _count_two(total, u, v, x, y):
-    for i in range(total.size):
+        sum_ = NONE if first else total[i]
         a = ONE if x[i] > ZERO else (-ONE if x[i] < ZERO else ZERO)
         b = ONE if y[i] > ZERO else (-ONE if y[i] < ZERO else ZERO)
-        total[i] = (total[i] + a * u) + b * v
+        total[i] = (sum_ + a * u) + b * v
 
 
 @njit(nogil=True, error_model="numpy")
@@ -251,76 +266,91 @@ def _agree(total, mass, sign, u, v, x, y):
 
 
 @njit(nogil=True, error_model="numpy")
-def _weighted(part, work, where, least, masks, scales, weights, scale, size, start):
-    part[:] = -ZERO  # which changes nothing that is added to it
-    y, z = work[: part.size], work[AHEAD : AHEAD + part.size]
-    for i in range(0, where.size, 2):
-        a = _source(y, where, least, masks, scales, i, size, start)
-        if i + 1 == where.size:
-            _add(part, weights[i], a)
-        else:
-            b = _source(z, where, least, masks, scales, i + 1, size, start)
-            _add_two(part, weights[i], weights[i + 1], a, b)
+def _finish(first, part, before, total, u, v, x, y, scale):
     for i in range(part.size):
-        part[i] = part[i] * scale
+        sum_ = NONE if first else total[i]
+        part[i] = before[i] + ((sum_ + x[i] * u) + y[i] * v) * scale
 
 
 @njit(nogil=True, error_model="numpy")
-def _elect(signs, at, work, where, least, masks, scales, weights, count, size, start):
-    """The elected signs; into ``at`` the addresses of the values, which are in the caches now."""
-    signs[:] = -ZERO
+def _weighted(part, before, total, work, nothing, given, scale, size, start):
+    weights = given[-1]
     for i in range(0, weights.size, 2):
-        y = work[i * AHEAD : i * AHEAD + signs.size]
-        z = work[(i + 1) * AHEAD : (i + 1) * AHEAD + signs.size]
-        a = _source(y, where, least, masks, scales, i, size, start)
-        b = z  # zeros, where there is no other
-        if i + 1 < where.size:
-            b = _source(z, where, least, masks, scales, i + 1, size, start)
+        a = _read(work[0, : part.size], nothing, given, i, size, start)
+        b = _read(work[1, : part.size], nothing, given, i + 1, size, start)
+        if i + 2 < weights.size:
+            _add_two(i == 0, total, weights[i], weights[i + 1], a, b)
+        else:
+            _finish(i == 0, part, before, total, weights[i], weights[i + 1], a, b, scale)
+
+
+@njit(nogil=True, error_model="numpy")
+def _elect(signs, at, work, nothing, given, count, size, start):
+    """The elected signs; into ``at`` the addresses of the values, which are in the caches now."""
+    weights = given[-1]
+    for i in range(0, weights.size, 2):
+        a = _read(work[i, : signs.size], nothing, given, i, size, start)
+        b = _read(work[i + 1, : signs.size], nothing, given, i + 1, size, start)
         at[i], at[i + 1] = a.ctypes.data, b.ctypes.data
         if count:
-            _count_two(signs, weights[i], weights[i + 1], a, b)
+            _count_two(i == 0, signs, weights[i], weights[i + 1], a, b)
         else:
-            _add_two(signs, weights[i], weights[i + 1], a, b)
+            _add_two(i == 0, signs, weights[i], weights[i + 1], a, b)
     for i in range(signs.size):
         signs[i] = ONE if signs[i] >= ZERO else -ONE
 
 
 @njit(nogil=True, error_model="numpy")
-def _mean(part, signs, total, mass, at, place, weights, scale):
-    """Of one block at ``place``: the mean of the values that have the sign."""
+def _mean(part, before, signs, pair, at, place, weights, scale):
+    """Of one block at ``place``: base and mean of the values that have the sign."""
+    total, mass = pair[0, : part.size], pair[1, : part.size]
     total[:], mass[:] = ZERO, ZERO
     end = place + part.size
     for i in range(0, weights.size, 2):
         a, b = carray(_floats(at[i]), (end,))[place:], carray(_floats(at[i + 1]), (end,))[place:]
         _agree(total, mass, signs, weights[i], weights[i + 1], a, b)
     for i in range(part.size):
-        part[i] = ((total[i] / (mass[i] if mass[i] > ZERO else ONE)) * signs[i]) * scale
+        mean = (total[i] / (mass[i] if mass[i] > ZERO else ONE)) * signs[i]
+        part[i] = before[i] + mean * scale
+
+
+@njit(nogil=True, error_model="numpy")
+def _ask(streams, start, block):
+    """Ask for this block's share of elements ``start`` onwards: as many lines, stream by stream."""
+    lines = AHEAD * 4 // LINE
+    share = streams.size * BLOCK * 4 // LINE
+    for i in range(block * share, (block + 1) * share):
+        _prefetch(streams[i // lines] + np.uint64(start * 4 + i % lines * LINE))  # type: ignore[call-arg]
 
 
 @njit(nogil=True, error_model="numpy", cache=True)
-def _range(where, least, masks, scales, weights, rule, scale, base, width, out, first, last):
-    """Elements ``first`` to ``last`` of the base and the sum of the vectors at these addresses.
+def _range(given, rule, scale, base, width, out, first, last):
+    """Elements ``first`` to ``last`` of the base and the sum of the vectors, into ``out``.
 
+    ``given``: of each vector its address, its least magnitude, the address of its mask or 0, the
+    mask's scale and its weight, of which there is an even number: the last of an odd number of
+    vectors goes with nothing. A plain tuple, for numba's cache outlives the names of classes.
     ``first`` is a multiple of BLOCK, where masks begin anew; ``width``: the bytes of one of the
-    base's elements, or 0 for no base. ``weights`` has an even number of elements: the last of an
-    odd number of vectors goes with zeros.
+    base's elements, or 0 for no base.
     """
-    size = out.size
-    work, at = np.zeros(weights.size * AHEAD, np.float32), np.zeros(weights.size, np.uint64)
-    signs, before = np.empty(AHEAD, np.float32), np.empty(AHEAD, np.float32)
-    total, mass = np.empty(BLOCK, np.float32), np.empty(BLOCK, np.float32)
+    where, weights, size = given[0], given[-1], out.size
+    work, at = np.empty((weights.size, AHEAD), np.float32), np.zeros(weights.size, np.uint64)
+    nothing = np.full(AHEAD, NONE)
+    wide, totals = np.empty(AHEAD, np.float32), np.empty(AHEAD, np.float32)
+    pair = np.empty((2, BLOCK), np.float32)
+    streams = np.append(where, np.array([out.ctypes.data, base], np.uint64))
+    if width != 4:
+        streams = streams[:-1]
     for start in range(first, last, AHEAD):
         part = out[start : min(start + AHEAD, last)]
+        before = _read_base(wide[: part.size], nothing, base, width, size, start)
+        total = totals[: part.size]
         if rule == WEIGHTED:
-            _weighted(part, work, where, least, masks, scales, weights, scale, size, start)
-        else:
-            sign = signs[: part.size]
-            votes = rule == COUNT
-            _elect(sign, at, work, where, least, masks, scales, weights, votes, size, start)
-            for a in range(0, part.size, BLOCK):
-                b = min(a + BLOCK, part.size)
-                _mean(part[a:b], sign[a:b], total[: b - a], mass[: b - a], at, a, weights, scale)
-        if width:
-            _put_base(before[: part.size], base, width, size, start)
-            for i in range(part.size):
-                part[i] = before[i] + part[i]
+            _weighted(part, before, total, work, nothing, given, scale, size, start)
+            continue
+        _elect(total, at, work, nothing, given, rule == COUNT, size, start)
+        for a in range(0, part.size, BLOCK):
+            b = min(a + BLOCK, part.size)
+            # Memory would rest meanwhile: what is to be done next comes nearer.
+            _ask(streams, start + AHEAD, a // BLOCK)
+            _mean(part[a:b], before[a:b], total[a:b], pair, at, a, weights, scale)
