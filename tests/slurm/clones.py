@@ -2,6 +2,7 @@
 
 import re
 import shutil
+import signal
 import subprocess
 from collections.abc import Mapping
 from pathlib import Path
@@ -63,6 +64,8 @@ class Clone(Place):
             stderr=subprocess.STDOUT,
             text=True,
             start_new_session=True,
+            # Who runs the tests in the background may have it ignored, and what they start too.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
 
     def jobs(self, rule: str = "") -> list[dict[str, Any]]:
