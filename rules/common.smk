@@ -6,12 +6,13 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 
 from mergelaw import config as mergelaw_config
 from mergelaw import forkserver, resources, slurm
-from mergelaw.errors import MergelawError
-from mergelaw.lineage import only_run, unique, write_json
+from mergelaw.errors import MergelawError, of_system
+from mergelaw.lineage import only_run, write_json
 from mergelaw.study import Study
 
 # What a profile may say besides, for it is about the machine: which Python OpenRLHF is installed for.
@@ -99,10 +100,7 @@ class Arguments:
         file = Path(f"{study.results}/logs/{made.path}.json")
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
-            # By one rename, for a job of another run may be reading it.
-            scratch = file.with_suffix(f".{unique()}")
-            write_json(scratch, given)
-            scratch.replace(file)
+            write_json(file, given)  # which a job of another run may be reading
         except OSError:  # a full disk, of which the command will tell
             return shlex.join(given)
         return shlex.quote(f"@{file}")
@@ -156,11 +154,13 @@ def start():
             slurm.check(hardware, status, any(need.counts for need in to_come))
         check_trainers()
         run_lock = only_run(study.results)
+        here = workflow.local_exec and not workflow.deployment_settings.deployment_method
+        if here and sys.platform == "linux":  # where jobs run with this very Python
+            forks = forkserver.start()
     except MergelawError as error:
         sys.exit(f"mergelaw: error: {error}")
-    here = workflow.local_exec and not workflow.deployment_settings.deployment_method
-    if here and sys.platform == "linux":  # where jobs run with this very Python
-        forks = forkserver.start()
+    except OSError as error:
+        sys.exit(f"mergelaw: error: {of_system(error)}")
 
 
 def report_the_rest():
@@ -168,7 +168,7 @@ def report_the_rest():
     merges = [artifact.path for artifact in study.evals.values() if "plan" in artifact.unkeyed]
     if not any(Path(path).exists() for path in tracked(merges)):
         return
-    with tempfile.NamedTemporaryFile("w", suffix=".json") as resolved:
+    with suppress(OSError), tempfile.NamedTemporaryFile("w", suffix=".json") as resolved:
         json.dump(dict(config), resolved)
         resolved.flush()
         subprocess.run(["mergelaw", "partial", "--config", resolved.name])

@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import typer
 
 from mergelaw import forkserver, keys, lineage
-from mergelaw.errors import MergelawError
+from mergelaw.errors import MergelawError, of_system
 
 app = typer.Typer(
     help="Measure the scaling law of model merging, and plan with it.",
@@ -77,7 +77,7 @@ def main() -> None:
     except OSError as error:
         if error.errno is None:
             raise
-        fail(f"{error.filename or 'file system'}: {os.strerror(error.errno)}; mend it, run again")
+        fail(of_system(error))
 
 
 def fail(message: str) -> None:

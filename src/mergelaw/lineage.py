@@ -288,7 +288,16 @@ def unwritable(folder: Path, error: Exception) -> OSError | None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    path.write_text(json_text(value), encoding="utf-8")
+    """Whole or not at all, whenever it is killed or the disk is full."""
+    scratch = path.with_name(f"{path.name}.{unique()}")
+    try:
+        scratch.write_text(json_text(value), encoding="utf-8")
+        scratch.replace(path)
+    except OSError as error:
+        error.filename = str(path)
+        raise
+    finally:
+        scratch.unlink(missing_ok=True)
 
 
 def json_text(value: Any) -> str:

@@ -45,10 +45,8 @@ def prepare(method: Method, vector: TaskVector, cache: Path | None = None) -> di
     prepared = method.prepare(vector.tensors)
     if path and prepared:
         path.parent.mkdir(parents=True, exist_ok=True)
-        scratch = path.with_suffix(f".{lineage.unique()}")
         entry = {"recipe": recipe, "prepared": prepared, "checksum": digest(prepared)}
-        lineage.write_json(scratch, entry)
-        scratch.replace(path)
+        lineage.write_json(path, entry)
     return prepared
 
 

@@ -4,6 +4,7 @@ import errno
 import json
 import multiprocessing
 import os
+import resource
 import shutil
 import subprocess
 import sys
@@ -332,6 +333,19 @@ def test_a_results_folder_has_one_run_at_a_time(tmp_path):
     (tmp_path / "results" / ".mergelaw.json").write_text('{"layout": 0}')
     with pytest.raises(MergelawError, match="layout 0"):
         lineage.only_run(tmp_path / "results")
+
+
+def test_a_disk_that_is_full_at_once_leaves_a_folder_that_a_run_can_have(tmp_path):
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, hard))
+    try:
+        with pytest.raises(OSError) as raised:
+            lineage.only_run(tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert raised.value.filename == str(tmp_path / ".mergelaw.json")
+    assert list(tmp_path.iterdir()) == []
+    lineage.only_run(tmp_path).release()
 
 
 def test_a_run_on_another_host_is_seen_where_locks_are_not_carried(tmp_path, monkeypatch):

@@ -2,9 +2,11 @@
 
 import json
 import os
+import re
 import shutil
 import socket
 import subprocess
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -229,3 +231,21 @@ def test_a_full_disk_is_one_line_and_the_run_goes_on_when_there_is_space(
     same_measurements(place.rows(), ready.rows())
     assert len(place.cells()) == len(set(place.cells())) == 192
     assert set(kept) < set(place.cells())
+
+
+def test_a_disk_that_is_full_from_the_start_is_one_line_and_spoils_nothing(
+    ready, tmp_path, small_disk
+):
+    place = Place(tmp_path, ready.config)
+    place.results.symlink_to(small_disk)
+    filler = small_disk / "filler"
+    with suppress(OSError), filler.open("wb", buffering=0) as file:
+        while file.write(bytes(4096)):
+            pass
+    run = place.snakemake("--until", "build_corpus")
+    assert run.status and "Traceback" not in run.output and "OSError" not in run.output
+    (line,) = run.errors()
+    assert re.fullmatch(r"\S+/results/\S+: No space left on device; mend it, run again", line)
+    filler.unlink()
+    place.finish("--until", "build_corpus")
+    assert place.artifacts("corpora")
