@@ -241,7 +241,7 @@ def merging(
     passes: dict[int, list[float]] = {k: [] for k in asked.k}
     copies = []
     # Vectors are in fp32, the result in the model's dtype; the base is held in fp32, or streamed
-    # from its file.
+    # from its bfloat16 file.
     width = 2 if forward.dtype == "bfloat16" else 4
     start = clock.now()
     memory = asked.memory or evaluate.memory(device)

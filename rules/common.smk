@@ -6,7 +6,6 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from contextlib import suppress
 from pathlib import Path
 
 from mergelaw import config as mergelaw_config
@@ -168,7 +167,10 @@ def report_the_rest():
     merges = [artifact.path for artifact in study.evals.values() if "plan" in artifact.unkeyed]
     if not any(Path(path).exists() for path in tracked(merges)):
         return
-    with suppress(OSError), tempfile.NamedTemporaryFile("w", suffix=".json") as resolved:
-        json.dump(dict(config), resolved)
-        resolved.flush()
-        subprocess.run(["mergelaw", "partial", "--config", resolved.name])
+    try:
+        with tempfile.NamedTemporaryFile("w", suffix=".json") as resolved:
+            json.dump(dict(config), resolved)
+            resolved.flush()
+            subprocess.run(["mergelaw", "partial", "--config", resolved.name])
+    except OSError as error:
+        sys.exit(f"mergelaw: error: {of_system(error)}")
