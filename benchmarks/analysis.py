@@ -14,10 +14,10 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from mergelaw.fits import write_fits
-from mergelaw.law import MERGING
-from mergelaw.report import write_report
-from mergelaw.sampling import sample
+from mergelaw.evaluation.design import sample
+from mergelaw.laws.fits import write_fits
+from mergelaw.laws.law import MERGING
+from mergelaw.report.page import write_report
 
 SIZES = (0.5, 1.5, 3, 7, 14, 32, 72)
 METHODS = {"average": 0.1, "task_arithmetic": 0.0, "ties": 0.6, "dare": 0.2}

@@ -36,12 +36,18 @@ import torch
 import transformers
 import yaml
 
-from mergelaw import cli, cross_entropy, evaluate, lineage, merge, task_vector, training
-from mergelaw.merge import Merger
-from mergelaw.methods import method_of
-from mergelaw.methods.ties import magnitude_threshold
-from mergelaw.task_vector import TaskVector
-from mergelaw.tokens import Window
+from mergelaw.artifacts import lineage
+from mergelaw.cli.app import app as cli
+from mergelaw.data.tokenize import Window
+from mergelaw.evaluation import cross_entropy
+from mergelaw.evaluation import shard as evaluate
+from mergelaw.merging import engine as merge
+from mergelaw.merging import task_vector
+from mergelaw.merging.engine import Merger
+from mergelaw.merging.methods import method_of
+from mergelaw.merging.methods.ties import magnitude_threshold
+from mergelaw.merging.task_vector import TaskVector
+from mergelaw.models import training
 
 transformers.logging.disable_progress_bar()
 ROOT = Path(__file__).parents[1]

@@ -11,9 +11,10 @@ import sys
 from collections import defaultdict
 from pathlib import Path
 
-from mergelaw import config, lineage
-from mergelaw.estimate import STAGES, Rates, StageRate, measured, work_of, working
-from mergelaw.study import Study
+from mergelaw.artifacts import lineage
+from mergelaw.config import schema as config
+from mergelaw.workflow.estimate import STAGES, Rates, StageRate, measured, work_of, working
+from mergelaw.workflow.study import Study
 
 
 def compare(study: Study, rates: Rates, base: str | None) -> dict[str, list[float]]:

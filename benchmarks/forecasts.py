@@ -20,11 +20,14 @@ import numpy as np
 import pandas as pd
 from scipy.stats import norm, spearmanr, t
 
-from mergelaw import config, forecast, lineage, surrogate
-from mergelaw.evaluate import read_rows
-from mergelaw.points import MACRO, points
-from mergelaw.sampling import design_variance, pattern, rotations
-from mergelaw.study import Study
+from mergelaw.artifacts import lineage
+from mergelaw.config import schema as config
+from mergelaw.evaluation.design import design_variance, pattern, rotations
+from mergelaw.evaluation.shard import read_rows
+from mergelaw.laws import surrogate
+from mergelaw.laws.points import MACRO, points
+from mergelaw.planning import forecast
+from mergelaw.workflow.study import Study
 
 DRAWS = 1200
 SINGLE_CIRCLES = 40

@@ -29,10 +29,10 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from mergelaw.covariance import Part, of_circles
-from mergelaw.fit import Fit, fit
-from mergelaw.law import MERGING, MERGING_FIXED_N
-from mergelaw.sampling import design_variance, pair_counts, pattern
+from mergelaw.evaluation.design import design_variance, pair_counts, pattern
+from mergelaw.laws.covariance import Part, of_circles
+from mergelaw.laws.fit import Fit, fit
+from mergelaw.laws.law import MERGING, MERGING_FIXED_N
 
 TABLES = Path(__file__).parents[1] / "tests" / "data" / "paper_tables"
 ROWS = [

@@ -88,7 +88,7 @@ def write_model(folder: Path, config: dict, layout: dict, base: Path | None, see
     """Random values, or a base's with noise of a hundredth of their size; piece by piece."""
     import torch
 
-    from mergelaw.checkpoint import WEIGHTS, Tensors, Writer
+    from mergelaw.models.checkpoint import WEIGHTS, Tensors, Writer
 
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(config))
@@ -115,7 +115,8 @@ def write_model(folder: Path, config: dict, layout: dict, base: Path | None, see
 
 
 def artifact(folder: Path, stage: str, source: Path) -> Path:
-    from mergelaw import checkpoint, lineage
+    from mergelaw.artifacts import lineage
+    from mergelaw.models import checkpoint
 
     lineage.make(folder, stage, {}, {}, lambda work, state: checkpoint.link(source, work))
     return folder
@@ -128,8 +129,11 @@ def step(folder: Path, what: str, storage: str, recipe: dict[str, Any]) -> dict[
     """One measurement, in this process."""
     import torch
 
-    from mergelaw import lineage, merge, task_vector, training
-    from mergelaw.methods import method_of
+    from mergelaw.artifacts import lineage
+    from mergelaw.merging import engine as merge
+    from mergelaw.merging import task_vector
+    from mergelaw.merging.methods import method_of
+    from mergelaw.models import training
 
     torch.set_num_threads(1)
     base = folder / "base"

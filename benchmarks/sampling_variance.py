@@ -17,7 +17,7 @@ import numpy as np
 import pandas as pd
 
 from mergelaw.errors import MergelawError
-from mergelaw.sampling import pattern
+from mergelaw.evaluation.design import pattern
 
 COLUMNS = ["base", "method", "k", "experts", "domain", "ce"]
 

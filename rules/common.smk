@@ -8,11 +8,13 @@ import sys
 import tempfile
 from pathlib import Path
 
-from mergelaw import config as mergelaw_config
-from mergelaw import forkserver, resources, slurm
+from mergelaw.config import schema as mergelaw_config
+from mergelaw.workflow import forkserver
+from mergelaw.workflow import resources
+from mergelaw.workflow import slurm
 from mergelaw.errors import MergelawError, of_system
-from mergelaw.lineage import only_run, write_json
-from mergelaw.study import Study
+from mergelaw.artifacts.lineage import only_run, write_json
+from mergelaw.workflow.study import Study
 
 # What a profile may say besides, for it is about the machine: which Python OpenRLHF is installed for.
 if "openrlhf_python" in config:
@@ -135,7 +137,7 @@ def check_trainers():
         trainer = artifact.recipe.get("training", {}).get("trainer")
         (lineage,) = tracked([artifact.path])
         if trainer == "openrlhf" and not Path(lineage).exists():
-            from mergelaw import openrlhf
+            from mergelaw.models import openrlhf
 
             openrlhf.interpreter()
             return

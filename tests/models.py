@@ -15,10 +15,12 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from mergelaw import checkpoint, lineage, task_vector
-from mergelaw.checkpoint import COMPANIONS, INDEX, WEIGHTS, Tensors
-from mergelaw.corpus import Document
-from mergelaw.task_vector import TaskVector
+from mergelaw.artifacts import lineage
+from mergelaw.data.documents import Document
+from mergelaw.merging import task_vector
+from mergelaw.merging.task_vector import TaskVector
+from mergelaw.models import checkpoint
+from mergelaw.models.checkpoint import COMPANIONS, INDEX, WEIGHTS, Tensors
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -142,7 +144,7 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
 @cache
 def tokenizer(bos: bool = False) -> Any:
     """A byte-level tokenizer of about 320 tokens with the house's chat format."""
-    from mergelaw.training import train_tokenizer
+    from mergelaw.models.training import train_tokenizer
 
     documents = [Document(str(i), None, text) for i, text in enumerate(TEXTS)]
     made = train_tokenizer(SimpleNamespace(vocab_size=320, max_tokens=256), documents)  # type: ignore[arg-type]
@@ -220,7 +222,7 @@ def write_adapter(base: Path, folder: Path, **config: Any) -> Path:
 
 def load(folder: Path, dtype: str = "float32") -> Any:
     """The resident model of a checkpoint, as an evaluation loads it."""
-    from mergelaw import training
+    from mergelaw.models import training
 
     return training.load(folder, dtype).eval()
 

@@ -19,13 +19,13 @@ import yaml
 from safetensors.torch import save_file
 from typer.testing import CliRunner
 
-from mergelaw import lineage
-from mergelaw.checkpoint import Tensors
-from mergelaw.cli import app
-from mergelaw.methods import method_of
-from mergelaw.methods.dare import keep_mask
-from mergelaw.methods.ties import kept
-from mergelaw.task_vector import TaskVector
+from mergelaw.artifacts import lineage
+from mergelaw.cli.app import app
+from mergelaw.merging.methods import method_of
+from mergelaw.merging.methods.dare import keep_mask
+from mergelaw.merging.methods.ties import kept
+from mergelaw.merging.task_vector import TaskVector
+from mergelaw.models.checkpoint import Tensors
 from models import bits, read_tensors, write_checkpoint, write_expert
 
 U = 2.0**-24

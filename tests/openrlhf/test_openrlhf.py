@@ -12,9 +12,11 @@ import torch
 from studies import TINY, Ended, Place, environment, kill, mergelaw, records, wait_for, write_jsonl
 
 import models
-from mergelaw import corpus, lineage, openrlhf
-from mergelaw.config import Training
-from mergelaw.tokens import encode
+from mergelaw.artifacts import lineage
+from mergelaw.config.schema import Training
+from mergelaw.data import documents as corpus
+from mergelaw.data.tokenize import encode
+from mergelaw.models import openrlhf
 
 DOMAINS = ("sums", "tales", "riddles")
 DOCUMENTS = 18  # to train on, of each domain: one batch is all of them

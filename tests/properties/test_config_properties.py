@@ -7,9 +7,9 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mergelaw import config
+from mergelaw.config import schema as config
 from mergelaw.errors import MergelawError
-from mergelaw.study import Study
+from mergelaw.workflow.study import Study
 
 ROOT = Path(__file__).resolve().parents[2]
 DEMO = yaml.safe_load((ROOT / "config" / "config.yaml").read_text())

@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mergelaw.fit import fit
-from mergelaw.law import MERGING, MERGING_FIXED_N
-from mergelaw.points import MACRO, points
+from mergelaw.laws.fit import fit
+from mergelaw.laws.law import MERGING, MERGING_FIXED_N
+from mergelaw.laws.points import MACRO, points
 
 parameters = st.fixed_dictionaries(
     {

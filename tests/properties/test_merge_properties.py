@@ -8,10 +8,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mergelaw.kernels import combine
-from mergelaw.methods import method_of
-from mergelaw.methods.dare import keep_mask
-from mergelaw.methods.ties import magnitude_threshold
+from mergelaw.merging.kernels import combine
+from mergelaw.merging.methods import method_of
+from mergelaw.merging.methods.dare import keep_mask
+from mergelaw.merging.methods.ties import magnitude_threshold
 from models import bits
 
 U = Fraction(1, 2**24)  # half a unit in the last place of fp32, relative

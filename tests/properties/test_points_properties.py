@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mergelaw.errors import MergelawError
-from mergelaw.points import OPTIONAL, read_points
+from mergelaw.laws.points import OPTIONAL, read_points
 
 names = st.sampled_from(["N", "k", "ce", "loss", *OPTIONAL])
 leaves = (

@@ -5,7 +5,7 @@ from collections import Counter, defaultdict
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mergelaw.sampling import pattern, rotations, sample
+from mergelaw.evaluation.design import pattern, rotations, sample
 
 pools = st.lists(st.text(min_size=1, max_size=8), min_size=1, max_size=14, unique=True)
 circular = st.sampled_from(["ring", "difference"])

@@ -7,9 +7,9 @@ from clones import Clone
 from studies import ready_config, records, write_jsonl
 
 import models
-from mergelaw import slurm
 from mergelaw.errors import MergelawError
-from mergelaw.resources import Hardware
+from mergelaw.workflow import slurm
+from mergelaw.workflow.resources import Hardware
 
 
 @pytest.mark.parametrize(

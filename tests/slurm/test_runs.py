@@ -6,8 +6,8 @@ from clones import Clone
 from studies import TINY, trained_config, wait_for
 
 import models
-from mergelaw import resources
-from mergelaw.resources import Hardware
+from mergelaw.workflow import resources
+from mergelaw.workflow.resources import Hardware
 
 GPU_RULES = {"get_base", "get_expert", "evaluate_merges"}
 HARDWARE = Hardware(

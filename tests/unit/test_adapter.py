@@ -8,11 +8,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import models
-from mergelaw import checkpoint, merge, task_vector
-from mergelaw.checkpoint import ADAPTER_CONFIG, ADAPTER_WEIGHTS, Tensors
 from mergelaw.errors import MergelawError
-from mergelaw.methods import method_of
-from mergelaw.task_vector import TaskVector
+from mergelaw.merging import engine as merge
+from mergelaw.merging import task_vector
+from mergelaw.merging.methods import method_of
+from mergelaw.merging.task_vector import TaskVector
+from mergelaw.models import checkpoint
+from mergelaw.models.checkpoint import ADAPTER_CONFIG, ADAPTER_WEIGHTS, Tensors
 
 BASES = {
     "tied": {"tied": True, "dtype": "float32"},

@@ -7,8 +7,8 @@ import sys
 
 import pytest
 
-from mergelaw import cells
-from mergelaw.cells import Store
+from mergelaw.evaluation import cells
+from mergelaw.evaluation.cells import Store
 
 
 def cell(number: int) -> dict:
@@ -79,7 +79,7 @@ def test_every_append_is_synced(tmp_path, monkeypatch):
 
 def test_a_process_killed_after_an_append_has_kept_it(tmp_path):
     program = (
-        "import os, sys, pathlib; from mergelaw.cells import Store\n"
+        "import os, sys, pathlib; from mergelaw.evaluation.cells import Store\n"
         "writer = Store(pathlib.Path(sys.argv[1]), 'shard')\n"
         "writer.append([{'cell': 'c1'}]); writer._file.write(b'half a line'); os._exit(9)"
     )
@@ -161,7 +161,7 @@ def test_what_others_append_is_known_after_a_refresh(tmp_path, capsys):
 def test_a_merge_is_claimed_by_one_process_at_a_time(tmp_path):
     program = """
 import pathlib, sys
-from mergelaw.cells import Store
+from mergelaw.evaluation.cells import Store
 with Store(pathlib.Path(sys.argv[1]), "other") as other, other.claim("ab" * 8, True) as mine:
     print(mine, flush=True)
     sys.stdin.readline()

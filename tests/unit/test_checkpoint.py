@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from mergelaw.checkpoint import INDEX, WEIGHTS, Tensors, Writer, pairs
 from mergelaw.errors import MergelawError
+from mergelaw.models.checkpoint import INDEX, WEIGHTS, Tensors, Writer, pairs
 from models import bits, read_tensors, write_expert, write_tensors
 
 VALUES = {

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from mergelaw.cli import arguments
+from mergelaw.cli.app import arguments
 from mergelaw.errors import MergelawError
 
 
@@ -30,7 +30,7 @@ def test_what_is_no_file_of_arguments_is_refused(tmp_path, text):
 def test_there_is_room_for_more_than_a_command_line_takes(tmp_path):
     file = tmp_path / "arguments.json"
     file.write_text(json.dumps([w for i in range(9999) for w in ("--evals", f"evals/none@{i:08}")]))
-    program = "from mergelaw.cli import main; main()"
+    program = "from mergelaw.cli.app import main; main()"
     run = [sys.executable, "-c", program, "fit", f"@{file}"]
     ended = subprocess.run(run, capture_output=True, text=True, check=False)
     assert ended.returncode == 1

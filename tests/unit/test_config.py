@@ -11,9 +11,10 @@ import jsonschema
 import pytest
 import yaml
 
-from mergelaw import config, config_reference
+from mergelaw.config import reference as config_reference
+from mergelaw.config import schema as config
 from mergelaw.errors import MergelawError
-from mergelaw.study import Study
+from mergelaw.workflow.study import Study
 
 ROOT = Path(__file__).resolve().parents[2]
 README = ROOT / "config" / "README.md"
@@ -44,7 +45,14 @@ def problem(**changes):
 def check(path):
     """``mergelaw config check`` in a process of its own."""
     return subprocess.run(
-        [sys.executable, "-c", "from mergelaw.cli import main; main()", "config", "check", path],
+        [
+            sys.executable,
+            "-c",
+            "from mergelaw.cli.app import main; main()",
+            "config",
+            "check",
+            path,
+        ],
         capture_output=True,
         text=True,
         timeout=60,
@@ -106,7 +114,7 @@ def test_every_key_is_described():
 def test_table_goes_between_the_markers_only(tmp_path):
     page = tmp_path / "page.md"
     page.write_text("before\n<!-- tables -->\nOLD\n<!-- end of tables -->\nafter\n")
-    command = [sys.executable, "-c", "from mergelaw.cli import main; main()", "config", "table"]
+    command = [sys.executable, "-c", "from mergelaw.cli.app import main; main()", "config", "table"]
     subprocess.run([*command, "--into", str(page)], check=True, timeout=60)
     text = page.read_text()
     assert text.startswith("before\n<!-- tables -->\n### Config\n") and "OLD" not in text
@@ -497,7 +505,7 @@ def test_check_says_what_would_be_measured():
 
 
 def test_check_counts_each_bases_own_merges_and_the_base_once():
-    from mergelaw.study import Study
+    from mergelaw.workflow.study import Study
 
     path = ROOT / "config" / "qwen2.5.yaml"
     study = Study(config.load(path))
@@ -512,7 +520,7 @@ def test_check_counts_each_bases_own_merges_and_the_base_once():
 
 def test_reading_a_configuration_loads_nothing_heavy():
     code = (
-        "import sys; from mergelaw import config; from mergelaw.study import Study;"
+        "import sys; from mergelaw import config; from mergelaw.workflow.study import Study;"
         "Study(config.load('config/config.yaml')).by_path;"
         "print(*{'torch', 'pandas', 'pyarrow', 'datasets', 'transformers', 'numpy', 'scipy'}"
         " & set(sys.modules))"

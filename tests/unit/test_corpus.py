@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from mergelaw import corpus
+from mergelaw.data import documents as corpus
 from mergelaw.errors import MergelawError
 
 
@@ -384,7 +384,7 @@ def test_a_dataset_of_the_hub_is_taken_from_the_cache_at_its_revision_only(tmp_p
     for revision, status in ((commit, 0), ("main", 0), ("b" * 40, 1)):
         source = {"dataset": "org/name", "revision": revision, "config": None, "split": "train"}
         given = {**recipe(source), "sources": {"source": source}}
-        program = "from mergelaw.cli import main; main()"
+        program = "from mergelaw.cli.app import main; main()"
         words = ["corpus", "--recipe", json.dumps(given), "--output", str(tmp_path / revision)]
         run = [sys.executable, "-c", program, *words]
         ended = subprocess.run(run, env=environment, capture_output=True, text=True, check=False)

@@ -6,9 +6,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mergelaw import cross_entropy
-from mergelaw.cross_entropy import PADDING, batches, cut, nll
-from mergelaw.tokens import encode, parts
+from mergelaw.data.tokenize import encode, parts
+from mergelaw.evaluation import cross_entropy
+from mergelaw.evaluation.cross_entropy import PADDING, batches, cut, nll
 from models import ARCHITECTURES, documents, load, tokenizer, write_checkpoint
 
 

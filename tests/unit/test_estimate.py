@@ -7,10 +7,12 @@ from pathlib import Path
 import pytest
 import yaml
 
-from mergelaw import config, estimate, keys, lineage
+from mergelaw.artifacts import keys, lineage
+from mergelaw.config import schema as config
 from mergelaw.errors import MergelawError
-from mergelaw.estimate import Rates, StageRate
-from mergelaw.study import Study
+from mergelaw.workflow import estimate
+from mergelaw.workflow.estimate import Rates, StageRate
+from mergelaw.workflow.study import Study
 
 ROOT = Path(__file__).parents[2]
 SHIPPED = sorted(ROOT.glob("config/*.yaml"))

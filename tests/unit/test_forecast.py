@@ -9,10 +9,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mergelaw import forecast
 from mergelaw.errors import MergelawError
-from mergelaw.law import MERGING
-from mergelaw.surrogate import finite_pool
+from mergelaw.laws.law import MERGING
+from mergelaw.laws.surrogate import finite_pool
+from mergelaw.planning import forecast
 
 JOINT = {"L_star": 0.4, "B": 0.3, "A0": 0.08, "beta": 0.4, "gamma": 0.1, "b": 0.3}
 SIZES = [0.5, 1.5, 3.0, 7.0, 14.0]

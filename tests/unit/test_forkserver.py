@@ -11,9 +11,9 @@ from pathlib import Path
 import psutil
 import pytest
 
-from mergelaw import forkserver
+from mergelaw.workflow import forkserver
 
-MERGELAW = [sys.executable, "-c", "from mergelaw.cli import main; main()"]
+MERGELAW = [sys.executable, "-c", "from mergelaw.cli.app import main; main()"]
 
 
 def wait_for(condition) -> None:

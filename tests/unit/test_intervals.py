@@ -9,8 +9,8 @@ import statsmodels.api as sm
 from scipy import stats
 
 from mergelaw.errors import MergelawError
-from mergelaw.fit import fit
-from mergelaw.law import INVERSE_FIXED_N, MERGING, MERGING_FIXED_N, VARIANCE
+from mergelaw.laws.fit import fit
+from mergelaw.laws.law import INVERSE_FIXED_N, MERGING, MERGING_FIXED_N, VARIANCE
 
 K = np.arange(1, 10)
 TRUTH = {"L_inf": 0.8, "A": 0.1, "b": 0.5}

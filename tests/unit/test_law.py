@@ -10,9 +10,9 @@ import pandas as pd
 import pytest
 
 from mergelaw.errors import MergelawError
-from mergelaw.fit import fit
-from mergelaw.fits import fit_study, write_fits
-from mergelaw.law import (
+from mergelaw.laws.fit import fit
+from mergelaw.laws.fits import fit_study, write_fits
+from mergelaw.laws.law import (
     EXPONENTIAL,
     INTERFERENCE_FIXED_N,
     INVERSE_FIXED_N,
@@ -23,7 +23,7 @@ from mergelaw.law import (
     VARIANCE,
     Law,
 )
-from mergelaw.points import MACRO, points
+from mergelaw.laws.points import MACRO, points
 
 TABLES = Path(__file__).parents[1] / "data" / "paper_tables"
 ROWS = [

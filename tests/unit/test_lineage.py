@@ -13,9 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from mergelaw import lineage
+from mergelaw.artifacts import lineage
+from mergelaw.artifacts.lineage import LINEAGE, make, read, tree, verified
 from mergelaw.errors import MergelawError
-from mergelaw.lineage import LINEAGE, make, read, tree, verified
 
 
 def writes(text="content"):
@@ -144,7 +144,7 @@ def test_facts_that_are_no_json_leave_nothing(tmp_path):
 
 KILLED = """
 import os, sys, pathlib
-from mergelaw.lineage import make
+from mergelaw.artifacts.lineage import make
 def work(folder, state):
     (folder / "half.txt").write_text("half")
     (state / "step").write_text("17")
@@ -322,7 +322,7 @@ def test_the_artifact_of_a_path_is_found(chain):
 
 
 def test_a_results_folder_has_one_run_at_a_time(tmp_path):
-    program = "import sys, pathlib; from mergelaw.lineage import only_run; lock = only_run(pathlib.Path(sys.argv[1])); print('mine')"
+    program = "import sys, pathlib; from mergelaw.artifacts.lineage import only_run; lock = only_run(pathlib.Path(sys.argv[1])); print('mine')"
     command = [sys.executable, "-c", program, str(tmp_path / "results")]
     lock = lineage.only_run(tmp_path / "results")
     assert (

@@ -8,12 +8,13 @@ import pytest
 import torch
 import yaml
 
-from mergelaw import evaluate, merge
-from mergelaw.checkpoint import Tensors
 from mergelaw.errors import MergelawError
-from mergelaw.merge import Merger, prepare
-from mergelaw.methods import method_of
-from mergelaw.task_vector import EXCEPTIONS, TaskVector
+from mergelaw.evaluation import shard as evaluate
+from mergelaw.merging import engine as merge
+from mergelaw.merging.engine import Merger, prepare
+from mergelaw.merging.methods import method_of
+from mergelaw.merging.task_vector import EXCEPTIONS, TaskVector
+from mergelaw.models.checkpoint import Tensors
 from models import (
     ARCHITECTURES,
     DTYPES,
@@ -454,8 +455,8 @@ def test_a_recipe_for_mergekit():
 
 
 def test_a_study_puts_experts_into_its_own_order():
-    from mergelaw import config
-    from mergelaw.study import Study
+    from mergelaw.config import schema as config
+    from mergelaw.workflow.study import Study
 
     domains = ["algebra", "code", "physics"]
     asked = {

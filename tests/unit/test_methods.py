@@ -10,11 +10,11 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from mergelaw import kernels
-from mergelaw.kernels import Rule, Sparse, combine
-from mergelaw.methods import method_of, registry
-from mergelaw.methods.dare import keep_mask
-from mergelaw.methods.ties import kept, magnitude_threshold
+from mergelaw.merging import kernels
+from mergelaw.merging.kernels import Rule, Sparse, combine
+from mergelaw.merging.methods import method_of, registry
+from mergelaw.merging.methods.dare import keep_mask
+from mergelaw.merging.methods.ties import kept, magnitude_threshold
 
 SLICES = [(0, 1), (1, 7), (7, 8), (8, 1000), (1000, 4099)]
 
@@ -212,7 +212,7 @@ def test_no_method_writes_to_the_vectors_it_is_given():
 
 MASK = """
 import hashlib, sys, numpy as np
-from mergelaw.methods.dare import keep_mask
+from mergelaw.merging.methods.dare import keep_mask
 print(hashlib.sha256(np.packbits(keep_mask(3, "expert", "w", 5, 4000, 0.7)).tobytes()).hexdigest())
 """
 

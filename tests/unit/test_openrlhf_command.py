@@ -9,10 +9,11 @@ from pathlib import Path
 import pytest
 
 import models
-from mergelaw import config, openrlhf
-from mergelaw.config import OpenRLHF, Training
-from mergelaw.corpus import Document
+from mergelaw.config import schema as config
+from mergelaw.config.schema import OpenRLHF, Training
+from mergelaw.data.documents import Document
 from mergelaw.errors import MergelawError
+from mergelaw.models import openrlhf
 
 BASIC = {
     "trainer": "openrlhf",
@@ -391,7 +392,7 @@ def test_options_are_laid_over_one_another():
 
 def test_a_recipe_for_trl_keeps_its_key():
     """What is new for another trainer must not train every expert again."""
-    from mergelaw.study import Study
+    from mergelaw.workflow.study import Study
 
     study = {
         "name": "s",

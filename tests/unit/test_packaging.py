@@ -33,7 +33,7 @@ def test_the_conda_environment_has_the_pins_of_requirements_and_mergelaw_itself(
 
 
 def test_the_environments_of_openrlhf_have_its_version_and_the_same_pins():
-    from mergelaw import openrlhf
+    from mergelaw.models import openrlhf
 
     conda, nested = conda_pins("openrlhf.yaml")
     assert f"openrlhf[ring]=={openrlhf.VERSION}" in nested
@@ -65,7 +65,7 @@ def test_pip_expands_where_mergelaw_lies(tmp_path, monkeypatch):
 def test_every_command_of_the_readme_exists():
     from typer.main import get_command
 
-    from mergelaw.cli import app
+    from mergelaw.cli.app import app
 
     known = set(get_command(app).commands)
     blocks = re.findall(r"```sh\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
@@ -74,7 +74,7 @@ def test_every_command_of_the_readme_exists():
 
 
 def test_the_readme_configuration_and_python_run(tmp_path):
-    from mergelaw import config
+    from mergelaw.config import schema as config
 
     text = (ROOT / "README.md").read_text()
     (study,) = re.findall(r"```yaml\n(.*?)```", text, re.DOTALL)

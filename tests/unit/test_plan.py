@@ -12,9 +12,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mergelaw import lineage, plan
+from mergelaw.artifacts import lineage
 from mergelaw.errors import MergelawError
-from mergelaw.law import MERGING, MERGING_FIXED_N
+from mergelaw.laws.law import MERGING, MERGING_FIXED_N
+from mergelaw.planning import plan
 
 JOINT = {"L_star": 0.4, "B": 0.3, "A0": 0.08, "beta": 0.4, "gamma": 0.1, "b": 0.3}
 SIZES = [0.5, 1.5, 3.0, 7.0, 14.0]
@@ -448,7 +449,7 @@ def test_a_rule_needs_two_methods_at_one_size():
 
 
 def asked(*words):
-    command = [sys.executable, "-c", "from mergelaw.cli import main; main()", *words]
+    command = [sys.executable, "-c", "from mergelaw.cli.app import main; main()", *words]
     return subprocess.run(command, capture_output=True, text=True, env={**os.environ})
 
 

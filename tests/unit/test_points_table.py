@@ -6,11 +6,11 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from mergelaw import cli
+from mergelaw.cli.app import app as cli
 from mergelaw.errors import MergelawError
-from mergelaw.fits import fit_points
-from mergelaw.law import MERGING
-from mergelaw.points import read_points
+from mergelaw.laws.fits import fit_points
+from mergelaw.laws.law import MERGING
+from mergelaw.laws.points import read_points
 
 TRUTH = {"L_star": 0.4, "B": 0.4, "beta": 0.4, "A0": 0.08, "gamma": 0.03, "b": 0.2}
 

@@ -6,10 +6,10 @@ import pytest
 import torch
 from tokenizers.processors import TemplateProcessing
 
-from mergelaw.corpus import Document
-from mergelaw.cross_entropy import batches, nll
+from mergelaw.data.documents import Document
+from mergelaw.data.tokenize import encode
 from mergelaw.errors import MergelawError
-from mergelaw.tokens import encode
+from mergelaw.evaluation.cross_entropy import batches, nll
 from models import documents, load, tokenizer, write_checkpoint
 
 QWEN = (

@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from mergelaw import training
 from mergelaw.errors import MergelawError
+from mergelaw.models import training
 from models import write_checkpoint
 
 CODE = """

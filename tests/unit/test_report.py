@@ -8,9 +8,9 @@ import pandas as pd
 import pytest
 
 from mergelaw.errors import MergelawError
-from mergelaw.fits import write_fits
-from mergelaw.law import MERGING
-from mergelaw.report import write_report
+from mergelaw.laws.fits import write_fits
+from mergelaw.laws.law import MERGING
+from mergelaw.report.page import write_report
 
 DOMAINS = [
     "algebra", "analysis", "geometry", "discrete", "number_theory", "code", "chemistry", "physics",

@@ -10,10 +10,18 @@ import yaml
 from test_size import QWEN_72, QWEN_HALF
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from mergelaw import resources, slurm
 from mergelaw.errors import MergelawError
-from mergelaw.resources import GB, Hardware, ask, check, evaluation, sharded_training, training
-from mergelaw.size import size_of_architecture
+from mergelaw.models.size import size_of_architecture
+from mergelaw.workflow import resources, slurm
+from mergelaw.workflow.resources import (
+    GB,
+    Hardware,
+    ask,
+    check,
+    evaluation,
+    sharded_training,
+    training,
+)
 
 NODES = Hardware(gpus_per_node=8, gpu_memory_gb=80, node_memory_gb=1000, max_runtime=1440)
 HALF, BIG = size_of_architecture(QWEN_HALF), size_of_architecture(QWEN_72)

@@ -13,7 +13,7 @@ import pandas as pd
 import pytest
 
 from mergelaw.errors import MergelawError
-from mergelaw.sampling import (
+from mergelaw.evaluation.design import (
     DESIGNS,
     MAX_HOLES,
     Subset,
@@ -134,7 +134,7 @@ def test_too_large_an_exhaustive_design_points_to_the_circular_ones():
 
 def test_the_plan_is_the_same_in_every_process():
     code = (
-        "import json; from mergelaw.sampling import sample;"
+        "import json; from mergelaw.evaluation.design import sample;"
         "print(json.dumps([(s.k, s.experts, s.replicate, s.place) for d in ('difference', 'iid')"
         f" for s in sample({NAMES!r}, design=d, k=None, circles=2, exhaustive_up_to=10,"
         " subsets_per_k=5, seed=7, base='tiny')]))"
@@ -158,7 +158,7 @@ def test_the_plan_is_the_same_in_every_process():
 
 def test_parsing_a_workflow_does_not_import_numpy():
     code = (
-        "import sys; from mergelaw.sampling import sample; sample(list('abcdef'), design='ring',"
+        "import sys; from mergelaw.evaluation.design import sample; sample(list('abcdef'), design='ring',"
         "k=None, circles=3, exhaustive_up_to=0, subsets_per_k=9, seed=0, base='b');"
         "assert 'numpy' not in sys.modules"
     )

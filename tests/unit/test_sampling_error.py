@@ -8,14 +8,14 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from mergelaw.covariance import Part, of_circles, restricted
 from mergelaw.errors import MergelawError
-from mergelaw.fit import EXPERTS, POOL, fit
-from mergelaw.fits import fit_points, fit_study, write_fits
-from mergelaw.law import INVERSE_FIXED_N, MERGING, MERGING_FIXED_N
-from mergelaw.points import MACRO, points, read_points
-from mergelaw.sampling import design_variance, pattern, rotations
-from mergelaw.sampling_error import describe
+from mergelaw.evaluation.design import design_variance, pattern, rotations
+from mergelaw.laws.covariance import Part, of_circles, restricted
+from mergelaw.laws.fit import EXPERTS, POOL, fit
+from mergelaw.laws.fits import fit_points, fit_study, write_fits
+from mergelaw.laws.law import INVERSE_FIXED_N, MERGING, MERGING_FIXED_N
+from mergelaw.laws.noise import describe
+from mergelaw.laws.points import MACRO, points, read_points
 
 POOL_SIZE = 7
 DOCUMENTS = 30

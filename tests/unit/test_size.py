@@ -4,10 +4,10 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from mergelaw import config
+from mergelaw.config import schema as config
 from mergelaw.errors import MergelawError
-from mergelaw.evaluate import _parameters
-from mergelaw.size import size_of_architecture, size_of_base, size_of_nominal
+from mergelaw.evaluation.shard import _parameters
+from mergelaw.models.size import size_of_architecture, size_of_base, size_of_nominal
 
 STUDY = {
     "name": "sizes",

@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mergelaw import surrogate
 from mergelaw.errors import MergelawError
-from mergelaw.sampling import design_variance, pattern, rotations, sample
+from mergelaw.evaluation.design import design_variance, pattern, rotations, sample
+from mergelaw.laws import surrogate
 
 
 def landscape(M, seed, curvature=0.05):

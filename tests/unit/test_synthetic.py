@@ -8,8 +8,8 @@ from fractions import Fraction
 
 import pytest
 
+from mergelaw.demo.synthetic import DOMAINS, documents, entities
 from mergelaw.errors import MergelawError
-from mergelaw.synthetic import DOMAINS, documents, entities
 
 DRAW = 2000
 

@@ -10,9 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import models
-from mergelaw import lineage, task_vector
+from mergelaw.artifacts import lineage
 from mergelaw.errors import MergelawError
-from mergelaw.task_vector import (
+from mergelaw.merging import task_vector
+from mergelaw.merging.task_vector import (
     EXCEPTIONS,
     STATISTICS,
     VECTOR,

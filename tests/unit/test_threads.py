@@ -4,11 +4,11 @@ import numpy as np
 import pytest
 import torch
 
-from mergelaw import merge
-from mergelaw.cross_entropy import batches, nll
-from mergelaw.merge import Merger
-from mergelaw.methods import method_of, registry
-from mergelaw.tokens import encode
+from mergelaw.data.tokenize import encode
+from mergelaw.evaluation.cross_entropy import batches, nll
+from mergelaw.merging import engine as merge
+from mergelaw.merging.engine import Merger
+from mergelaw.merging.methods import method_of, registry
 from models import (
     bits,
     documents,

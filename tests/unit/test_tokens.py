@@ -5,9 +5,9 @@ from contextlib import contextmanager
 
 import pytest
 
-from mergelaw.corpus import Document
+from mergelaw.data.documents import Document
+from mergelaw.data.tokenize import encode, parts
 from mergelaw.errors import MergelawError
-from mergelaw.tokens import encode, parts
 from models import documents, tokenizer
 
 CHAT = Document("chat", [{"role": "user", "content": "What is 2 + 3?"}], "It is 5.")

@@ -146,14 +146,14 @@ class Place:
 
     def rows(self) -> pd.DataFrame:
         """The rows of every evaluation of the present configuration, in its order."""
-        from mergelaw.evaluate import ROWS
+        from mergelaw.evaluation.shard import ROWS
 
         paths = [self.results / artifact.path / ROWS for artifact in self.study().evals.values()]
         return pd.concat([pd.read_parquet(path) for path in paths], ignore_index=True)
 
     def study(self) -> Any:
-        from mergelaw import config
-        from mergelaw.study import Study
+        from mergelaw.config import schema as config
+        from mergelaw.workflow.study import Study
 
         return Study(config.load(self.folder / "study.yaml"))
 

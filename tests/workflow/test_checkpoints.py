@@ -14,7 +14,7 @@ from studies import ROOT, Place, ready_config, same_measurements
 from studies import mergelaw as command
 
 import models
-from mergelaw import lineage
+from mergelaw.artifacts import lineage
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 OFFLINE = {"HF_HUB_OFFLINE": "1"}

@@ -24,7 +24,7 @@ from studies import (
 )
 
 import models
-from mergelaw.checkpoint import WEIGHTS
+from mergelaw.models.checkpoint import WEIGHTS
 
 
 def half_written(place: Place) -> list[Path]:

@@ -9,7 +9,7 @@ import pytest
 from studies import READY, Place, made, ready_config, records, write_jsonl
 
 import mergelaw
-from mergelaw import keys
+from mergelaw.artifacts import keys
 
 FOLLOWS = {"fit_laws": 1, "write_report": 1}
 
@@ -185,7 +185,7 @@ def raised(stage: str, folder: Path) -> str:
     """PYTHONPATH of a copy of the package in which the stage's version is raised."""
     copy = folder / "raised" / "mergelaw"
     shutil.copytree(Path(mergelaw.__file__).parent, copy)
-    source = copy / "keys.py"
+    source = copy / "artifacts" / "keys.py"
     text, now = source.read_text(), keys.STAGES[stage]
     assert f'"{stage}": {now},' in text
     source.write_text(text.replace(f'"{stage}": {now},', f'"{stage}": {now + 1},'))

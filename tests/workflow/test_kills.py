@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 from studies import Place, environment, kill, same_measurements, wait_for
 
-from mergelaw import lineage
-from mergelaw.study import Artifact
+from mergelaw.artifacts import lineage
+from mergelaw.workflow.study import Artifact
 
 KILLS = int(os.environ.get("MERGELAW_KILLS", "2"))
 SEED = int(os.environ.get("MERGELAW_SEED", "0"))

@@ -13,7 +13,8 @@ import yaml
 from studies import TINY, TRAINING, Place, ready_config, records, write_jsonl
 
 import models
-from mergelaw import corpus, lineage
+from mergelaw.artifacts import lineage
+from mergelaw.data import documents as corpus
 
 # model_type, and how the checkpoint is stored
 BASES = {

@@ -7,7 +7,7 @@ from collections import Counter
 import pytest
 from studies import READY, TRAINING, Place, ready_config, same_measurements, trained_config
 
-from mergelaw import lineage
+from mergelaw.artifacts import lineage
 
 
 @pytest.fixture(scope="module")
@@ -127,7 +127,7 @@ def test_gc_removes_what_no_configuration_refers_to_and_keeps_the_cells(trained,
 
 
 def test_gc_waits_for_no_run(ready, tmp_path):
-    from mergelaw.lineage import only_run
+    from mergelaw.artifacts.lineage import only_run
 
     place = ready.copy(tmp_path)
     with only_run(place.results):

@@ -2,7 +2,7 @@
 
 from studies import Place, make_trained, same_measurements
 
-from mergelaw import lineage
+from mergelaw.artifacts import lineage
 
 ON_TWO = ("--set-threads", "get_base=2", "get_expert=2", "evaluate_merges=2")
 

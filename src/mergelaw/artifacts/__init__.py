@@ -1,0 +1,1 @@
+"""Artifacts: keyed folders that are whole or absent, with their lineage."""

@@ -1,0 +1,5 @@
+"""The command line: `mergelaw`."""
+
+from mergelaw.cli.app import main
+
+__all__ = ["main"]

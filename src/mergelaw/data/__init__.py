@@ -1,0 +1,1 @@
+"""Documents of a domain, read, deduplicated, split and tokenised."""

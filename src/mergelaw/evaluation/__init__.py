@@ -1,0 +1,1 @@
+"""Evaluation: which subsets are merged, and their cross-entropy."""

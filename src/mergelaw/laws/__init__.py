@@ -1,0 +1,1 @@
+"""Scaling laws: points, their errors, fits and diagnostics."""

@@ -1,0 +1,158 @@
+"""Profile-likelihood intervals: how far a quantity can be moved before the fit gets too bad.
+
+The law is fitted again with the quantity held at a value, all other parameters free within their
+bounds. The interval holds the values at which the squares exceed the best fit's by no more than a
+threshold. Unlike standard errors it knows that laws are curved and parameters bounded.
+"""
+
+import math
+from collections.abc import Callable
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mergelaw.laws.projection import ROUNDING, STEP, Array, Problem, State
+
+# Ends are found to this share of the threshold's root.
+TOLERANCE = 1e-3
+# A descent's last step takes less than this share off the squares.
+ENOUGH = 1e-7
+# A pull so many times as stiff as the fit itself reaches its value within 1/STIFF^2.
+STIFF = 30.0
+
+Vector = Callable[[NDArray[np.inexact]], NDArray[np.inexact]]
+# (value, state to start from) to the value that was reached, the squares and the state
+Refit = Callable[[float, State], tuple[float, float, State]]
+
+
+def of_nonlinear(problem: Problem, best: State, j: int, threshold: float) -> tuple[float, float]:
+    """Interval of nonlinear parameter ``j``; ``threshold`` in the problem's scaled squares."""
+
+    def refit(value: float, near: State) -> tuple[float, float, State]:
+        held = problem.held(j, value)
+        theta = near.theta.copy()
+        theta[j] = value
+        state = held.descend(held.project(theta), ENOUGH)
+        return value, state.squares, state
+
+    # What is left of its effect when all else is fitted again (Frisch, Waugh and Lovell).
+    jacobian = problem.jacobian(best)
+    lengths = np.linalg.norm(jacobian, axis=0)
+    lengths[lengths == 0] = 1
+    error = float(np.linalg.norm(np.linalg.pinv(jacobian / lengths)[j])) / lengths[j]
+    limits = float(problem.lower[j]), float(problem.upper[j])
+    step = min(error * math.sqrt(threshold), limits[1] - limits[0])
+    step = step or (limits[1] - limits[0]) / 10
+    return _both(best, float(best.theta[j]), step, refit, limits, threshold)
+
+
+def of_linear(
+    problem: Problem, best: State, vector: Vector, threshold: float
+) -> tuple[float, float]:
+    """Interval of vector(theta) . coefficients, in units of the problem's size.
+
+    A coefficient has a constant vector, a prediction the basis at its variables.
+    """
+    at_best = np.asarray(vector(best.theta), dtype=float)
+    value = float(at_best @ best.coefficients)
+    error = _error(problem, best, gradient_of(best, vector))
+    error = error or max(abs(value), ROUNDING) / 10
+    weight = STIFF / error
+
+    def refit(value: float, near: State) -> tuple[float, float, State]:
+        pulled = problem.pulled(vector, value, weight)
+        state = pulled.descend(pulled.project(near.theta), ENOUGH)
+        squares = float(state.residuals[:-1] @ state.residuals[:-1])
+        return float(np.real(vector(state.theta)) @ state.coefficients), squares, state
+
+    bounded = not problem.signed.any() and bool((at_best >= 0).all())
+    limits = 0.0 if bounded else -math.inf, math.inf
+    return _both(best, value, error * math.sqrt(threshold), refit, limits, threshold)
+
+
+def holds(problem: Problem, best: State, vector: Vector, value: float, threshold: float) -> bool:
+    """Whether the interval of vector(theta) . coefficients holds a value, by one refit there."""
+    reached = float(np.real(vector(best.theta)) @ best.coefficients)
+    error = _error(problem, best, gradient_of(best, vector))
+    error = error or max(abs(reached), ROUNDING) / 10
+    near = best
+    asked = value
+    # The pull gives way a little: pull on by as much as it gave.
+    for _ in range(3):
+        pulled = problem.pulled(vector, asked, STIFF / error)
+        near = pulled.descend(pulled.project(near.theta), ENOUGH)
+        reached = float(np.real(vector(near.theta)) @ near.coefficients)
+        asked += value - reached
+    squares = float(near.residuals[:-1] @ near.residuals[:-1])
+    return squares - best.squares <= threshold
+
+
+def gradient_of(best: State, vector: Vector) -> Array:
+    """Derivatives of vector(theta) . coefficients by all parameters, linear ones first."""
+    slopes = [
+        vector(best.theta + 1j * STEP * unit).imag @ best.coefficients / STEP
+        for unit in np.eye(len(best.theta))
+    ]
+    return np.array([*np.asarray(vector(best.theta), dtype=float), *slopes])
+
+
+def _error(problem: Problem, best: State, gradient: Array) -> float:
+    """Standard error, as if the law were linear, per root of the squares."""
+    tangent = problem.tangent(best)
+    lengths = np.linalg.norm(tangent, axis=0)
+    lengths[lengths == 0] = 1
+    return float(np.linalg.norm((gradient / lengths) @ np.linalg.pinv(tangent / lengths)))
+
+
+def _both(
+    best: State,
+    value: float,
+    step: float,
+    refit: Refit,
+    limits: tuple[float, float],
+    threshold: float,
+) -> tuple[float, float]:
+    if threshold <= ROUNDING**2:  # without noise there is nothing to be uncertain of
+        return value, value
+    low = _end(best, value, -step, refit, limits[0], math.sqrt(threshold))
+    high = _end(best, value, step, refit, limits[1], math.sqrt(threshold))
+    return low, high
+
+
+def _end(
+    best: State, value: float, step: float, refit: Refit, limit: float, wanted: float
+) -> float:
+    """Where the root of the excess squares, about linear in the quantity, reaches ``wanted``."""
+
+    def at(asked: float, near: State) -> tuple[tuple[float, float, float], State]:
+        reached, squares, state = refit(asked, near)
+        return (asked, reached, math.sqrt(max(squares - best.squares, 0.0))), state
+
+    inner, near = (value, value, 0.0), best
+    for _ in range(30):
+        if inner[0] == limit:
+            return limit
+        asked = value + step
+        asked = max(asked, limit) if step < 0 else min(asked, limit)
+        outer, state = at(asked, near)
+        if outer[2] >= wanted:
+            break
+        inner, near = outer, state
+        growth = 1.05 * wanted / inner[2] if inner[2] > 0 else 4.0
+        step *= min(max(growth, 1.2), 4.0)
+    else:
+        return math.copysign(math.inf, step)
+    side = 0
+    for _ in range(30):
+        if min(wanted - inner[2], outer[2] - wanted) < TOLERANCE * wanted:
+            break
+        share = (wanted - inner[2]) / (outer[2] - inner[2])
+        # Two ends on one side in a row: the secant is stuck, halve.
+        share = 0.5 if abs(side) > 1 else share
+        middle, state = at(inner[0] + share * (outer[0] - inner[0]), near)
+        if middle[2] < wanted:
+            inner, near, side = middle, state, max(side, 0) + 1
+        else:
+            outer, side = middle, min(side, 0) - 1
+    share = (wanted - inner[2]) / (outer[2] - inner[2])
+    return inner[1] + share * (outer[1] - inner[1])

@@ -1,0 +1,1 @@
+"""Merging: task vectors, the engine and its methods."""

@@ -1,0 +1,32 @@
+"""Merge methods, one small file each, registered by name.
+
+A method is a frozen pydantic model: its fields are its parameters, its ``method`` literal is its
+name. To add one, put a file with a subclass of :class:`Method` into this folder. Configurations are
+read without torch, so a method's file imports torch inside the functions that need it.
+"""
+
+import importlib
+import pkgutil
+from functools import cache
+
+from mergelaw.merging.methods.base import Method as Method
+
+
+@cache
+def registry() -> dict[str, type[Method]]:
+    """Every known method by name, in alphabetical order."""
+    for module in pkgutil.iter_modules(__path__):
+        importlib.import_module(f"{__name__}.{module.name}")
+    found: dict[str, type[Method]] = {}
+    pending = list(Method.__subclasses__())
+    while pending:
+        cls = pending.pop()
+        pending.extend(cls.__subclasses__())
+        if "method" in cls.model_fields:
+            found[cls.model_fields["method"].default] = cls
+    return dict(sorted(found.items()))
+
+
+def method_of(recipe: dict) -> Method:
+    """The method that a recipe (``{"method": name, parameter: value, ...}``) describes."""
+    return registry()[recipe["method"]].model_validate(recipe)

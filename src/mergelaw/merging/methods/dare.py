@@ -1,0 +1,93 @@
+"""DARE (Yu et al. 2024): drop values at random, rescale the rest by 1/(1-p), then merge.
+
+mergekit's ``dare_*`` rescale to the tensor's own L1 norm instead, and draw the mask from one global
+generator, so that an expert's mask there depends on its companions. Here a mask is a function of
+(seed, expert, tensor, place in the tensor): the same in every subset, process and device.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import Field
+
+from mergelaw.merging.methods.base import Method, normalized
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from mergelaw.merging.kernels import Rule
+
+
+def keep_mask(seed: int, expert: str, name: str, start: int, size: int, drop_rate: float):
+    """Which of the elements ``start`` to ``start + size`` of a tensor are kept: bool, (size,).
+
+    Element i is dropped where u_i < drop_rate; u_i is the fp32 uniform made of the upper 24 bits of
+    the i-th 32-bit word of a Philox stream keyed by SHA-256 of (seed, expert, tensor name).
+    """
+    import numpy as np
+
+    key = hashlib.sha256(f"{seed}\n{expert}\n{name}".encode()).digest()[:16]
+    stream = np.random.Philox(key=np.frombuffer(key, dtype=np.uint64))
+    block, skip = divmod(start, 8)  # one step of the counter gives four 64-bit words
+    stream.advance(block)
+    words = stream.random_raw((skip + size + 1) // 2).astype("<u8", copy=False).view("<u4")
+    uniform = (words[skip : skip + size] >> np.uint32(8)).astype(np.float32) * np.float32(2**-24)
+    return uniform >= np.float32(drop_rate)
+
+
+class _Dare(Method):
+    drop_rate: float = Field(0.5, ge=0, lt=1, description="probability that a value is dropped")
+    lambda_: float = Field(1.0, alias="lambda", gt=0, description="scale of the merged difference")
+    seed: int = Field(0, ge=0, description="seed of the masks")
+
+    def drawn(self) -> dict[str, Any] | None:
+        return {"seed": self.seed, "drop_rate": self.drop_rate} if self.drop_rate else None
+
+    def mask(self, expert: str, name: str, start: int, size: int) -> Tensor | None:
+        from mergelaw.merging.kernels import pack
+
+        if not self.drop_rate:
+            return None
+        return pack(keep_mask(self.seed, expert, name, start, size, self.drop_rate))
+
+    @property
+    def scale(self) -> float:
+        return 1 / (1 - self.drop_rate)
+
+
+class DareLinear(_Dare):
+    """theta = theta_0 + lambda * mean (or sum) of the masked and rescaled v_i."""
+
+    method: Literal["dare_linear"] = "dare_linear"
+    normalize: bool = Field(True, description="scale the mean (true) or the sum (false)")
+
+    def rule(self, weights: Sequence[float]) -> Rule:
+        from mergelaw.merging.kernels import Rule
+
+        if self.normalize:
+            weights = normalized(weights)
+        return Rule("", [self.lambda_ * weight for weight in weights])
+
+    def keeps_single(self, weight: float) -> bool:
+        whole = self.drop_rate == 0 and self.lambda_ == 1
+        return whole and (self.normalize or weight == 1)
+
+
+class DareTies(_Dare):
+    """theta = theta_0 + lambda * mean of the masked, rescaled v_i that agree in sign."""
+
+    method: Literal["dare_ties"] = "dare_ties"
+    elect: Literal["sum", "count"] = Field(
+        "sum", description="sign of the summed values, or of the majority"
+    )
+
+    def rule(self, weights: Sequence[float]) -> Rule:
+        from mergelaw.merging.kernels import Rule
+
+        return Rule(self.elect, weights, self.lambda_)
+
+    def keeps_single(self, weight: float) -> bool:
+        return self.drop_rate == 0 and self.lambda_ == 1

@@ -1,0 +1,1 @@
+"""Models: checkpoints, adapters, sizes, pre-training and fine-tuning."""

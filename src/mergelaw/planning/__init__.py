@@ -1,0 +1,1 @@
+"""Forecasts and questions to a fitted law."""
