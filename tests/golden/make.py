@@ -38,7 +38,7 @@ from models import DTYPES, bits, read_tensors, write_task_vector, write_tensors
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
-METHODS = {
+METHODS: dict[str, dict[str, Any]] = {
     "average": {"method": "average"},
     "task_arithmetic mean": {"method": "task_arithmetic", "lambda": 1.5, "normalize": True},
     "task_arithmetic sum": {"method": "task_arithmetic", "lambda": 0.3, "normalize": False},
@@ -155,13 +155,13 @@ def in_model(
     base: Path,
     dtype: torch.dtype,
     pool: Mapping[str, TaskVector],
-    recipe: Mapping[str, Any],
+    recipe: dict[str, Any],
     memory: int,
 ) -> list[str]:
     """The digest of each of ``MERGES``, made one after the other in a resident model."""
     model = model_of(read_tensors(base), dtype)
     digests = []
-    with Merger(model, base, pool, method_of(dict(recipe)), memory) as merger:
+    with Merger(model, base, pool, method_of(recipe), memory) as merger:
         assert merger.resident == bool(memory)
         for experts, weights in MERGES:
             merger.merge(list(experts), weights)
@@ -170,14 +170,14 @@ def in_model(
 
 
 def as_checkpoints(
-    base: Path, pool: Mapping[str, TaskVector], recipe: Mapping[str, Any], folder: Path
+    base: Path, pool: Mapping[str, TaskVector], recipe: dict[str, Any], folder: Path
 ) -> list[str]:
     """The digest of each of ``MERGES``, written as a checkpoint."""
     digests = []
     for number, (experts, weights) in enumerate(MERGES):
         output = folder / str(number)
         output.mkdir(parents=True)
-        write_merge(base, {e: pool[e] for e in experts}, method_of(dict(recipe)), weights, output)
+        write_merge(base, {e: pool[e] for e in experts}, method_of(recipe), weights, output)
         digests.append(tensors_digest(read_tensors(output)))
     return digests
 
@@ -242,7 +242,8 @@ def cells(folder: Path) -> dict[str, Any]:
         [2, 1, 0, ["a", "c"]],
         [3, -1, -1, ["a", "b", "c"]],
     ]
-    study, golden = demo(), {}
+    study = demo()
+    golden: dict[str, Any] = {}
     for method in study.config.methods:
         demo_recipe = next(e.recipe for (_, m, _, _), e in study.evals.items() if m == method)
         recipe = {**demo_recipe, "domains": domains}
