@@ -21,17 +21,17 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # of models, for a script
 
 # ---- The library: every name that the golden values use. Where a module moves, change it here. -----
+from mergelaw.artifacts.lineage import make as make_artifact
 from mergelaw.config import load as load_config
-from mergelaw.corpus import build as build_corpus
-from mergelaw.corpus import read as read_documents
-from mergelaw.evaluate import _cells as cells_of_shard
-from mergelaw.lineage import make as make_artifact
-from mergelaw.merge import Merger
-from mergelaw.merge import write as write_merge
-from mergelaw.methods import method_of
-from mergelaw.sampling import sample
-from mergelaw.study import Study, subsets_recipe
-from mergelaw.task_vector import TaskVector
+from mergelaw.data.documents import build as build_corpus
+from mergelaw.data.documents import read as read_documents
+from mergelaw.evaluation.design import sample
+from mergelaw.evaluation.shard import _cells as cells_of_shard
+from mergelaw.merging.engine import Merger
+from mergelaw.merging.engine import write as write_merge
+from mergelaw.merging.methods import method_of
+from mergelaw.merging.task_vector import TaskVector
+from mergelaw.workflow.study import Study, subsets_recipe
 from models import DTYPES, bits, read_tensors, write_task_vector, write_tensors
 
 # ---------------------------------------------------------------------------------------------------
