@@ -12,8 +12,7 @@ import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
-from functools import cached_property
+from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -165,17 +164,8 @@ class Curve:
         self, k: float, other: float, N: float | None = None
     ) -> tuple[float, tuple[float, float] | None]:
         """L(k) - L(other), the other at N if it is given, and its profile-likelihood interval."""
-        at = {**self._at, "k": k}
-        at |= {f"other_{name}": value for name, value in at.items()}
-        at |= {"other_k": other, "taken": 2.0} | ({} if N is None else {"other_N": N})
-        value = float(self._contrast.predict(**at))
-        ends = self._contrast.predict_interval(level=self.level, **at)
-        return value, None if ends is None else (float(ends[0]), float(ends[1]))
-
-    @cached_property
-    def _contrast(self) -> Any:
-        others = {f"other_{name}": self.table[name] for name in self.law.levels}
-        return fit_points(_contrast(self.law), self.table.assign(**others, taken=1.0))
+        other_at = {**self._at, "k": other} | ({} if N is None else {"N": N})
+        return self.fitted.difference({**self._at, "k": k}, other_at, self.level)
 
     def assumption(self, k: float) -> str:
         """What moves the answer at k most if it is wrong."""
@@ -223,25 +213,6 @@ class Curve:
             f"the loss falls as {_tail(self.law)}: the rival {short} is not excluded by the points "
             f"and says {other:.5g} at k = {k:g}, {effect:.1g} nats from it"
         )
-
-
-def _contrast(law: Law) -> Law:
-    """The law with a second place whose loss is taken off ``taken - 1`` times.
-
-    Differences of losses are then predictions of a law, with their profile-likelihood intervals.
-    """
-    names = tuple(law.levels)
-
-    def basis(taken: Any, **given: Any) -> tuple[Any, ...]:
-        theta = {name: given[name] for name in law.nonlinear}
-        here = law.basis(**{name: given[name] for name in names}, **theta)
-        there = law.basis(**{name: given[f"other_{name}"] for name in names}, **theta)
-        return tuple(a - (taken - 1) * b for a, b in zip(here, there, strict=True))
-
-    further = {f"other_{name}": 1 for name in names} | {"taken": 1}
-    return replace(
-        law, name=f"{law.name}_difference", levels={**law.levels, **further}, basis=basis
-    )
 
 
 def _tail(law: Law) -> str:
