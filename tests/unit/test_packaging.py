@@ -1,6 +1,7 @@
 """What is said in several places is the same everywhere."""
 
 import re
+import tomllib
 from pathlib import Path
 
 import yaml
@@ -18,6 +19,16 @@ def test_every_requirement_is_pinned():
     for name in (f"requirements{kind}.txt" for kind in kinds):
         for line in pins(name):
             assert re.fullmatch(r"[A-Za-z0-9_.-]+==[0-9][0-9A-Za-z.]*", line), f"{name}: {line}"
+
+
+def test_the_wheel_holds_every_data_file():
+    package = ROOT / "src" / "mergelaw"
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    patterns = project["tool"]["setuptools"]["package-data"]["mergelaw"]
+    shipped = {path for pattern in patterns for path in package.glob(pattern)}
+    files = {path for path in package.rglob("*") if path.is_file()}
+    data = {path for path in files if path.suffix not in (".py", ".pyc")}
+    assert data and data <= shipped
 
 
 def conda_pins(name: str) -> tuple[list[str], list[str]]:

@@ -8,7 +8,7 @@ from fractions import Fraction
 
 import pytest
 
-from mergelaw.demo.synthetic import DOMAINS, documents, entities
+from mergelaw.demo import DOMAINS, documents, entities
 from mergelaw.errors import MergelawError
 
 DRAW = 2000
@@ -74,19 +74,19 @@ def test_an_unknown_domain_is_refused():
 
 @pytest.mark.parametrize("domain", DOMAINS)
 def test_facts_do_not_depend_on_the_seed_and_are_asked_for_by_zipfs_law(domain):
-    known = entities(domain)
-    assert len(known) == 400
-    assert all(len(attributes) == 4 for attributes in known.values())
+    facts = entities(domain)
+    assert len(facts) == 400
+    assert all(len(attributes) == 4 for attributes in facts.values())
     asked = Counter()
     for seed in (0, 1):
         for text in documents(domain, DRAW, seed)[1::2]:
             words = set(re.findall(r"\w+", text["prompt"]))
-            named = [name for name in known if name in words]
+            named = [name for name in facts if name in words]
             assert named
             asked.update(named)
-            values = [value for name in named for value in known[name].values()]
+            values = [value for name in named for value in facts[name].values()]
             assert any(value in text["response"] for value in values)
-    first, *_, tenth = list(known)[:10]
+    first, *_, tenth = list(facts)[:10]
     assert asked[first] > 4 * asked[tenth] > 0
 
 
