@@ -42,12 +42,13 @@ def measure(settings: dict[str, int], folder: Path) -> dict[str, float]:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     from mergelaw.artifacts import lineage
-    from mergelaw.config.schema import Evaluation, Pretraining
     from mergelaw.data import documents as corpus
     from mergelaw.evaluation import shard as evaluate
+    from mergelaw.evaluation.recipe import Evaluation
     from mergelaw.evaluation.shard import read_rows
     from mergelaw.merging import task_vector
     from mergelaw.models import training
+    from mergelaw.models.recipe import Pretraining
 
     def artifact(name: str, stage: str, work) -> Path:
         lineage.make(folder / name, stage, {}, {}, lambda made, state: work(made) and None)

@@ -1,16 +1,27 @@
-"""What a user is meant to read."""
+"""Errors shown to users as one line."""
 
+import difflib
 import os
+from collections.abc import Iterable
 
 
 class MergelawError(Exception):
     """Bad input or a state that cannot be worked with.
 
-    The message is one line: what is wrong, where, and what to do about it.
+    The message is one line: where, what is wrong, what to do.
     """
 
 
 def of_system(error: OSError) -> str:
-    """The same of a file that cannot be read or written, of which the system tells why."""
+    """Format an OSError as one line: the file and the system's reason."""
     why = os.strerror(error.errno) if error.errno is not None else error
-    return f"{error.filename or 'file system'}: {why}; mend it, run again"
+    return f"{error.filename or 'file system'}: {why}; fix it and rerun"
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """Hint for an unknown name: the most similar known name, or a list of the known names."""
+    known = list(known)
+    close = difflib.get_close_matches(name, known, n=1)
+    if close:
+        return f"; did you mean {close[0]!r}?"
+    return f"; there is {', '.join(known[:12])}{', ...' if len(known) > 12 else ''}"

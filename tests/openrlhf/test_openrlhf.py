@@ -13,10 +13,10 @@ from studies import TINY, Ended, Place, environment, kill, mergelaw, records, wa
 
 import models
 from mergelaw.artifacts import lineage
-from mergelaw.config.schema import Training
 from mergelaw.data import documents as corpus
 from mergelaw.data.tokenize import encode
 from mergelaw.models import openrlhf
+from mergelaw.models.recipe import Training
 
 DOMAINS = ("sums", "tales", "riddles")
 DOCUMENTS = 18  # to train on, of each domain: one batch is all of them

@@ -14,6 +14,7 @@ import yaml
 from mergelaw.config import reference as config_reference
 from mergelaw.config import schema as config
 from mergelaw.errors import MergelawError
+from mergelaw.models.recipe import numbers
 from mergelaw.workflow.study import Study
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -83,7 +84,7 @@ def test_the_examples_of_the_readme_are_valid(block):
     data = SMALL | yaml.load(block, Loader=config._Loader)
     config.parse(data)
     # JSON's own reader knows 1e-2 for the number that YAML 1.1 takes for text.
-    jsonschema.validate(config.numbers(data), config_reference.schema())
+    jsonschema.validate(numbers(data), config_reference.schema())
 
 
 def test_the_readmes_tables_are_the_generated_ones():
@@ -103,7 +104,7 @@ def test_the_schema_refuses_unknown_keys_in_parts_of_recipes():
     jsonschema.Draft202012Validator.check_schema(config_reference.schema())
     for place in ("training__stepz", "pretraining__stepz", "bases__27k__training__stepz"):
         with pytest.raises(jsonschema.ValidationError):
-            jsonschema.validate(config.numbers(small(**{place: 3})), config_reference.schema())
+            jsonschema.validate(numbers(small(**{place: 3})), config_reference.schema())
 
 
 def test_every_key_is_described():
@@ -200,7 +201,7 @@ def test_an_unknown_key_names_the_nearest_known_one(place, value, words):
             "skip",
             "'invalid_records' goes with 'files' or 'dataset'",
         ),
-        ("domains__code__source", {"dataset": "a/b"}, "a hub dataset needs its 'revision'"),
+        ("domains__code__source", {"dataset": "a/b"}, "a dataset of the hub needs its 'revision'"),
         ("domains__code__train_documents", 0, "experts.code.domains: domain 'code' has train_doc"),
         ("corpus__train_documents", None, "domains.algebra.train_documents: a synthetic source"),
         ("bases", {}, "bases: is empty"),

@@ -10,10 +10,10 @@ import pytest
 
 import models
 from mergelaw.config import schema as config
-from mergelaw.config.schema import OpenRLHF, Training
 from mergelaw.data.documents import Document
 from mergelaw.errors import MergelawError
 from mergelaw.models import openrlhf
+from mergelaw.models.recipe import OpenRLHF, Training
 
 BASIC = {
     "trainer": "openrlhf",

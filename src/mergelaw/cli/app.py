@@ -218,10 +218,10 @@ def base(
     """Fetch a base model, or pre-train one."""
 
     def train(own: dict[str, Any], folder: Path, state: Path) -> dict[str, Any]:
-        from mergelaw.config import schema as config
+        from mergelaw.models import recipe as recipes
         from mergelaw.models import training
 
-        settings = config.Pretraining.model_validate(own["pretraining"])
+        settings = recipes.Pretraining.model_validate(own["pretraining"])
         return training.pretrain(settings, named(corpora or []), folder, state, save_every)
 
     model("base", recipe, output, inputs_of("corpus", named(corpora or [])), threads, train)
@@ -256,12 +256,12 @@ def expert(
     """Train an expert, or take a ready-made one."""
 
     def train(own: dict[str, Any], folder: Path, state: Path) -> dict[str, Any]:
-        from mergelaw.config import schema as config
+        from mergelaw.models import recipe as recipes
         from mergelaw.models import training
 
         if base is None or not corpora:
             raise MergelawError("expert: training needs --base and --corpus")
-        settings = config.Training.model_validate(own["training"])
+        settings = recipes.Training.model_validate(own["training"])
         fine_tune = training.trainers()[settings.trainer]
         return fine_tune(settings, own["seed"], base, named(corpora), folder, state, save_every)
 

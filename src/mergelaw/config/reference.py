@@ -11,24 +11,12 @@ from typing import Any
 from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
-from mergelaw.config.schema import (
-    NAME_PATTERN,
-    Base,
-    Checkpoint,
-    Config,
-    Corpus,
-    Domain,
-    Evaluation,
-    Expert,
-    Lora,
-    Merge,
-    OpenRLHF,
-    Pretraining,
-    Sampling,
-    Source,
-    Training,
-)
+from mergelaw.artifacts.recipe import NAME_PATTERN
+from mergelaw.config.schema import Base, Config, Corpus, Domain, Expert, Merge
+from mergelaw.data.recipe import Source
+from mergelaw.evaluation.recipe import Evaluation, Sampling
 from mergelaw.merging.methods import registry
+from mergelaw.models.recipe import Checkpoint, Lora, OpenRLHF, Pretraining, Training
 
 
 def schema() -> dict[str, Any]:

@@ -4,7 +4,6 @@ The JSON schema (workflow/schemas) and the tables of config/README.md are genera
 models, so every field carries its description. Hardware does not belong here but in a profile.
 """
 
-import difflib
 import math
 import re
 from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping, Sequence
@@ -15,101 +14,23 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, Union, get_args
 import yaml
 from pydantic import (
     BaseModel,
-    BeforeValidator,
-    ConfigDict,
     Field,
-    StringConstraints,
     ValidationError,
     model_validator,
 )
 
-from mergelaw.errors import MergelawError
+from mergelaw.artifacts.recipe import Model, Name
+from mergelaw.data.recipe import Source
+from mergelaw.errors import MergelawError, nearest
+from mergelaw.evaluation.recipe import BASELINES, Evaluation, Sampling
 from mergelaw.merging.methods import Method, registry
+from mergelaw.models.recipe import Checkpoint, Optimisation, Pretraining, Training, check_revision
 
 # A configuration is written by hand. What is beyond these is a mistake (a range mistyped, aliases
 # that expand without end) and would keep every job's parser busy.
 MAX_MERGES = 100_000
 MAX_VALUES = 100_000
 MAX_DEPTH = 32
-
-BASELINES = "baselines"  # in the place of a method in the paths of the baselines' evaluations
-
-# Names become parts of paths, so that a results folder can be read.
-NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
-Name = Annotated[str, StringConstraints(pattern=NAME_PATTERN, max_length=64)]
-
-
-class Model(BaseModel):
-    """Unknown keys are refused everywhere."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-
-
-def numbers(value: Any) -> Any:
-    """``1e-2`` as the number it looks like; YAML 1.1 takes it for text, for want of a point.
-
-    Fields with a type are converted by pydantic; this is for what has none.
-    """
-    if isinstance(value, dict):
-        return {key: numbers(entry) for key, entry in value.items()}
-    if isinstance(value, list):
-        return [numbers(entry) for entry in value]
-    if isinstance(value, str) and re.fullmatch(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+", value):
-        if math.isinf(float(value)):
-            raise ValueError(f"{value} is too large a number")
-        return float(value)
-    return value
-
-
-class Source(Model):
-    """Where a domain's documents come from: exactly one of `synthetic`, `files`, `dataset`."""
-
-    synthetic: str | None = Field(None, description="a generator of mergelaw's own, by name")
-    files: list[str] | None = Field(
-        None, min_length=1, description="JSON, JSONL or Parquet files of documents"
-    )
-    dataset: str | None = Field(
-        None, description="a dataset of the Hugging Face hub, or a folder, for `datasets`"
-    )
-    revision: str | None = Field(None, description="commit of the hub dataset, or a branch")
-    config: str | None = Field(None, description="configuration name of the dataset")
-    split: str = Field("train", description="split of the dataset")
-    where: dict[str, str | int | bool] | None = Field(
-        None, description="keep only records whose columns have these values"
-    )
-    invalid_records: Literal["refuse", "skip"] = Field(
-        "refuse",
-        description="records without a prompt, a response or text: stop and name them, or leave "
-        "them out and count them",
-    )
-
-    @model_validator(mode="after")
-    def _one_kind(self) -> Self:
-        if sum(v is not None for v in (self.synthetic, self.files, self.dataset)) != 1:
-            raise ValueError("give exactly one of 'synthetic', 'files' and 'dataset'")
-        given = self.model_fields_set
-        for key in ("revision", "config", "split"):
-            if self.dataset is None and key in given:
-                raise ValueError(f"{key!r} goes with 'dataset' only")
-        if self.dataset is not None and self.revision is None and is_hub_id(self.dataset):
-            raise ValueError(
-                "a hub dataset needs its 'revision' (a commit), or it cannot be traced"
-            )
-        if self.synthetic is not None:
-            for key in ("where", "invalid_records"):
-                if key in given:
-                    raise ValueError(f"{key!r} goes with 'files' or 'dataset'")
-            from mergelaw.demo.synthetic import DOMAINS
-
-            if self.synthetic not in DOMAINS:
-                raise ValueError(
-                    f"no generator {self.synthetic!r}{nearest(self.synthetic, DOMAINS)}"
-                )
-        return self
-
-
-def is_hub_id(dataset: str) -> bool:
-    return not dataset.startswith((".", "/")) and not Path(dataset).is_dir()
 
 
 class Domain(Model):
@@ -135,138 +56,6 @@ class Corpus(Model):
         None, ge=0, description="training documents per domain; null: all that are left"
     )
     eval_documents: int = Field(200, ge=1, description="evaluation documents per domain")
-
-
-def check_revision(hub: str | None, revision: str | None) -> None:
-    if hub is not None and revision is None:
-        raise ValueError("a hub model needs its 'revision' (a commit), or it cannot be traced")
-    if hub is None and revision is not None:
-        raise ValueError("'revision' goes with 'hub' only")
-
-
-class Checkpoint(Model):
-    """A model, or a LoRA adapter, as the world has it: exactly one of `path` and `hub`."""
-
-    path: str | None = Field(None, description="a local Hugging Face folder")
-    hub: str | None = Field(None, description="a model id of the Hugging Face hub")
-    revision: str | None = Field(None, description="its commit, or a branch; required with `hub`")
-
-    @model_validator(mode="after")
-    def _one_kind(self) -> Self:
-        if (self.path is None) == (self.hub is None):
-            raise ValueError("give exactly one of 'path' and 'hub'")
-        check_revision(self.hub, self.revision)
-        return self
-
-
-class Optimisation(Model):
-    """What pre-training and fine-tuning share."""
-
-    steps: int | None = Field(None, ge=1, description="optimiser steps; or give `epochs`")
-    epochs: float | None = Field(None, gt=0, description="passes over the training documents")
-    batch_size: int = Field(16, ge=1, description="sequences per optimiser step")
-    micro_batch_size: int | None = Field(
-        None, ge=1, description="sequences per forward pass and device; null: the whole batch"
-    )
-    max_tokens: int = Field(2048, ge=8, description="longest sequence, in tokens")
-    learning_rate: float = Field(gt=0, lt=1, description="peak learning rate")
-    weight_decay: float = Field(0.0, ge=0, description="decoupled weight decay")
-    adam_beta1: float = Field(0.9, ge=0, lt=1, description="AdamW's first decay rate")
-    adam_beta2: float = Field(0.999, ge=0, lt=1, description="AdamW's second decay rate")
-    max_grad_norm: float = Field(1.0, gt=0, description="gradients are clipped to this norm")
-    warmup: float = Field(0.05, ge=0, le=1, description="share of the steps that warm up")
-    schedule: Literal["cosine", "linear", "constant"] = Field(
-        "cosine", description="learning rate after the warm-up"
-    )
-    dtype: Literal["float32", "bfloat16"] = Field(
-        "float32", description="bfloat16: mixed precision; saved in the base's own dtype"
-    )
-
-    @model_validator(mode="after")
-    def _duration(self) -> Self:
-        if (self.steps is None) == (self.epochs is None):
-            raise ValueError("give exactly one of 'steps' and 'epochs'")
-        if self.micro_batch_size and self.batch_size % self.micro_batch_size:
-            raise ValueError("'batch_size' must be a multiple of 'micro_batch_size'")
-        return self
-
-
-class Pretraining(Optimisation):
-    """A recipe for a base of one's own: tokenizer, architecture and training."""
-
-    architecture: Annotated[dict[str, Any], BeforeValidator(numbers)] = Field(
-        description="a transformers configuration: `model_type` and its fields"
-    )
-    vocab_size: int = Field(512, ge=260, description="size of the byte-level BPE tokenizer")
-    domains: list[Name] = Field(
-        min_length=1,
-        description="domains of the mixture; named, so that a new domain trains no base again",
-    )
-    chat_share: float = Field(
-        0.02, ge=0, le=1, description="share of the documents in chat format, the rest plain"
-    )
-    seed: int = Field(0, ge=0, description="seed of weights and data order")
-
-
-class Lora(Model):
-    """A low-rank adapter is trained instead of all weights, and merged into them at the end."""
-
-    rank: int = Field(ge=1, description="rank of the adapter")
-    alpha: int = Field(16, ge=1, description="its scale is alpha / rank")
-    target_modules: list[str] | None = Field(
-        None, min_length=1, description="names of the layers; null: every linear one"
-    )
-    dropout: float = Field(0.0, ge=0, lt=1, description="dropout before the adapter")
-
-
-class OpenRLHF(Model):
-    """What `trainer: openrlhf` takes besides; the names are OpenRLHF's own."""
-
-    zero_stage: Literal[0, 1, 2, 3] = Field(
-        2, description="what the GPUs share: optimiser (1), gradients too (2), weights too (3)"
-    )
-    adam_offload: bool = Field(False, description="keep the optimiser's state in host memory")
-    ring_attn_size: int = Field(
-        1, ge=1, description="GPUs that share one sequence; needs `packing`, for long documents"
-    )
-    attn_implementation: Literal["flash_attention_2", "flash_attention_3", "sdpa", "eager"] = Field(
-        "flash_attention_2", description="`packing` needs a flash attention"
-    )
-    lora: Lora | None = Field(None, description="train an adapter; null: all weights")
-
-
-class Training(Optimisation):
-    """How experts are fine-tuned; the loss is on the response alone."""
-
-    trainer: Literal["trl", "openrlhf"] = Field(
-        "trl", description="trl: TRL's SFTTrainer; openrlhf: OpenRLHF's command line"
-    )
-    packing: bool = Field(
-        False, description="several documents in one sequence, without attention across them"
-    )
-    gradient_checkpointing: bool = Field(False, description="recompute activations, save memory")
-    long_documents: Literal["refuse", "split", "truncate"] = Field(
-        "refuse", description="what to do with a training document above `max_tokens`"
-    )
-    openrlhf: OpenRLHF | None = Field(None, description="options of `trainer: openrlhf`")
-
-    @model_validator(mode="after")
-    def _of_the_trainer(self) -> Self:
-        if self.trainer != "openrlhf":
-            if self.openrlhf is not None:
-                raise ValueError("'openrlhf' goes with 'trainer: openrlhf' only")
-            return self
-        own = self.openrlhf or OpenRLHF()
-        flash = own.attn_implementation.startswith("flash")
-        if self.dtype != "bfloat16":
-            raise ValueError("'trainer: openrlhf' trains in bfloat16; set 'dtype: bfloat16'")
-        if self.long_documents == "split":
-            raise ValueError("'trainer: openrlhf' cannot split 'long_documents'; truncate them")
-        if self.packing and not flash:
-            raise ValueError("'packing' needs a flash attention in 'openrlhf.attn_implementation'")
-        if own.ring_attn_size > 1 and not self.packing:
-            raise ValueError("'openrlhf.ring_attn_size' needs 'packing: true'")
-        return self
 
 
 class Base(Model):
@@ -310,46 +99,6 @@ class Expert(Model):
     )
     checkpoints: dict[Name, Checkpoint] | None = Field(
         None, description="ready-made: one checkpoint for each base, by the base's name"
-    )
-
-
-class Sampling(Model):
-    """Which subsets of the pool are merged."""
-
-    design: Literal["exhaustive", "ring", "difference", "iid"] = Field(
-        "ring", description="where the subsets are too many to take all"
-    )
-    k: list[Annotated[int, Field(ge=1)]] | None = Field(
-        None, min_length=1, description="numbers of experts to merge; null: 1 to M"
-    )
-    circles: int = Field(
-        3, ge=1, le=1000, description="independent circles; three or more give standard errors"
-    )
-    exhaustive_up_to: int = Field(
-        128, ge=1, description="take all C(M,k) subsets where there are no more than this"
-    )
-    subsets_per_k: int = Field(
-        9, ge=1, le=MAX_MERGES, description="iid only: subsets drawn for each k"
-    )
-    merges_per_shard: int = Field(128, ge=1, description="merges that one job evaluates")
-    seed: int = Field(0, ge=0, description="seed of circles and draws")
-
-
-class Evaluation(Model):
-    """How the cross-entropy of a merge is measured."""
-
-    dtype: Literal["float32", "bfloat16"] = Field(
-        "float32", description="of weights and arithmetic; sums are in float64"
-    )
-    max_tokens: int = Field(2048, ge=8, description="longest document, in tokens")
-    long_documents: Literal["refuse", "split", "truncate"] = Field(
-        "refuse", description="what to do with an evaluation document above `max_tokens`"
-    )
-    batch_tokens: int = Field(
-        8192, ge=8, description="tokens in one forward pass, padding included"
-    )
-    protocol: Literal["mergelaw", "merging_eval"] = Field(
-        "mergelaw", description="merging_eval: chat format and masks as the law's paper has them"
     )
 
 
@@ -691,15 +440,6 @@ PLAIN_WORDS = {
     "too_short": "is empty",
 }
 MAX_PROBLEMS = 5
-
-
-def nearest(name: str, known: Iterable[str]) -> str:
-    """'; did you mean X?', or what there is."""
-    known = list(known)
-    close = difflib.get_close_matches(name, known, n=1)
-    if close:
-        return f"; did you mean {close[0]!r}?"
-    return f"; there is {', '.join(known[:12])}{', ...' if len(known) > 12 else ''}"
 
 
 def describe(items: Sequence[Any], model: type[BaseModel] = Config, at: str = "") -> str:

@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from mergelaw.artifacts import keys, lineage
-from mergelaw.config.schema import BASELINES
 from mergelaw.data import documents as corpus
 from mergelaw.data import tokenize as tokens
 from mergelaw.errors import MergelawError
 from mergelaw.evaluation import cells, cross_entropy
+from mergelaw.evaluation.recipe import BASELINES
 from mergelaw.merging.engine import Merger
 from mergelaw.merging.methods import method_of
 from mergelaw.merging.task_vector import TaskVector, digest_of

@@ -20,12 +20,12 @@ from math import ceil, prod
 from pathlib import Path
 from typing import Any
 
-from mergelaw.config.schema import OpenRLHF, Training
 from mergelaw.data import documents as corpus
 from mergelaw.data import tokenize as tokens
 from mergelaw.errors import MergelawError
 from mergelaw.models import training
 from mergelaw.models.checkpoint import COMPANIONS, FLOATS, INDEX, Tensors, read_config
+from mergelaw.models.recipe import OpenRLHF, Training
 
 VERSION = "0.11.2"
 INTERPRETER = "MERGELAW_OPENRLHF_PYTHON"

@@ -14,11 +14,11 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from mergelaw.config.schema import Optimisation, Pretraining, Training
 from mergelaw.data import documents as corpus
 from mergelaw.data import tokenize as tokens
 from mergelaw.errors import MergelawError
 from mergelaw.models.checkpoint import COMPANIONS, Tensors, read_config
+from mergelaw.models.recipe import Optimisation, Pretraining, Training
 
 PROGRESS_SECONDS = 10
 LOSSES = 100  # entries that lineage keeps of a training's losses

@@ -14,9 +14,9 @@ from typing import Any, NamedTuple
 from pydantic import Field, ValidationError
 
 from mergelaw.artifacts import lineage
+from mergelaw.artifacts.recipe import Model
 from mergelaw.config import schema as configuration
-from mergelaw.config.schema import Model
-from mergelaw.errors import MergelawError
+from mergelaw.errors import MergelawError, nearest
 from mergelaw.merging.methods import method_of
 from mergelaw.models.size import Size
 from mergelaw.workflow.resources import Hardware, Need, check, documents_of, need_of
@@ -110,7 +110,7 @@ def read_rates(path: Path | None) -> Rates:
         raise MergelawError(f"{path}: {configuration.describe(error.errors(), Rates)}") from None
     for name in rates.stages:
         if name not in STAGES:
-            known = configuration.nearest(name, STAGES)
+            known = nearest(name, STAGES)
             raise MergelawError(f"{path}: stages: no stage {name!r}{known}")
     return rates
 

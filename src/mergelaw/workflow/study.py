@@ -13,12 +13,15 @@ from typing import Any
 
 from mergelaw.artifacts.keys import canonical_json, digest, stage_key
 from mergelaw.artifacts.lineage import LINEAGE
-from mergelaw.config.schema import BASELINES, Checkpoint, Config, Expert, Source
+from mergelaw.config.schema import Config, Expert
 from mergelaw.data.documents import source_identity
+from mergelaw.data.recipe import Source
 from mergelaw.errors import MergelawError
 from mergelaw.evaluation.design import Subset, sample
+from mergelaw.evaluation.recipe import BASELINES
 from mergelaw.merging.methods.average import Average
 from mergelaw.models.checkpoint import files
+from mergelaw.models.recipe import Checkpoint
 from mergelaw.models.size import Size, size_of_base
 
 
