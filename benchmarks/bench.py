@@ -250,7 +250,7 @@ def merging(
     # from its bfloat16 file.
     width = 2 if forward.dtype == "bfloat16" else 4
     start = clock.now()
-    memory = asked.memory or evaluate.memory(device)
+    memory = asked.memory or evaluate.memory_for_vectors(device)
     cache = base.parent / "prepared"
     with Merger(forward.model, base, vectors, method_of(recipe), memory, cache) as merger:
         prepared = clock.now() - start

@@ -20,10 +20,11 @@ import numpy as np
 import pandas as pd
 from scipy.stats import norm, spearmanr, t
 
+from circles import design_variance
 from mergelaw.artifacts import lineage
 from mergelaw.config import schema as config
-from mergelaw.evaluation.design import design_variance, pattern, rotations
-from mergelaw.evaluation.shard import read_rows
+from mergelaw.evaluation import read_rows
+from mergelaw.evaluation.design import pattern, rotations
 from mergelaw.laws import surrogate
 from mergelaw.laws.points import MACRO, points
 from mergelaw.planning import forecast

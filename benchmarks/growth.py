@@ -43,9 +43,9 @@ def measure(settings: dict[str, int], folder: Path) -> dict[str, float]:
 
     from mergelaw.artifacts import lineage
     from mergelaw.data import documents as corpus
+    from mergelaw.evaluation import read_rows
     from mergelaw.evaluation import shard as evaluate
     from mergelaw.evaluation.recipe import Evaluation
-    from mergelaw.evaluation.shard import read_rows
     from mergelaw.merging import task_vector
     from mergelaw.models import training
     from mergelaw.models.recipe import Pretraining

@@ -29,7 +29,8 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from mergelaw.evaluation.design import design_variance, pair_counts, pattern
+from circles import design_variance
+from mergelaw.evaluation.design import pair_counts, pattern
 from mergelaw.laws.covariance import Part, of_circles
 from mergelaw.laws.fit import Fit, fit
 from mergelaw.laws.law import MERGING, MERGING_FIXED_N

@@ -60,7 +60,7 @@ def test_cells_are_in_the_file_when_append_returns(tmp_path):
     with Store(tmp_path, "shard") as writer:
         for number in range(3):
             writer.append([cell(number), cell(number + 10)])
-            look = "import sys, pathlib; from mergelaw import cells; print(*cells.Store(pathlib.Path(sys.argv[1])).known)"
+            look = "import sys, pathlib; from mergelaw.evaluation import cells; print(*cells.Store(pathlib.Path(sys.argv[1])).known)"
             run = [sys.executable, "-c", look, str(tmp_path)]
             seen = subprocess.run(run, capture_output=True, text=True, check=True).stdout.split()
             assert len(seen) == 2 * (number + 1)

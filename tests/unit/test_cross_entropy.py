@@ -132,10 +132,10 @@ def test_batches_hold_every_scored_token_once():
     seen = []
     for batch in batches(found.windows, 200, "cpu"):
         seen += zip(batch.documents.tolist(), batch.targets.tolist(), strict=True)
-        assert (batch.at < len(batch.ids) * len(batch.keep)).all()
+        assert (batch.scored < len(batch.ids) * len(batch.keep)).all()
         rows, columns = (
-            batch.at // len(batch.keep),
-            torch.tensor(batch.keep)[batch.at % len(batch.keep)],
+            batch.scored // len(batch.keep),
+            torch.tensor(batch.keep)[batch.scored % len(batch.keep)],
         )
         assert torch.equal(batch.ids[rows, columns + 1], batch.targets)
     wanted = [(w.document, t) for w in found.windows for t in w.ids[w.start : w.stop]]

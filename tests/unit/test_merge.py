@@ -507,7 +507,7 @@ def test_a_model_that_the_gpus_cannot_hold_is_refused_before_it_is_loaded(
     free = [3500 * width // 2 - 1, 3500 * width // 2]
     monkeypatch.setattr(torch.cuda, "device_count", lambda: len(free))
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda index: (free[index], 10**12))
-    with pytest.raises(MergelawError, match=rf"in {dtype}, the 2 GPUs given have .* more GPUs"):
-        evaluate.check_room(base, dtype)
+    with pytest.raises(MergelawError, match=rf"in {dtype}, .* 2 GPUs have .* more GPUs"):
+        evaluate.check_gpu_memory(base, dtype)
     free[0] += 1
-    evaluate.check_room(base, dtype)
+    evaluate.check_gpu_memory(base, dtype)

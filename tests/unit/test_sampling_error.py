@@ -8,8 +8,9 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from circles import design_variance
 from mergelaw.errors import MergelawError
-from mergelaw.evaluation.design import design_variance, pattern, rotations
+from mergelaw.evaluation.design import pattern, rotations
 from mergelaw.laws.covariance import Part, of_circles, restricted
 from mergelaw.laws.fit import EXPERTS, POOL, fit
 from mergelaw.laws.fits import fit_points, fit_study, write_fits

@@ -6,8 +6,12 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from mergelaw.config import schema as config
 from mergelaw.errors import MergelawError
-from mergelaw.evaluation.shard import _parameters
-from mergelaw.models.size import size_of_architecture, size_of_base, size_of_nominal
+from mergelaw.models.size import (
+    count_parameters,
+    size_of_architecture,
+    size_of_base,
+    size_of_nominal,
+)
 
 STUDY = {
     "name": "sizes",
@@ -74,7 +78,7 @@ def test_counts_are_those_of_the_model(given):
     with torch.device("meta"):
         made = AutoConfig.for_model(settings.pop("model_type"), **settings)
         model = AutoModelForCausalLM.from_config(made)
-    counted = _parameters(model)
+    counted = count_parameters(model)
     saved = made.to_dict()
     for architecture in (given, saved):
         size = size_of_architecture(architecture)

@@ -8,8 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from circles import design_variance
 from mergelaw.errors import MergelawError
-from mergelaw.evaluation.design import design_variance, pattern, rotations, sample
+from mergelaw.evaluation.design import pattern, rotations, sample
 from mergelaw.laws import surrogate
 
 

@@ -146,9 +146,9 @@ class Place:
 
     def rows(self) -> pd.DataFrame:
         """The rows of every evaluation of the present configuration, in its order."""
-        from mergelaw.evaluation.shard import ROWS
+        from mergelaw.evaluation import TABLE
 
-        paths = [self.results / artifact.path / ROWS for artifact in self.study().evals.values()]
+        paths = [self.results / artifact.path / TABLE for artifact in self.study().evals.values()]
         return pd.concat([pd.read_parquet(path) for path in paths], ignore_index=True)
 
     def study(self) -> Any:

@@ -10,6 +10,7 @@ from studies import READY, Place, made, ready_config, records, write_jsonl
 
 import mergelaw
 from mergelaw.artifacts import keys
+from mergelaw.evaluation.cells import CELL_VERSION
 
 FOLLOWS = {"fit_laws": 1, "write_report": 1}
 
@@ -185,11 +186,15 @@ def raised(stage: str, folder: Path) -> str:
     """PYTHONPATH of a copy of the package in which the stage's version is raised."""
     copy = folder / "raised" / "mergelaw"
     shutil.copytree(Path(mergelaw.__file__).parent, copy)
-    source = copy / "artifacts" / "keys.py"
-    text, now = source.read_text(), keys.STAGES[stage]
-    assert f'"{stage}": {now},' in text
-    source.write_text(text.replace(f'"{stage}": {now},', f'"{stage}": {now + 1},'))
+    now = keys.STAGES[stage]
+    edit(copy / "artifacts" / "keys.py", f'"{stage}": {now},', f'"{stage}": {now + 1},')
     return str(copy.parent)
+
+
+def edit(file: Path, old: str, new: str) -> None:
+    text = file.read_text()
+    assert text.count(old) == 1
+    file.write_text(text.replace(old, new))
 
 
 ALL = {
@@ -220,10 +225,22 @@ def test_a_raised_version_redoes_its_stage_and_what_follows(trained, tmp_path, s
     assert trained.planned(cwd=tmp_path, PYTHONPATH=raised(stage, tmp_path)) == jobs
 
 
-def test_a_raised_version_of_the_evaluation_measures_everything_again(ready, tmp_path):
+def test_a_raised_version_of_the_evaluation_writes_tables_from_the_stored_cells(ready, tmp_path):
+    place = ready.copy(tmp_path)
+    cells, tables = place.cells(), len(place.artifacts("evals"))
+    place.finish("--until", "evaluate_merges", PYTHONPATH=raised("evaluate", tmp_path))
+    assert len(place.artifacts("evals")) == 2 * tables
+    assert place.cells() == cells
+
+
+def test_a_raised_version_of_cells_measures_everything_again(ready, tmp_path):
     place = ready.copy(tmp_path)
     cells = place.cells()
-    place.finish("--until", "evaluate_merges", PYTHONPATH=raised("evaluate", tmp_path))
+    path = raised("evaluate", tmp_path)
+    source = Path(path, "mergelaw", "evaluation", "cells.py")
+    version = f"CELL_VERSION = {CELL_VERSION}"
+    edit(source, version, f"{version}0")
+    place.finish("--until", "evaluate_merges", PYTHONPATH=path)
     assert len(set(place.cells())) == len(place.cells()) == 2 * len(cells)
     assert place.planned() == {}
 

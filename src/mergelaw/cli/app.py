@@ -659,7 +659,7 @@ def report(
     output: Output,
 ) -> None:
     """Write the report as one HTML page with its figures and tables."""
-    from mergelaw.evaluation.shard import read_rows
+    from mergelaw.evaluation import read_rows
     from mergelaw.report import page as stage
 
     own = recipe_of(recipe)
@@ -924,7 +924,7 @@ def partial(configuration: Config) -> None:
     import shutil
 
     from mergelaw.config import schema as config
-    from mergelaw.evaluation.shard import read_rows
+    from mergelaw.evaluation import read_rows
     from mergelaw.laws import fits as laws
     from mergelaw.report import page as stage
     from mergelaw.workflow.study import Study

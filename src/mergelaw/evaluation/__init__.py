@@ -1,1 +1,8 @@
-"""Evaluation: which subsets are merged, and their cross-entropy."""
+"""Evaluation: which subsets of the experts are merged, and the cross-entropy of these merges.
+
+Subsets come from ``design``, measurements from ``shard``; ``read_rows`` reads them as a table.
+"""
+
+from mergelaw.evaluation.table import TABLE, read_rows
+
+__all__ = ["TABLE", "read_rows"]

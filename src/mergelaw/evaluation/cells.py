@@ -1,10 +1,11 @@
-"""The cell store: every cross-entropy ever measured, append-only, by identity.
+"""Cells: single measurements of cross-entropy, their identities and their append-only store.
 
-A cell is what was measured: (base, task vectors, weights, method, evaluation set, recipe), all by
-digest; its identity is the hash of that. A line is a cell's JSON and a checksum. Each process
-appends to a file of its own, created exclusively and synced after every merge, so a kill costs at
-most the merge in flight, and a torn line is ignored. A process claims a merge before it measures
-it, by a lock that ends with the process, so that two of them never measure the same one.
+A cell is the cross-entropy of one merge on one evaluation set. Its identity is a digest of all
+that defines it: base, task vectors, weights, method, evaluation set and evaluation settings. A
+store is a folder of files. Each line of a file holds a checksum and a cell as JSON. Every process
+appends to its own file, which it creates exclusively and syncs after every merge. A kill therefore
+costs at most the merge in flight, and readers ignore the torn line it may leave. A process locks a
+merge before it measures it, so that two processes never measure the same merge.
 """
 
 import fcntl
@@ -12,24 +13,59 @@ import hashlib
 import json
 import os
 import sys
-from collections.abc import Container, Iterator
+from collections.abc import Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
+from mergelaw.artifacts.keys import digest
 from mergelaw.artifacts.lineage import sync, unique
+
+# Part of every cell's identity. Where the same merge on the same documents would now give another
+# number, raise it together with the stage `evaluate` in keys.py. A raised stage alone writes its
+# tables again from the stored cells.
+CELL_VERSION = 1
+
+Cell = dict[str, Any]
+
+
+def merge_of(
+    base: str, vectors: Sequence[str], method: Mapping[str, Any] | None
+) -> tuple[Cell, str]:
+    """What defines an equally weighted merge, and its identity (16 hexadecimal digits).
+
+    Args:
+        base: digest of the base.
+        vectors: digests of the task vectors, in the order of the pool.
+        method: recipe of the merge method; None for the base itself.
+    """
+    merge = {"base": base, "vectors": [*vectors], "weights": [1.0] * len(vectors), "method": method}
+    return merge, digest(merge)[:16]
+
+
+def identity_of(merge: Mapping[str, Any], evaluation: Mapping[str, Any], documents: str) -> str:
+    """Identity of a cell (32 hexadecimal digits).
+
+    Args:
+        merge: what defines the merge, from :func:`merge_of`.
+        evaluation: evaluation settings.
+        documents: digest of the evaluation set.
+    """
+    recipe = {"version": CELL_VERSION, "evaluation": evaluation, "set": documents, **merge}
+    return digest(recipe)[:32]
 
 
 def checksum(text: str) -> str:
+    """Checksum of a cell's JSON text: 16 hexadecimal digits."""
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def parse(line: bytes, wanted: Container[str] | None) -> dict[str, Any] | None:
-    """The cell of a line, None where it is not wanted; raises ValueError where it is damaged."""
+def parse(line: bytes, wanted: Container[str] | None) -> Cell | None:
+    """The cell of a line, or None if it is not wanted; ValueError if the line is damaged."""
     mark, _, text = line.decode().partition(" ")
     if mark != checksum(text):
         raise ValueError("checksum")
-    # Most lines of a large store are other shards' cells: they are told by a look at the text.
+    # Most lines of a large store belong to other shards; a look at the text is cheaper than JSON.
     if wanted is not None and text.partition('"cell":"')[2].partition('"')[0] not in wanted:
         return None
     cell = json.loads(text)
@@ -39,24 +75,24 @@ def parse(line: bytes, wanted: Container[str] | None) -> dict[str, Any] | None:
 
 
 class Store:
-    """The cells of a folder, and one process's file in it, which appears with its first cell.
+    """Cell store of a folder, with one file of this process, created with its first cell.
 
-    ``known``: by identity, as of the last ``refresh``; all of them, or those that are ``wanted``.
-    A damaged line is named on stderr and left out.
+    ``known`` maps identities to cells, as of the last ``refresh``. ``wanted`` restricts it to the
+    identities a shard needs. A damaged line is skipped with a message on stderr.
     """
 
     def __init__(self, folder: Path, name: str = "", wanted: Container[str] | None = None):
         self.folder = folder
         self.path = folder / f"{name}-{unique()}.jsonl"
         self.wanted = wanted
-        self.known: dict[str, dict[str, Any]] = {}
-        self._read: dict[Path, tuple[int, int]] = {}  # bytes and lines, by file
-        self._file: Any = None
-        self._locks: Any = None
+        self.known: dict[str, Cell] = {}
+        self._read: dict[Path, tuple[int, int]] = {}  # bytes and lines read, by file
+        self._file: IO[bytes] | None = None
+        self._locks: IO[bytes] | None = None
         self.refresh()
 
     def refresh(self) -> None:
-        """Read what was appended to any file since the last time."""
+        """Read what any process has appended since the last call."""
         for path in sorted(self.folder.glob("*.jsonl")):
             size, count = self._read.get(path, (0, 0))
             if path == self.path or path.stat().st_size == size:
@@ -65,48 +101,49 @@ class Store:
                 file.seek(size)
                 *lines, last = file.read().split(b"\n")
             for number, line in enumerate(lines, count + 1):
-                try:
-                    cell = parse(line, self.wanted) if line else None
-                except ValueError:
+                if not self._add(line):
                     print(
-                        f"mergelaw: {path}:{number}: damaged cell, measured again if needed",
+                        f"mergelaw: {path}:{number}: damaged cell; it is measured again if needed",
                         file=sys.stderr,
                     )
-                    continue
-                if cell:
-                    self.known[cell["cell"]] = cell
             self._read[path] = size + sum(len(line) + 1 for line in lines), count + len(lines)
-            try:  # a torn last line is what a kill leaves, or a writer at work
-                cell = parse(last, self.wanted) if last else None
-            except ValueError:
-                continue
-            if cell:
-                self.known[cell["cell"]] = cell
+            self._add(last)  # may be torn, by a kill or because its writer is still at work
+
+    def _add(self, line: bytes) -> bool:
+        """Add the cell of a line to the known ones; False if the line is damaged."""
+        try:
+            cell = parse(line, self.wanted) if line else None
+        except ValueError:
+            return False
+        if cell:
+            self.known[cell["cell"]] = cell
+        return True
 
     @contextmanager
     def claim(self, merge: str, wait: bool) -> Iterator[bool]:
-        """Whether the merge (hexadecimal digits) is this process's to measure, for the time being.
+        """Lock a merge (its identity) while this process measures it; yields whether it has it.
 
-        The claim is a lock on one byte of an empty file. While another process has it, waits, or
-        says no. Refreshes what is known, for the one who had it may have measured it.
+        The lock is on one byte of an empty file and ends with the process. Where another process
+        holds it, ``wait`` says whether to wait. ``known`` is refreshed under the lock, because the
+        previous holder may have measured the merge.
         """
         if self._locks is None:
             self.folder.mkdir(parents=True, exist_ok=True)
             self._locks = (self.folder / ".claims").open("ab")
-        place = int(merge[:15], 16)
+        byte = int(merge[:15], 16)
         try:
-            fcntl.lockf(self._locks, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB), 1, place)
-        except (BlockingIOError, PermissionError):  # what the system calls it is its choice
+            fcntl.lockf(self._locks, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB), 1, byte)
+        except (BlockingIOError, PermissionError):  # systems differ in which of the two they raise
             yield False
             return
         try:
             self.refresh()
             yield True
         finally:
-            fcntl.lockf(self._locks, fcntl.LOCK_UN, 1, place)
+            fcntl.lockf(self._locks, fcntl.LOCK_UN, 1, byte)
 
-    def append(self, cells: list[dict[str, Any]]) -> None:
-        """Write cells and sync; they are kept when this returns."""
+    def append(self, cells: Sequence[Cell]) -> None:
+        """Write cells and sync them to disk before returning."""
         if self._file is None:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self._file = self.path.open("xb")

@@ -1,24 +1,26 @@
-"""Measure a shard of merges: one resident model, one row per (merge, evaluation domain)."""
+"""Measurement of a shard: the cells of some of a base's merges, in one resident model."""
 
 import base64
+import math
+import os
+import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mergelaw.artifacts import keys, lineage
+from mergelaw.artifacts import lineage
 from mergelaw.data import documents as corpus
 from mergelaw.data import tokenize as tokens
 from mergelaw.errors import MergelawError
 from mergelaw.evaluation import cells, cross_entropy
-from mergelaw.evaluation.recipe import BASELINES
+from mergelaw.evaluation.table import row_of, write_rows
 from mergelaw.merging.engine import Merger
 from mergelaw.merging.methods import method_of
 from mergelaw.merging.task_vector import TaskVector, digest_of
 from mergelaw.models import training
 from mergelaw.models.checkpoint import Tensors
-
-ROWS = "cells.parquet"
+from mergelaw.models.size import count_parameters
 
 
 def evaluate(
@@ -31,62 +33,65 @@ def evaluate(
     name: str,
     output: Path,
 ) -> dict[str, Any]:
-    """Measure what of a shard is not in the store yet; write all its rows to ``output``.
+    """Measure the cells that the store lacks and write the shard's table to ``output``.
 
-    ``subsets``: rows (k, replicate, place, experts) of the plan; ``vectors``: task vectors by
-    expert; ``corpora``: corpora by domain; ``folder``: the cell store, ``name``: this writer's.
+    Args:
+        recipe: method, evaluation settings, domains (whether each is held out) and labels.
+        subsets: rows (k, replicate, place, experts) of the design.
+        base: the base's folder.
+        vectors: task vectors' folders, by expert.
+        corpora: corpora's folders, by domain.
+        folder: the cell store's.
+        name: begins the name of this process's file in the store.
+        output: where the table goes.
+
+    Returns:
+        Counts for the lineage: cells, cells measured here, seconds and scored tokens.
     """
-    wanted = _cells(recipe, subsets, base, vectors, corpora)
-    facts: dict[str, Any] = {"cells": len(wanted), "measured": 0}
-    with cells.Store(folder, name, {cell["cell"] for cell in wanted}) as store:
-        missing = [cell for cell in wanted if cell["cell"] not in store.known]
+    entries = cells_of(recipe, subsets, base, vectors, corpora)
+    facts: dict[str, Any] = {"cells": len(entries), "measured": 0}
+    with cells.Store(folder, name, {entry["cell"] for entry in entries}) as store:
+        missing = [entry for entry in entries if entry["cell"] not in store.known]
         if missing:
             started = time.perf_counter()
             measured = _measure(recipe, missing, base, vectors, corpora, store)
             facts |= {"measured": measured, "seconds": round(time.perf_counter() - started, 3)}
-    digests = {name: digest_of(path) for name, path in vectors.items()}
-    _write_rows(recipe, wanted, store.known, lineage.read(base)["digest"], digests, output)
-    return facts | {"tokens": sum(store.known[cell["cell"]]["tokens"] for cell in wanted)}
+    base_digest = lineage.read(base)["digest"]
+    digests = {expert: digest_of(path) for expert, path in vectors.items()}
+    known = store.known
+    rows = [row_of(recipe, e, known[e["cell"]], base_digest, digests) for e in entries]
+    write_rows(rows, output)
+    return facts | {"tokens": sum(row["tokens"] for row in rows)}
 
 
-def _cells(
+def cells_of(
     recipe: Mapping[str, Any],
     subsets: Sequence[Sequence[Any]],
     base: Path,
     vectors: Mapping[str, Path],
     corpora: Mapping[str, Path],
 ) -> list[dict[str, Any]]:
-    """The shard's cells: where each stands in the plan, and its identity."""
+    """The shard's cells: place in the design, domain, and identities of merge and cell."""
     base_digest = lineage.read(base)["digest"]
-    digests = {name: digest_of(path) for name, path in vectors.items()}
+    digests = {expert: digest_of(path) for expert, path in vectors.items()}
     sets = {domain: lineage.read(path)["files"]["eval.parquet"] for domain, path in corpora.items()}
-    wanted = []
+    entries = []
     for k, replicate, place, experts in subsets:
-        merge = {
-            "base": base_digest,
-            "vectors": [digests[expert] for expert in experts],
-            "weights": [1.0] * len(experts),
-            "method": recipe["method"] if experts else None,
-        }
+        method = recipe["method"] if experts else None
+        merge, merge_id = cells.merge_of(base_digest, [digests[e] for e in experts], method)
         for domain in recipe["domains"]:
-            identity = {
-                "version": keys.STAGES["evaluate"],
-                "evaluation": recipe["evaluation"],
-                "set": sets[domain],
-                **merge,
-            }
-            wanted.append(
+            entries.append(
                 {
                     "k": k,
                     "replicate": replicate,
                     "place": place,
                     "experts": list(experts),
-                    "merge": keys.digest(merge)[:16],
+                    "merge": merge_id,
                     "domain": domain,
-                    "cell": keys.digest(identity)[:32],
+                    "cell": cells.identity_of(merge, recipe["evaluation"], sets[domain]),
                 }
             )
-    return wanted
+    return entries
 
 
 def _measure(
@@ -97,140 +102,145 @@ def _measure(
     corpora: Mapping[str, Path],
     store: cells.Store,
 ) -> int:
-    """Measure the missing cells into the store; the number of those measured here.
+    """Measure the missing cells into the store; returns how many were measured here.
 
-    What another process is measuring is left to the end, and mostly found measured then.
+    Merges that another process has claimed come last, when most of them are measured.
     """
-    import sys
-
-    import torch
-
     settings = recipe["evaluation"]
+    sets = _tokenised(settings, base, corpora, dict.fromkeys(entry["domain"] for entry in missing))
+    model = load_model(base, settings["dtype"])
+    batches = {
+        domain: cross_entropy.batches(documents.windows, settings["batch_tokens"], model.device)
+        for domain, documents in sets.items()
+    }
+    counts, method = count_parameters(model), method_of(recipe["method"])
+    experts = {expert for entry in missing for expert in entry["experts"]}
+    pool = {expert: TaskVector(path) for expert, path in vectors.items() if expert in experts}
+    # A merge's cells are measured together; a merge on two circles is measured once.
+    merges: dict[str, dict[str, Mapping[str, Any]]] = {}
+    for entry in missing:
+        merges.setdefault(entry["merge"], {})[entry["cell"]] = entry
+    room, prepared = memory_for_vectors(model.device), store.folder / "prepared"
+    measured, elsewhere, progress = 0, list[str](), _Progress(len(merges))
+    with Merger(model, base, pool, method, room, prepared) as merger:
+        for wait, queue in ((False, list(merges)), (True, elsewhere)):
+            for merge in queue:
+                with store.claim(merge, wait) as claimed:
+                    if not claimed:
+                        elsewhere.append(merge)
+                        continue
+                    group = [e for e in merges[merge].values() if e["cell"] not in store.known]
+                    if group:
+                        facts = {**counts, "merge_seconds": _merge(merger, group[0]["experts"])}
+                        store.append([_cell(model, e, batches, sets, facts) for e in group])
+                        measured += len(group)
+                progress.step()
+    return measured
+
+
+def _tokenised(
+    settings: Mapping[str, Any], base: Path, corpora: Mapping[str, Path], domains: Iterable[str]
+) -> dict[str, tokens.Encoded]:
+    """The evaluation sets of domains, tokenised by the base's tokenizer."""
     tokenizer = training.load_tokenizer(base)
-    encoded = {}
-    for domain in dict.fromkeys(cell["domain"] for cell in missing):
-        documents = corpus.read(corpora[domain] / "eval.parquet")
-        encoded[domain] = tokens.encode(
+    return {
+        domain: tokens.encode(
             tokenizer,
-            documents,
+            corpus.read(corpora[domain] / "eval.parquet"),
             settings["max_tokens"],
             settings["long_documents"],
             f"evaluation documents of {domain}",
             settings["protocol"],
         )
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    several = device == "cuda" and torch.cuda.device_count() > 1
-    if device == "cuda":
-        check_room(base, settings["dtype"])
-    model = training.load(base, settings["dtype"], device_map="auto" if several else device).eval()
-    if several and {"cpu", "disk"} & set(map(str, model.hf_device_map.values())):
-        raise MergelawError(
-            f"{base}: its layers do not fit the {torch.cuda.device_count()} GPUs given one by one; "
-            "give the job more GPUs, or evaluate in bfloat16"
-        )
-    sets = {
-        domain: cross_entropy.batches(e.windows, settings["batch_tokens"], model.device)
-        for domain, e in encoded.items()
+        for domain in domains
     }
-    counts = _parameters(model)
-    method = method_of(recipe["method"])
-    experts = {e for cell in missing for e in cell["experts"]}
-    pool = {e: TaskVector(path) for e, path in vectors.items() if e in experts}
-    # Several cells of one merge follow each other; a merge in two replicates is measured once.
-    by_merge: dict[str, dict[str, Mapping[str, Any]]] = {}
-    for cell in missing:
-        by_merge.setdefault(cell["merge"], {})[cell["cell"]] = cell
-    measured = count = 0
-    shown = started = time.perf_counter()
-    cache = store.folder / "prepared"
-    with Merger(model, base, pool, method, memory(model.device), cache) as merger:
-        waiting, wait = list(by_merge), False
-        while waiting:
-            elsewhere = []
-            for merge in waiting:
-                with store.claim(merge, wait) as claimed:
-                    if not claimed:
-                        elsewhere.append(merge)
-                        continue
-                    group = [c for c in by_merge[merge].values() if c["cell"] not in store.known]
-                    if group:
-                        clock = time.perf_counter()
-                        merger.merge(group[0]["experts"])
-                        _synchronize(device)
-                        facts = {**counts, "merge_seconds": time.perf_counter() - clock}
-                        store.append([_cell(model, cell, sets, encoded, facts) for cell in group])
-                        measured += len(group)
-                count += 1
-                now = time.perf_counter()
-                if now - shown > training.PROGRESS_SECONDS:
-                    shown = now
-                    left = (now - started) / count * (len(by_merge) - count)
-                    print(
-                        f"mergelaw: {count} of {len(by_merge)} merges, {left:.0f} s left",
-                        file=sys.stderr,
-                        flush=True,
-                    )
-            waiting, wait = elsewhere, True
-    return measured
+
+
+def _merge(merger: Merger, experts: Sequence[str]) -> float:
+    """Merge experts in the resident model; returns the seconds it took."""
+    import torch
+
+    started = time.perf_counter()
+    merger.merge(experts)
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter() - started
 
 
 def _cell(
     model: Any,
-    cell: Mapping[str, Any],
-    sets: Mapping[str, Any],
-    encoded: Mapping[str, tokens.Encoded],
+    entry: Mapping[str, Any],
+    batches: Mapping[str, list[cross_entropy.Batch]],
+    sets: Mapping[str, tokens.Encoded],
     facts: Mapping[str, Any],
-) -> dict[str, Any]:
-    """Measure one cell of the merge that is resident."""
+) -> cells.Cell:
+    """Measure one cell of the merge that the model holds."""
     import torch
 
-    domain = cell["domain"]
-    clock = time.perf_counter()
-    nll = cross_entropy.nll(model, sets[domain], encoded[domain].documents)
+    documents = sets[entry["domain"]]
+    scored = [0] * documents.documents
+    for window in documents.windows:
+        scored[window.document] += window.stop - window.start
+    started = time.perf_counter()
+    nll = cross_entropy.nll(model, batches[entry["domain"]], documents.documents)
+    on_gpu = model.device.type == "cuda"
     return {
-        "cell": cell["cell"],
+        "cell": entry["cell"],
         "document_nll": base64.b64encode(nll.astype("<f8").tobytes()).decode(),
-        "document_tokens": _tokens(encoded[domain]),
-        "tokens": sum(_tokens(encoded[domain])),
-        "bytes": encoded[domain].scored_bytes,
-        "long_documents": encoded[domain].long_documents,
-        "dropped_tokens": encoded[domain].dropped_tokens,
-        "eval_seconds": time.perf_counter() - clock,
-        "device": _device_name(model.device.type),
+        "document_tokens": scored,
+        "tokens": sum(scored),
+        "bytes": documents.scored_bytes,
+        "long_documents": documents.long_documents,
+        "dropped_tokens": documents.dropped_tokens,
+        "eval_seconds": time.perf_counter() - started,
+        "device": torch.cuda.get_device_name() if on_gpu else model.device.type,
         "threads": torch.get_num_threads(),
         **facts,
     }
 
 
-def _tokens(encoded: tokens.Encoded) -> list[int]:
-    counts = [0] * encoded.documents
-    for window in encoded.windows:
-        counts[window.document] += window.stop - window.start
-    return counts
+class _Progress:
+    """Print how many merges are done and the time left, every ``PROGRESS_SECONDS``."""
+
+    def __init__(self, total: int):
+        self.total, self.count = total, 0
+        self.started = self.shown = time.perf_counter()
+
+    def step(self) -> None:
+        self.count += 1
+        now = time.perf_counter()
+        if now - self.shown > training.PROGRESS_SECONDS:
+            self.shown = now
+            left = (now - self.started) / self.count * (self.total - self.count)
+            message = f"mergelaw: {self.count} of {self.total} merges, {left:.0f} s left"
+            print(message, file=sys.stderr, flush=True)
 
 
-def _parameters(model: Any) -> dict[str, int]:
-    """Counted parameters: all of them, and without embeddings and an untied head."""
-    from torch import nn
+def load_model(base: Path, dtype: str) -> Any:
+    """Load a base for evaluation, on the processor, on a GPU, or with its layers over several GPUs.
 
-    total = sum(parameter.numel() for parameter in model.parameters())
-    embeddings = {module.weight for module in model.modules() if isinstance(module, nn.Embedding)}
-    head = model.get_output_embeddings()
-    if head is not None:
-        embeddings.add(head.weight)
-    return {
-        "parameters": total,
-        "non_embedding": total - sum(weight.numel() for weight in embeddings),
-    }
-
-
-def check_room(base: Path, dtype: str) -> None:
-    """Raise MergelawError where the GPUs that are given cannot hold a model, before it is loaded.
-
-    Otherwise its layers would be left on the processor and on disk without a word.
+    Raises MergelawError where the job's GPUs cannot hold it.
     """
-    import math
+    import torch
 
+    if not torch.cuda.is_available():
+        return training.load(base, dtype, device_map="cpu").eval()
+    check_gpu_memory(base, dtype)
+    count = torch.cuda.device_count()
+    model = training.load(base, dtype, device_map="auto" if count > 1 else "cuda").eval()
+    if count > 1 and {"cpu", "disk"} & set(map(str, model.hf_device_map.values())):
+        raise MergelawError(
+            f"{base}: the job's {count} GPUs cannot hold its layers; give the job more GPUs, or "
+            "evaluate in bfloat16"
+        )
+    return model
+
+
+def check_gpu_memory(base: Path, dtype: str) -> None:
+    """Raise MergelawError where the job's GPUs cannot hold a model, before it is loaded.
+
+    transformers would silently leave layers on the processor or on disk.
+    """
     import torch
 
     free = [torch.cuda.mem_get_info(index)[0] for index in range(torch.cuda.device_count())]
@@ -239,124 +249,25 @@ def check_room(base: Path, dtype: str) -> None:
     needed = count * getattr(torch, dtype).itemsize
     if needed > sum(free):
         raise MergelawError(
-            f"{base}: takes {needed / 1e9:.1f} GB in {dtype}, the {len(free)} GPUs given have "
+            f"{base}: takes {needed / 1e9:.1f} GB in {dtype}, but the job's {len(free)} GPUs have "
             f"{sum(free) / 1e9:.1f} GB free; give the job more GPUs, or evaluate in bfloat16"
         )
 
 
-def memory(device: Any) -> int:
-    """Bytes that base and prepared vectors may take: half of what is free, or a job has.
+def memory_for_vectors(device: Any) -> int:
+    """Bytes for base and prepared vectors: half of the free memory, or half of the job's share.
 
-    On one machine a job has as much of the free memory as it has of the cores, for other jobs may
-    start on the others.
+    Without SLURM, a job's share of the free memory is its share of the cores, because other jobs
+    may start on the other cores.
     """
-    import os
-
     import psutil
     import torch
 
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0] // 2
-    free = psutil.virtual_memory().available
+    free: int = psutil.virtual_memory().available
     allotted = int(os.environ.get("SLURM_MEM_PER_NODE", 0)) << 20
     if not allotted:
         cores = os.cpu_count() or 1
         allotted = free * min(torch.get_num_threads(), cores) // cores
     return min(free, allotted) // 2
-
-
-def _synchronize(device: str) -> None:
-    import torch
-
-    if device == "cuda":
-        torch.cuda.synchronize()
-
-
-def _device_name(device: str) -> str:
-    import torch
-
-    return torch.cuda.get_device_name() if device == "cuda" else device
-
-
-def _write_rows(
-    recipe: Mapping[str, Any],
-    wanted: Sequence[Mapping[str, Any]],
-    known: Mapping[str, Mapping[str, Any]],
-    base: str,
-    vectors: Mapping[str, str],
-    output: Path,
-) -> None:
-    import math
-
-    import numpy as np
-    import pandas as pd
-
-    labels = recipe["labels"]
-    rows = []
-    for cell in wanted:
-        found = known[cell["cell"]]
-        nll = np.frombuffer(base64.b64decode(found["document_nll"]), "<f8")
-        total = math.fsum(nll) if np.isfinite(nll).all() else float("nan")
-        kind = "baseline" if labels["method"] == BASELINES else "merge"
-        rows.append(
-            {
-                "family": labels["family"],
-                "base": labels["base"],
-                "N": found["non_embedding"] / 1e9,
-                "N_total": found["parameters"] / 1e9,
-                "N_nominal": labels["N_nominal"],
-                "method": labels["method"],
-                "recipe": keys.canonical_json(recipe["method"]),
-                "seed": labels["seed"],
-                "role": kind if cell["k"] else "base",
-                "k": cell["k"],
-                "replicate": cell["replicate"],
-                "place": cell["place"],
-                "experts": cell["experts"],
-                "weights": [1.0] * len(cell["experts"]),
-                "merge": cell["merge"],
-                "domain": cell["domain"],
-                "held_out": recipe["domains"][cell["domain"]],
-                "nll": total,
-                "tokens": found["tokens"],
-                "ce": total / found["tokens"],
-                "bytes": found["bytes"],
-                "bits_per_byte": total / found["bytes"] / math.log(2),
-                "finite": bool(np.isfinite(total)),
-                "document_nll": nll.tolist(),
-                "document_tokens": found["document_tokens"],
-                "long_documents": found["long_documents"],
-                "dropped_tokens": found["dropped_tokens"],
-                "dtype": recipe["evaluation"]["dtype"],
-                "merge_seconds": found["merge_seconds"],
-                "eval_seconds": found["eval_seconds"],
-                "device": found["device"],
-                "threads": found["threads"],
-                "cell": cell["cell"],
-                "base_digest": base,
-                "vector_digests": [vectors[expert] for expert in cell["experts"]],
-            }
-        )
-    table = pd.DataFrame(rows).astype({"N_nominal": "float64"})
-    table.to_parquet(output / ROWS, index=False)
-
-
-def read_rows(artifacts: Sequence[Path], documents: bool = False) -> Any:
-    """The rows of evaluations as one table, by default without the per-document columns."""
-    import pandas as pd
-    import pyarrow.parquet as pq
-
-    tables = []
-    for path in artifacts:
-        file = path / ROWS
-        try:
-            columns = None
-            if not documents:
-                columns = [n for n in pq.read_schema(file).names if not n.startswith("document_")]
-            tables.append(pd.read_parquet(file, columns=columns))
-        except (OSError, ValueError) as error:
-            reason = str(error).splitlines()[0]
-            raise MergelawError(
-                f"{file}: cannot be read ({reason}); delete {path} and run again"
-            ) from None
-    return pd.concat(tables, ignore_index=True)

@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 
 from mergelaw.errors import MergelawError
-from mergelaw.evaluation.shard import read_rows
+from mergelaw.evaluation import read_rows
 from mergelaw.laws.covariance import Part
 from mergelaw.laws.fit import EXPERTS, POOL, Fit, fit
 from mergelaw.laws.law import MERGING, MERGING_FIXED_N, VARIANCE, Law

@@ -136,3 +136,16 @@ def size_of_base(config: Config, base: str) -> Size:
             f"bases.{base}: its size is not known before it is fetched; give its 'N' in billions"
         )
     return size
+
+
+def count_parameters(model: Any) -> dict[str, int]:
+    """Parameters of a loaded model: all of them, and without embeddings and an untied head."""
+    from torch import nn
+
+    total = sum(parameter.numel() for parameter in model.parameters())
+    embeddings = {module.weight for module in model.modules() if isinstance(module, nn.Embedding)}
+    head = model.get_output_embeddings()
+    if head is not None:
+        embeddings.add(head.weight)
+    embedding = sum(weight.numel() for weight in embeddings)
+    return {"parameters": total, "non_embedding": total - embedding}

@@ -270,7 +270,7 @@ class Costs:
         Raises:
             MergelawError: the laws were not made by the pipeline, or their inputs are gone.
         """
-        from mergelaw.evaluation.shard import read_rows
+        from mergelaw.evaluation import read_rows
 
         folder = laws if laws.is_dir() else laws.parent
         if not (folder / lineage.LINEAGE).is_file():
