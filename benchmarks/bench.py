@@ -47,7 +47,7 @@ from mergelaw.merging.engine import Merger
 from mergelaw.merging.methods import method_of
 from mergelaw.merging.methods.ties import magnitude_threshold
 from mergelaw.merging.task_vector import TaskVector
-from mergelaw.models import training
+from mergelaw.models import causal_lm
 
 transformers.logging.disable_progress_bar()
 ROOT = Path(__file__).parents[1]
@@ -218,7 +218,7 @@ class Pass:
     def __init__(self, base: Path, tokens: int) -> None:
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.dtype = "bfloat16" if self.device.type == "cuda" else "float32"
-        self.model = training.load(base, self.dtype, device_map=self.device.type).eval()
+        self.model = causal_lm.load(base, self.dtype, device_map=self.device.type).eval()
         self.batches, self.documents = batches(self.model.config.vocab_size, tokens, self.device)
         self.parameters = sum(parameter.numel() for parameter in self.model.parameters())
         self.tokens = self.documents * (WINDOW - 1)

@@ -47,7 +47,7 @@ def measure(settings: dict[str, int], folder: Path) -> dict[str, float]:
     from mergelaw.evaluation import shard as evaluate
     from mergelaw.evaluation.recipe import Evaluation
     from mergelaw.merging import task_vector
-    from mergelaw.models import training
+    from mergelaw.models import pretrain
     from mergelaw.models.recipe import Pretraining
 
     def artifact(name: str, stage: str, work) -> Path:
@@ -60,7 +60,7 @@ def measure(settings: dict[str, int], folder: Path) -> dict[str, float]:
     }  # fmt: skip
     documents = artifact("corpus", "corpus", lambda made: corpus.build(recipe, made))
     shape = Pretraining(architecture={}, domains=["x"], steps=1, learning_rate=1e-3, max_tokens=512)
-    tokenizer = training.train_tokenizer(shape, corpus.read(documents / "train.parquet"))
+    tokenizer = pretrain.train_tokenizer(shape, corpus.read(documents / "train.parquet"))
     width = settings["width"]
     config = LlamaConfig(
         vocab_size=len(tokenizer), hidden_size=width, intermediate_size=3 * width,

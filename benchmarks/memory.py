@@ -133,7 +133,7 @@ def step(folder: Path, what: str, storage: str, recipe: dict[str, Any]) -> dict[
     from mergelaw.merging import engine as merge
     from mergelaw.merging import task_vector
     from mergelaw.merging.methods import method_of
-    from mergelaw.models import training
+    from mergelaw.models import causal_lm
 
     torch.set_num_threads(1)
     base = folder / "base"
@@ -156,7 +156,7 @@ def step(folder: Path, what: str, storage: str, recipe: dict[str, Any]) -> dict[
         with tempfile.TemporaryDirectory(dir=folder) as out, Peak() as peak:
             merge.write(base, pool, method, None, Path(out))
         return {"bytes": peak.bytes, "seconds": peak.seconds}
-    model = training.load(base, "bfloat16")
+    model = causal_lm.load(base, "bfloat16")
     with Peak() as peak, merge.Merger(model, base, pool, method, memory=0) as merger:
         merger.merge(list(pool))
     return {"bytes": peak.bytes, "seconds": peak.seconds}

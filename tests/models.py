@@ -144,7 +144,7 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
 @cache
 def tokenizer(bos: bool = False) -> Any:
     """A byte-level tokenizer of about 320 tokens with the house's chat format."""
-    from mergelaw.models.training import train_tokenizer
+    from mergelaw.models.pretrain import train_tokenizer
 
     documents = [Document(str(i), None, text) for i, text in enumerate(TEXTS)]
     made = train_tokenizer(SimpleNamespace(vocab_size=320, max_tokens=256), documents)  # type: ignore[arg-type]
@@ -222,9 +222,9 @@ def write_adapter(base: Path, folder: Path, **config: Any) -> Path:
 
 def load(folder: Path, dtype: str = "float32") -> Any:
     """The resident model of a checkpoint, as an evaluation loads it."""
-    from mergelaw.models import training
+    from mergelaw.models import causal_lm
 
-    return training.load(folder, dtype).eval()
+    return causal_lm.load(folder, dtype).eval()
 
 
 def documents(chat: bool, count: int = 12) -> list[Document]:

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from mergelaw.errors import MergelawError
-from mergelaw.models import training
+from mergelaw.models import causal_lm
 from models import write_checkpoint
 
 CODE = """
@@ -40,9 +40,9 @@ def test_the_code_of_a_model(checkpoint, tmp_path, kind, refused):
     change(checkpoint / "config.json", auto_map=MODEL, model_type=kind)
     if refused:
         with pytest.raises(MergelawError, match="cannot load this brought_along model"):
-            training.load(checkpoint, "float32")
+            causal_lm.load(checkpoint, "float32")
     else:
-        assert type(training.load(checkpoint, "float32")).__module__.startswith("transformers.")
+        assert type(causal_lm.load(checkpoint, "float32")).__module__.startswith("transformers.")
     assert nothing_ran(tmp_path)
 
 
@@ -50,7 +50,7 @@ def test_the_code_of_a_tokenizer(checkpoint, tmp_path):
     auto_map = {"AutoTokenizer": ["code.Tokenizer", "code.Tokenizer"]}
     change(checkpoint / "tokenizer_config.json", auto_map=auto_map, tokenizer_class="Tokenizer")
     try:
-        made = training.load_tokenizer(checkpoint)
+        made = causal_lm.load_tokenizer(checkpoint)
         assert type(made).__module__.startswith("transformers.")
     except MergelawError as error:
         assert "cannot load its tokenizer" in str(error)
@@ -61,5 +61,5 @@ def test_a_checkpoint_without_a_tokenizer_is_one_line(checkpoint):
     for path in checkpoint.glob("*token*"):
         path.unlink()
     with pytest.raises(MergelawError, match="cannot load its tokenizer") as caught:
-        training.load_tokenizer(checkpoint)
+        causal_lm.load_tokenizer(checkpoint)
     assert "\n" not in str(caught.value)

@@ -219,10 +219,10 @@ def base(
 
     def train(own: dict[str, Any], folder: Path, state: Path) -> dict[str, Any]:
         from mergelaw.models import recipe as recipes
-        from mergelaw.models import training
+        from mergelaw.models.pretrain import pretrain
 
         settings = recipes.Pretraining.model_validate(own["pretraining"])
-        return training.pretrain(settings, named(corpora or []), folder, state, save_every)
+        return pretrain(settings, named(corpora or []), folder, state, save_every)
 
     model("base", recipe, output, inputs_of("corpus", named(corpora or [])), threads, train)
 
@@ -256,14 +256,16 @@ def expert(
     """Train an expert, or take a ready-made one."""
 
     def train(own: dict[str, Any], folder: Path, state: Path) -> dict[str, Any]:
+        from mergelaw.models import finetune, openrlhf
         from mergelaw.models import recipe as recipes
-        from mergelaw.models import training
 
         if base is None or not corpora:
             raise MergelawError("expert: training needs --base and --corpus")
         settings = recipes.Training.model_validate(own["training"])
-        fine_tune = training.trainers()[settings.trainer]
-        return fine_tune(settings, own["seed"], base, named(corpora), folder, state, save_every)
+        trainer = openrlhf if settings.trainer == "openrlhf" else finetune
+        return trainer.fine_tune(
+            settings, own["seed"], base, named(corpora), folder, state, save_every
+        )
 
     inputs = ({"base": base} if base else {}) | inputs_of("corpus", named(corpora or []))
     model("expert", recipe, output, inputs, threads, train)

@@ -18,9 +18,11 @@ from mergelaw.evaluation.table import row_of, write_rows
 from mergelaw.merging.engine import Merger
 from mergelaw.merging.methods import method_of
 from mergelaw.merging.task_vector import TaskVector, digest_of
-from mergelaw.models import training
+from mergelaw.models import causal_lm
 from mergelaw.models.checkpoint import Tensors
 from mergelaw.models.size import count_parameters
+
+PROGRESS_SECONDS = 10
 
 
 def evaluate(
@@ -142,7 +144,7 @@ def _tokenised(
     settings: Mapping[str, Any], base: Path, corpora: Mapping[str, Path], domains: Iterable[str]
 ) -> dict[str, tokens.Encoded]:
     """The evaluation sets of domains, tokenised by the base's tokenizer."""
-    tokenizer = training.load_tokenizer(base)
+    tokenizer = causal_lm.load_tokenizer(base)
     return {
         domain: tokens.encode(
             tokenizer,
@@ -209,7 +211,7 @@ class _Progress:
     def step(self) -> None:
         self.count += 1
         now = time.perf_counter()
-        if now - self.shown > training.PROGRESS_SECONDS:
+        if now - self.shown > PROGRESS_SECONDS:
             self.shown = now
             left = (now - self.started) / self.count * (self.total - self.count)
             message = f"mergelaw: {self.count} of {self.total} merges, {left:.0f} s left"
@@ -224,10 +226,10 @@ def load_model(base: Path, dtype: str) -> Any:
     import torch
 
     if not torch.cuda.is_available():
-        return training.load(base, dtype, device_map="cpu").eval()
+        return causal_lm.load(base, dtype, device_map="cpu").eval()
     check_gpu_memory(base, dtype)
     count = torch.cuda.device_count()
-    model = training.load(base, dtype, device_map="auto" if count > 1 else "cuda").eval()
+    model = causal_lm.load(base, dtype, device_map="auto" if count > 1 else "cuda").eval()
     if count > 1 and {"cpu", "disk"} & set(map(str, model.hf_device_map.values())):
         raise MergelawError(
             f"{base}: the job's {count} GPUs cannot hold its layers; give the job more GPUs, or "

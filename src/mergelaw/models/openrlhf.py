@@ -23,7 +23,7 @@ from typing import Any
 from mergelaw.data import documents as corpus
 from mergelaw.data import tokenize as tokens
 from mergelaw.errors import MergelawError
-from mergelaw.models import training
+from mergelaw.models import trainer
 from mergelaw.models.checkpoint import COMPANIONS, FLOATS, INDEX, Tensors, read_config
 from mergelaw.models.recipe import OpenRLHF, Training
 
@@ -466,7 +466,7 @@ def fine_tune(
         "device": machine.device,
         "nodes": machine.nodes,
         "gpus": machine.gpus,
-        **training.curve(losses),
+        **trainer.summarise_losses(losses),
         "documents": len(made.rows),
         "long_documents": made.long_documents,
         "dropped_documents": made.dropped_documents,

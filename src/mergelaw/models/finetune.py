@@ -1,0 +1,71 @@
+"""Fine-tune an expert on one device with TRL's SFTTrainer."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from mergelaw.data import tokenize
+from mergelaw.models import causal_lm, trainer
+from mergelaw.models.checkpoint import Tensors
+from mergelaw.models.recipe import Training
+
+
+def fine_tune(
+    recipe: Training,
+    seed: int,
+    base: Path,
+    corpora: Mapping[str, Path],
+    folder: Path,
+    state: Path,
+    save_every: float,
+) -> dict[str, Any]:
+    """Train all weights of ``base`` on the corpora; write the expert into ``folder``.
+
+    Only responses (and plain text) count in the loss. Weights are saved in the base's dtype.
+    Returns facts for lineage. Raises MergelawError for a document that the recipe refuses, and
+    where training diverges.
+    """
+    from datasets import Dataset
+    from trl import SFTConfig, SFTTrainer
+
+    tokenizer = causal_lm.load_tokenizer(base)
+    documents = trainer.training_documents(corpora)
+    where = f"training documents of {', '.join(corpora)}"
+    encoded = tokenize.encode(tokenizer, documents, recipe.max_tokens, recipe.long_documents, where)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    arguments = trainer.training_arguments(
+        SFTConfig,
+        recipe,
+        seed,
+        state,
+        max_length=recipe.max_tokens,
+        packing=recipe.packing,
+        activation_checkpointing=recipe.gradient_checkpointing,
+        dataset_kwargs={"skip_prepare_dataset": not recipe.packing},
+    )
+    training = SFTTrainer(
+        model=causal_lm.load(base, "float32"),
+        args=arguments,
+        train_dataset=Dataset.from_list([example(window) for window in encoded.windows]),
+        processing_class=tokenizer,
+    )
+    facts = trainer.train(training, state, save_every)
+    with Tensors(base) as stored:
+        dtype = stored.float_dtype()
+    causal_lm.save(training.model, folder, dtype)
+    causal_lm.copy_companions(base, folder)
+    return {
+        **facts,
+        "documents": encoded.documents,
+        "long_documents": encoded.long_documents,
+        "dropped_tokens": encoded.dropped_tokens,
+    }
+
+
+def example(window: tokenize.Window) -> dict[str, list[int]]:
+    """A window's ids and labels; -100 labels a token without loss."""
+    ids, scored = list(window.ids), slice(window.start, window.stop)
+    labels = [-100] * len(ids)
+    labels[scored] = ids[scored]
+    return {"input_ids": ids, "labels": labels}
