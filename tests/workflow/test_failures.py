@@ -47,7 +47,7 @@ def half_written(place: Place) -> list[Path]:
         (
             "domains.sums.source.files",
             ["nowhere.jsonl"],
-            "nowhere.jsonl: no such file: correct the path in the domain's source",
+            "nowhere.jsonl: no such file; correct the path in the domain's source",
         ),
         ("methodz", {}, "methodz: unknown key; did you mean 'methods'?"),
     ],

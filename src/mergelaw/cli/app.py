@@ -199,7 +199,7 @@ def check_overlap(corpora: Corpora, output: Output) -> None:
     from mergelaw.data import documents as stage
 
     def work(folder: Path, state: Path) -> dict[str, Any]:
-        stage.check_overlap(named(corpora))
+        stage.check_overlap_of_corpora(named(corpora))
         return {"corpora": len(corpora)}
 
     make(output, "overlap", {}, inputs_of("corpus", named(corpora)), work)

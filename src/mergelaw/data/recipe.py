@@ -1,4 +1,4 @@
-"""Recipe of a corpus: where its documents come from."""
+"""Recipes of a domain's documents: their source, and how it is split."""
 
 from pathlib import Path
 from typing import Literal, Self
@@ -14,7 +14,7 @@ class Source(Model):
 
     synthetic: str | None = Field(None, description="name of a generator of the demo's documents")
     files: list[str] | None = Field(
-        None, min_length=1, description="JSON, JSONL or Parquet files of documents"
+        None, min_length=1, description="JSON, JSONL, CSV or Parquet files, folders or globs"
     )
     dataset: str | None = Field(
         None, description="a dataset of the Hugging Face hub, or a local folder of one"
@@ -53,7 +53,41 @@ class Source(Model):
                 )
         return self
 
+    @property
+    def is_local(self) -> bool:
+        """Whether the documents are in files of this machine: no hub dataset, not synthetic."""
+        return self.files is not None or (self.dataset is not None and not is_hub_id(self.dataset))
+
+    def __str__(self) -> str:
+        """The source in words, for messages."""
+        if self.synthetic is not None:
+            return f"the synthetic domain {self.synthetic}"
+        if self.dataset is not None:
+            return f"{self.dataset} [{self.split}]"
+        first, *others = self.files or []
+        return f"{first} and others ({1 + len(others)} paths)" if others else first
+
 
 def is_hub_id(dataset: str) -> bool:
     """Whether a dataset's name means one of the Hugging Face hub, not a local folder."""
     return not dataset.startswith((".", "/")) and not Path(dataset).is_dir()
+
+
+class SplitRecipe(Model):
+    """Splits of a domain's documents: their sources and sizes."""
+
+    source: Source
+    eval_source: Source | None = None  # None: evaluation documents come from `source`
+    eval_documents: int
+    train_documents: int | None  # None: all that are left
+    calibration_documents: int = 0
+    seed: int
+
+    def part(self, split: str) -> Self:
+        """The recipe with nothing but the source of ``split`` and the splits of that source."""
+        if self.eval_source is None:
+            return self
+        if split != "eval":
+            return self.model_copy(update={"eval_source": None, "eval_documents": 0})
+        nothing = {"eval_source": None, "train_documents": 0, "calibration_documents": 0}
+        return self.model_copy(update={**nothing, "source": self.eval_source})

@@ -1,0 +1,281 @@
+"""Records of a domain's source: local files, or a dataset that the `datasets` library loads.
+
+JSON and CSV are read here and not by `datasets`, which guesses types from values: the answer
+"2024-01-01" becomes a date, "007" in CSV the number 7, "NA" nothing; a column that first appears
+after some megabytes is an error; and a bad record is reported without its line.
+"""
+
+import csv
+import glob
+import io
+import json
+import re
+import reprlib
+import sys
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import IO, Any
+
+from mergelaw.artifacts.keys import canonical_json
+from mergelaw.data.recipe import Source
+from mergelaw.errors import MergelawError
+
+Records = Iterator[tuple[str, Any]]  # (place for messages, record)
+
+COMMIT = "[0-9a-f]{40}"
+COMPRESSED = {".gz": "gzip", ".bz2": "bz2", ".zst": "zstd"}
+
+
+def local_files(source: Source) -> list[Path]:
+    """The files of a local source, sorted; MergelawError for a folder or a glob without any.
+
+    A folder stands for all files in and below it of the kinds that are read here (of a `dataset`:
+    all files), except hidden ones.
+    """
+    if source.dataset is not None:
+        if not Path(source.dataset).is_dir():
+            raise MergelawError(f"{source.dataset}: no such folder; correct the domain's source")
+        return _visible_files(Path(source.dataset))
+    paths: set[Path] = set()
+    for name in source.files or []:
+        path = Path(name)
+        if path.is_dir():
+            found = [file for file in _visible_files(path) if _kind(file) in READERS]
+        elif glob.has_magic(name) and not path.exists():
+            matches = map(Path, glob.glob(name, recursive=True))  # noqa: PTH207, skips hidden ones
+            found = [match for match in matches if match.is_file()]
+        else:
+            found = [path]
+        if not found:
+            raise MergelawError(f"{name}: holds no file to read; {KINDS}")
+        paths.update(found)
+    return sorted(paths)
+
+
+def _visible_files(folder: Path) -> list[Path]:
+    def hidden(path: Path) -> bool:
+        return any(part.startswith(".") for part in path.relative_to(folder).parts)
+
+    return sorted(path for path in folder.rglob("*") if path.is_file() and not hidden(path))
+
+
+def kept_records(source: Source) -> Records:
+    """The records of files or a dataset that ``where`` keeps, with their places.
+
+    Raises MergelawError for what cannot be read or is no record, and if no record is kept.
+    """
+    where = source.where or {}
+    columns: set[str] = set()
+    examples: dict[str, None] = {}
+    kept = False
+    for place, record in _records(source):
+        if not isinstance(record, dict):
+            raise MergelawError(
+                f"{place}: a record must be an object, not {reprlib.repr(record)};"
+                " correct or remove it"
+            )
+        columns.update(record)
+        if all(column in record and record[column] == where[column] for column in where):
+            kept = True
+            yield place, record
+        elif not kept and len(examples) < 6:
+            examples[", ".join(reprlib.repr(record.get(column)) for column in where)] = None
+    for column in where:
+        if column not in columns:
+            raise MergelawError(
+                f"{source}: where names the column {column!r}, which no record has;"
+                f" use one of {reprlib.repr(sorted(columns))}"
+            )
+    if not kept:
+        raise MergelawError(
+            f"{source}: where = {canonical_json(where)} keeps no record;"
+            f" the records have, for example, {'; '.join(examples)}"
+        )
+
+
+def _records(source: Source) -> Records:
+    if source.dataset is not None:
+        yield from _dataset_records(source)
+        return
+    for path in local_files(source):
+        if _kind(path) not in READERS:
+            raise MergelawError(f"{path}: unknown kind of file; {KINDS}")
+        empty = True
+        try:
+            for place, record in READERS[_kind(path)](path):
+                empty = False
+                yield f"{path}, {place}", record
+        except OSError as error:
+            raise unreadable(path, error) from error
+        if empty:
+            raise MergelawError(f"{path}: the file holds no records; give one with records")
+
+
+def unreadable(path: Path, error: OSError) -> MergelawError:
+    """An OSError of a source's file as one line for users."""
+    if isinstance(error, FileNotFoundError):
+        return MergelawError(f"{path}: no such file; correct the path in the domain's source")
+    return MergelawError(f"{path}: the file cannot be read: {error.strerror or first_line(error)}")
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of a library's message, which may go on for a page."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__).rstrip(".")
+
+
+# Files
+
+
+def _kind(path: Path) -> str:
+    """The suffix that names a file's format, without that of its compression."""
+    suffix = path.suffix.lower()
+    return Path(path.stem).suffix.lower() if suffix in COMPRESSED else suffix
+
+
+def _open(path: Path) -> IO[bytes]:
+    codec = COMPRESSED.get(path.suffix.lower())
+    if codec is None:
+        return path.open("rb")
+    import pyarrow as pa
+
+    return io.BufferedReader(pa.input_stream(str(path), compression=codec))
+
+
+def _json_records(path: Path) -> Records:
+    with _open(path) as file:
+        records = _parsed(file.read(), path, line=1)
+    if not isinstance(records, list):
+        raise MergelawError(
+            f"{path}: must be a list of records, not {reprlib.repr(records)};"
+            " write [record, ...], or one record a line in a .jsonl file"
+        )
+    for number, record in enumerate(records, start=1):
+        yield f"record {number}", record
+
+
+def _jsonl_records(path: Path) -> Records:
+    with _open(path) as lines:
+        for number, line in enumerate(lines, start=1):
+            if line.strip():
+                yield f"line {number}", _parsed(line, path, line=number)
+
+
+def _parsed(content: bytes, path: Path, line: int) -> Any:
+    """The value of JSON text that begins at ``line`` of a file."""
+    try:
+        return json.loads(content.decode("utf-8-sig"))
+    except UnicodeDecodeError as error:
+        line += content.count(b"\n", 0, error.start)
+        raise MergelawError(f"{path}, line {line}: not UTF-8; convert the file to UTF-8") from error
+    except json.JSONDecodeError as error:
+        line += error.lineno - 1
+        raise MergelawError(
+            f"{path}, line {line}, column {error.colno}: not JSON: {error.msg}; correct it there"
+        ) from error
+    except (ValueError, RecursionError) as error:
+        # A number of thousands of digits, or brackets nested as deep.
+        raise MergelawError(
+            f"{path}, line {line}: JSON that Python cannot hold: {first_line(error)}; remove it"
+        ) from error
+
+
+def _csv_records(path: Path) -> Records:
+    """Rows below a header. All cells are text; an empty cell is no value."""
+    csv.field_size_limit(sys.maxsize)  # its default refuses cells of more than 128 KiB
+    delimiter = "\t" if ".tsv" in path.suffixes[-2:] else ","
+    with _open(path) as file, io.TextIOWrapper(file, "utf-8-sig", newline="") as text:
+        rows = csv.DictReader(text, delimiter=delimiter, strict=True)
+        try:
+            header = rows.fieldnames or []
+            if len({*header}) < len(header):
+                raise csv.Error("the header names a column twice")
+            for row in rows:
+                if None in row:
+                    raise csv.Error("more cells than the header has")
+                yield f"line {rows.line_num}", {name: cell or None for name, cell in row.items()}
+        except (csv.Error, UnicodeDecodeError) as error:
+            raise MergelawError(
+                f"{path}, at or after line {rows.line_num}: not CSV in UTF-8: {first_line(error)};"
+                " correct it there"
+            ) from error
+
+
+def _parquet_records(path: Path) -> Records:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    number = 0
+    try:
+        with pq.ParquetFile(path) as table:
+            for batch in table.iter_batches(batch_size=1024):
+                for record in batch.to_pylist():
+                    number += 1
+                    yield f"row {number}", record
+    # Damaged pages surface as any of these, whichever layer meets them first.
+    except (pa.ArrowException, OSError, ValueError, OverflowError) as error:
+        if isinstance(error, FileNotFoundError | IsADirectoryError):
+            raise
+        raise MergelawError(
+            f"{path}, after row {number}: not a readable Parquet file: {first_line(error)};"
+            " write it again"
+        ) from error
+
+
+READERS: dict[str, Callable[[Path], Records]] = {
+    ".json": _json_records,
+    ".jsonl": _jsonl_records,
+    ".ndjson": _jsonl_records,
+    ".csv": _csv_records,
+    ".tsv": _csv_records,
+    ".parquet": _parquet_records,
+}
+
+
+KINDS = f"use {', '.join(READERS)}, all but Parquet also with {', '.join(COMPRESSED)}"
+
+
+# Datasets
+
+
+def _dataset_records(source: Source) -> Records:
+    import datasets
+
+    number = 0
+    # A local folder is streamed, so that nothing is left in the user's cache.
+    with tempfile.TemporaryDirectory() as scratch:
+        local: dict[str, Any] = {"streaming": True, "cache_dir": scratch} if source.is_local else {}
+        options = {"split": source.split, "revision": source.revision} | local
+        try:
+            rows = datasets.load_dataset(source.dataset, source.config, **options)
+            if not source.is_local:
+                check_revision(source, [file["filename"] for file in rows.cache_files])
+            for record in rows:
+                number += 1
+                yield f"{source}, row {number}", record
+            if not number:
+                raise MergelawError(f"{source}: the dataset holds no records; choose another split")
+        except MergelawError:
+            raise
+        # Loaders, file systems and the hub's client have no exception in common.
+        except Exception as error:
+            wrapped = isinstance(error, datasets.exceptions.DatasetGenerationError)
+            reason = first_line(error.__cause__ if wrapped and error.__cause__ else error)
+            raise MergelawError(
+                f"{source}: the dataset cannot be loaded: {reason}; check its id, revision, config"
+                " and split, and that this machine is online or has it in its cache"
+            ) from error
+
+
+def check_revision(source: Source, files: Iterable[str]) -> None:
+    """Refuse another commit than the source's: offline, `datasets` takes any that is cached.
+
+    ``files`` are those of the loaded dataset; their folder is named by the commit.
+    """
+    folders = {Path(file).parent.name for file in files}
+    cached = sorted(folder for folder in folders if re.fullmatch(COMMIT, folder))
+    if re.fullmatch(COMMIT, source.revision or "") and cached not in ([], [source.revision]):
+        raise MergelawError(
+            f"{source}: revision {source.revision} is not in the cache, {', '.join(cached)} is;"
+            " go online once, or pin that one"
+        )

@@ -1,0 +1,621 @@
+"""From sources to splits, and one clear line for whatever is wrong with a source."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from mergelaw.artifacts.cache import FileCache
+from mergelaw.data import documents, sources
+from mergelaw.data.documents import Document, check_overlap, read_split, split_identity, write_split
+from mergelaw.data.recipe import Source, SplitRecipe
+from mergelaw.errors import MergelawError
+
+
+def recipe(source, train=None, evaluation=1, calibration=0, eval_source=None, seed=0):
+    return SplitRecipe(
+        source=Source(**source),
+        eval_source=eval_source and Source(**eval_source),
+        train_documents=train,
+        eval_documents=evaluation,
+        calibration_documents=calibration,
+        seed=seed,
+    )
+
+
+def records(count, first=0):
+    return [
+        {"prompt": f"question {n}", "response": f"answer {n}"} for n in range(first, first + count)
+    ]
+
+
+def written(path, content):
+    """A file of records: Parquet, JSON lines or a JSON list by its name; text and bytes as given."""
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    elif isinstance(content, str):
+        path.write_text(content, encoding="utf-8")
+    elif path.suffix == ".parquet":
+        pq.write_table(pa.Table.from_pylist(content), path)
+    elif path.suffix == ".jsonl":
+        path.write_text("".join(json.dumps(record) + "\n" for record in content))
+    else:
+        path.write_text(json.dumps(content))
+    return str(path)
+
+
+def build(tmp_path, settings, *names) -> tuple:
+    """The documents of splits (all, unless named) and the counts of the last one."""
+    splits, counts = [], {}
+    for name in names or ("train", "eval", "calibration"):
+        folder = tmp_path / "splits" / name
+        counts = write_split(settings, name, {}, folder)
+        splits.append(read_split(folder))
+        assert counts["documents"] == len(splits[-1])
+    return *splits, counts
+
+
+def only_document(tmp_path, record) -> Document:
+    """The document of a file that holds one record."""
+    name = written(tmp_path / "one.json", [record])
+    ((document,), _) = build(tmp_path, recipe({"files": [name]}, train=0), "eval")
+    return document
+
+
+def refusal(tmp_path, source, split="train", **changes):
+    """The error of a source that is refused: one line, and nothing is left behind."""
+    output = tmp_path / "refused"
+    with pytest.raises(MergelawError) as caught:
+        write_split(recipe(source, **changes), split, {}, output)
+    assert not output.exists()
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+USER = [{"role": "user", "content": "Why?"}]
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"prompt": "Why?", "response": "So."},
+        {"prompt": "Why?", "completion": "So.", "response": None},
+        {"instruction": "Why?", "output": "So.", "input": ""},
+        {"instruction": "Why?", "output": "So.", "input": " \n"},
+        {"problem": "Why?", "solution": "So."},
+        {"question": "Why?", "answer": "So."},
+        {"prompt": USER, "response": "So."},
+        {"prompt": USER, "completion": [{"role": "assistant", "content": "So."}]},
+        {"messages": [*USER, {"role": "assistant", "content": "So."}]},
+        {"messages": [*USER, {"role": "assistant", "content": "So."}, *USER]},
+        {"conversations": [{"from": "human", "value": "Why?"}, {"from": "gpt", "value": "So."}]},
+    ],
+)
+def test_one_question_and_answer_in_any_form_is_one_document(tmp_path, record):
+    document = only_document(tmp_path, record)
+    assert document.messages == USER
+    assert document.response == "So."
+    assert document == only_document(tmp_path, {"prompt": "Why?", "response": "So."})
+
+
+def test_instruction_and_input_are_joined_by_a_blank_line(tmp_path):
+    document = only_document(tmp_path, {"instruction": "Add.", "input": "1, 2", "output": "3"})
+    assert document.messages == [{"role": "user", "content": "Add.\n\n1, 2"}]
+
+
+def test_the_last_assistant_turn_is_the_response(tmp_path):
+    turns = [("system", "Be brief."), ("human", "a"), ("gpt", "b"), ("human", "c"), ("gpt", "d")]
+    document = only_document(
+        tmp_path, {"conversations": [{"from": who, "value": text} for who, text in turns]}
+    )
+    assert [turn["content"] for turn in document.messages] == ["Be brief.", "a", "b", "c"]
+    assert [turn["role"] for turn in document.messages] == ["system", "user", "assistant", "user"]
+    assert document.response == "d"
+
+
+def test_plain_text_has_no_messages(tmp_path):
+    document = only_document(tmp_path, {"text": "Once upon a time"})
+    assert (document.messages, document.response) == (None, "Once upon a time")
+
+
+def test_normalised_content_is_the_identity(tmp_path):
+    texts = ["caf\u00e9  au\nlait", "cafe\u0301 au lait", "caf\u00e9 au lait ", "tea"]
+    pairs = [{"prompt": "Order", "response": text} for text in texts]
+    for order in (pairs, pairs[::-1]):
+        name = written(tmp_path / "a.json", order)
+        train, evaluation, _, counts = build(tmp_path, recipe({"files": [name]}))
+        assert (counts["records"], counts["duplicates"]) == (4, 2)
+        # Which of the equal texts stands for them does not depend on their order either.
+        assert {document.response for document in train + evaluation} == {
+            "cafe\u0301 au lait",
+            "tea",
+        }
+    assert all(len(document.document) == 16 for document in train)
+
+
+def compressed(path, content):
+    """A file compressed by Arrow, as its suffix says."""
+    with pa.output_stream(str(path)) as stream:
+        stream.write(content)
+    return str(path)
+
+
+def test_files_of_all_kinds_make_the_same_splits_whatever_their_order(tmp_path):
+    lines = [json.dumps(record).encode() + b"\n" for record in records(70)]
+    table = "response,prompt\n" + "".join(f"answer {n},question {n}\n" for n in range(60, 65))
+    names = [
+        written(tmp_path / "a.json", records(20)),
+        written(tmp_path / "b.jsonl", records(20, first=15)),
+        written(tmp_path / "c.parquet", records(20, first=30)),
+        written(tmp_path / "d.jsonl", b"\xef\xbb\xbf" + lines[0] + b"\n\n"),
+        compressed(tmp_path / "e.jsonl.gz", b"".join(lines[50:55])),
+        compressed(tmp_path / "f.ndjson.zst", b"".join(lines[55:57])),
+        compressed(tmp_path / "g.json.bz2", json.dumps(records(3, first=57)).encode()),
+        compressed(tmp_path / "h.CSV.GZ".lower(), table.encode()),
+        written(tmp_path / "i.tsv", table.replace(",", "\t")),
+    ]
+    settings = recipe({"files": names}, evaluation=10, calibration=5)
+    train, evaluation, calibration, counts = build(tmp_path, settings)
+    assert (counts["records"], counts["duplicates"]) == (81, 16)
+    assert [len(train), len(evaluation), len(calibration)] == [50, 10, 5]
+    texts = [turn["content"] for one in calibration for turn in one.messages]
+    assert counts["bytes"] == sum(len(text) for text in texts) + sum(
+        len(one.response) for one in calibration
+    )
+    before = [path.read_bytes() for path in sorted((tmp_path / "splits").glob("*/*"))]
+    other = recipe({"files": names[::-1]}, evaluation=10, calibration=5)
+    assert build(tmp_path, other)[:3] == (train, evaluation, calibration)
+    assert [path.read_bytes() for path in sorted((tmp_path / "splits").glob("*/*"))] == before
+    assert build(tmp_path, other.model_copy(update={"seed": 1}))[1] != evaluation
+
+
+def test_a_folder_and_a_glob_stand_for_their_files(tmp_path):
+    (tmp_path / "data" / "more" / ".cache").mkdir(parents=True)
+    written(tmp_path / "data" / "a.jsonl", records(4))
+    written(tmp_path / "data" / "more" / "b[1].csv", "prompt,response\nquestion 9,answer 9\n")
+    written(tmp_path / "data" / "README.md", "# not records")
+    written(tmp_path / "data" / "more" / ".cache" / "c.jsonl", records(1, first=20))
+    for name, count in (
+        ("data", 5),
+        ("data/*.jsonl", 4),
+        ("data/**/*.csv", 1),
+        ("data/more/b[1].csv", 1),
+    ):
+        settings = recipe({"files": [str(tmp_path / name)]}, train=0)
+        assert build(tmp_path, settings, "eval")[1]["records"] == count, name
+    for name in ("data/*.parquet", "data/more/.cache/*"):
+        assert f"{name}: holds no file to read; use .json" in refusal(
+            tmp_path, {"files": [str(tmp_path / name)]}
+        ) or name.endswith("/*")
+    assert "README.md: unknown kind of file; use" in refusal(
+        tmp_path, {"files": [str(tmp_path / "data" / "*")]}
+    )
+
+
+def test_csv_cells_are_text_as_it_stands(tmp_path):
+    long = "x" * 200_000
+    table = (
+        f'prompt,response,kind\nwhen,2024-01-01,1\n"a ""b"",\nc",007,2\nNA,null,\n,,\n{long},y,2\n'
+    )
+    source = {"files": [written(tmp_path / "a.csv", "\ufeff" + table)]}
+    message = refusal(tmp_path, source)
+    assert "a.csv, line 6: no response among its columns" in message
+    skipping = source | {"invalid_records": "skip"}
+    ((*found,), _) = build(tmp_path, recipe(skipping, train=0, evaluation=4), "eval")
+    texts = {(one.messages[0]["content"], one.response) for one in found}
+    assert texts == {("when", "2024-01-01"), ('a "b",\nc', "007"), ("NA", "null"), (long, "y")}
+    counts = build(tmp_path, recipe(source | {"where": {"kind": "2"}}), "train")[1]
+    assert counts["records"] == 2
+
+
+def test_the_columns_are_document_messages_and_response(tmp_path):
+    name = written(tmp_path / "a.json", [*records(1), {"text": "plain"}])
+    build(tmp_path, recipe({"files": [name]}, train=0, evaluation=2))
+    table = pq.read_table(tmp_path / "splits" / "eval" / "documents.parquet")
+    assert table.column_names == ["document", "messages", "response"]
+    assert set(table["messages"].to_pylist()) == {'[{"content":"question 0","role":"user"}]', None}
+    assert len(pq.read_table(tmp_path / "splits" / "train" / "documents.parquet")) == 0
+
+
+def test_where_keeps_the_records_with_the_value(tmp_path):
+    rows = [{**record, "subject": "ab"[n % 2], "bad": 1} for n, record in enumerate(records(10))]
+    # What is not kept need not be a document.
+    rows.append({"subject": "a"})
+    for name in ("a.json", "a.parquet"):
+        source = {"files": [written(tmp_path / name, rows)], "where": {"subject": "b", "bad": 1}}
+        assert build(tmp_path, recipe(source), "train")[1]["records"] == 5
+    message = refusal(tmp_path, {**source, "where": {"topic": "b"}})
+    assert "a.parquet: where names the column 'topic', which no record has" in message
+    assert message.endswith("['bad', 'prompt', 'response', 'subject']")
+    assert refusal(tmp_path, {**source, "where": {"subject": "c"}}).endswith(
+        "where = {\"subject\":\"c\"} keeps no record; the records have, for example, 'a'; 'b'"
+    )
+
+
+def test_evaluation_documents_come_from_eval_source(tmp_path):
+    source = {"files": [written(tmp_path / "train.json", records(10))]}
+    held = {"files": [written(tmp_path / "held.json", records(5, first=10))]}
+    settings = recipe(source, evaluation=5, calibration=3, eval_source=held)
+    train, evaluation, calibration, _ = build(tmp_path, settings)
+    assert {one.response for one in evaluation} == {f"answer {n}" for n in range(10, 15)}
+    assert {one.response for one in train + calibration} == {f"answer {n}" for n in range(10)}
+    assert len(calibration) == 3
+    # Neither is read for the other.
+    absent = {"files": [str(tmp_path / "absent.json")]}
+    build(tmp_path, recipe(source, evaluation=5, eval_source=absent), "train", "calibration")
+    build(tmp_path, recipe(absent, evaluation=5, eval_source=held), "eval")
+
+
+def test_too_few_documents_are_counted(tmp_path):
+    source = {"files": [written(tmp_path / "a.json", records(5) + records(2))]}
+    message = refusal(tmp_path, source, train=3, evaluation=2, calibration=1)
+    assert (
+        "a.json: 5 distinct documents, but 2 were asked for evaluation, 3 for training and 1"
+        in message
+    )
+    message = refusal(tmp_path, source, evaluation=5)
+    assert "5 were asked for evaluation, the rest for training and 0 for calibration" in message
+    message = refusal(tmp_path, source, "eval", evaluation=6, eval_source=source)
+    assert "6 were asked for evaluation, 0 for training and 0 for calibration" in message
+
+
+def test_a_synthetic_source_gives_as_many_documents_as_are_asked_for(tmp_path):
+    source = {"synthetic": "code"}
+    train, evaluation, _, counts = build(tmp_path, recipe(source, 800, 100))
+    assert counts["records"] - counts["duplicates"] == 900
+    more = build(tmp_path, recipe(source, 1600, 100, 50))
+    assert (more[0][:800], more[1]) == (train, evaluation)
+    identities = [one.document for split in more[:3] for one in split]
+    assert len(set(identities)) == len(identities) == 1750
+    assert "give train_documents a number" in refusal(tmp_path, source)
+
+
+def test_a_synthetic_source_runs_dry_with_a_message(tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        documents.synthetic, "documents", lambda domain, count, seed: records(1) * count
+    )
+    message = refusal(tmp_path, {"synthetic": "code"}, train=5)
+    assert "the synthetic domain code: 1 distinct documents" in message
+
+
+GOOD = '{"prompt": "a", "response": "b"}'
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.json", "", "a.json, line 1, column 1: not JSON"),
+        ("a.jsonl", "", "a.jsonl: the file holds no records"),
+        ("a.csv", "prompt,response\n", "a.csv: the file holds no records"),
+        ("a.csv", "", "a.csv: the file holds no records"),
+        (
+            "a.csv",
+            "prompt,response\na,b\nc,d,e\n",
+            "a.csv, at or after line 3: not CSV in UTF-8: more",
+        ),
+        (
+            "a.csv",
+            "text,text\na,b\n",
+            "a.csv, at or after line 1: not CSV in UTF-8: the header names",
+        ),
+        ("a.csv", 'text\na\n"b\n', "a.csv, at or after line 2: not CSV"),
+        ("a.csv", b"text\na\n\xff\n", "not CSV in UTF-8: 'utf-8' codec can't decode"),
+        ("a.jsonl.gz", "{}", "a.jsonl.gz: the file cannot be read: zlib inflate failed"),
+        ("a.json", "[]", "a.json: the file holds no records"),
+        ("a.json", "[{]", "a.json, line 1, column 3: not JSON"),
+        ("a.json", "[\n{'a': 1}]", "a.json, line 2, column 2: not JSON"),
+        ("a.json", GOOD, "a.json: must be a list of records, not {"),
+        ("a.json", f"[{GOOD}, 3]", "a.json, record 2: a record must be an object, not 3"),
+        ("a.json", b'["\xff"]', "a.json, line 1: not UTF-8"),
+        ("a.json", "[" * 100_000, "a.json, line 1: JSON that Python cannot hold"),
+        ("a.json", f"[{'1' * 9999}]", "a.json, line 1: JSON that Python cannot hold"),
+        ("a.jsonl", "\n\n", "a.jsonl: the file holds no records"),
+        ("a.jsonl", f"{GOOD}\n\n{{", "a.jsonl, line 3, column 2: not JSON"),
+        ("a.jsonl", f"{GOOD}\n[1]", "a.jsonl, line 2: a record must be an object, not [1]"),
+        ("a.jsonl", GOOD.encode() + b"\n\xff", "a.jsonl, line 2: not UTF-8"),
+        ("a.jsonl", GOOD.encode("utf-16"), "a.jsonl, line 1: not UTF-8"),
+        (
+            "a.parquet",
+            "PAR1 not really PAR1",
+            "a.parquet, after row 0: not a readable Parquet file",
+        ),
+        (
+            "a.parquet",
+            [{"prompt": "a", "response": b"b"}],
+            "a.parquet, row 1: 'response' must be text",
+        ),
+        ("a.txt", "prompt", "a.txt: unknown kind of file; use .json, .jsonl"),
+    ],
+)
+def test_a_bad_file_is_named_with_the_place(tmp_path, name, content, message):
+    assert message in refusal(tmp_path, {"files": [written(tmp_path / name, content)]})
+
+
+@pytest.mark.parametrize(
+    ("record", "message"),
+    [
+        ({"prompt": "a"}, "no response among its columns ['prompt']; a record needs"),
+        ({"prompt": "a", "response": None}, "no response among its columns"),
+        ({"prompt": "a", "response": " \n"}, "'response' is empty"),
+        ({"prompt": "", "response": "b"}, "'prompt' is empty"),
+        ({"prompt": [], "response": "b"}, "'prompt' is empty"),
+        ({"prompt": "a", "response": 3}, "'response' must be text, not 3"),
+        ({"prompt": "a", "response": "\ud800"}, "'response' holds half of a surrogate pair"),
+        ({"instruction": "a", "input": 3, "output": "b"}, "'input' must be text, not 3"),
+        ({"prompt": "a", "completion": USER}, "'completion' holds no assistant turn"),
+        ({"messages": USER}, "its messages hold no assistant turn"),
+        (
+            {"messages": [{"role": "assistant", "content": "b"}]},
+            "its messages begin with the response",
+        ),
+        ({"messages": "a"}, "'messages' must be a list of messages, not 'a'"),
+        ({"messages": ["a"]}, "'messages' must be a list of messages, not ['a']"),
+        (
+            {"messages": [{"role": ["user"], "content": "a"}]},
+            "'messages' has a message with role ['user']",
+        ),
+        (
+            {"messages": [{"role": "oracle", "content": "a"}]},
+            "'messages' has a message with role 'oracle'",
+        ),
+        ({"messages": [{"role": "user"}]}, "'content' must be text, not None"),
+        ({"text": ""}, "'text' is empty"),
+    ],
+)
+def test_a_bad_record_is_named_with_the_place(tmp_path, record, message):
+    name = written(tmp_path / "a.json", [*records(3), record])
+    refused = refusal(tmp_path, {"files": [name]})
+    assert f"a.json, record 4: {message}" in refused
+    assert refused.endswith("correct or remove the record, or set invalid_records: skip")
+
+
+def test_invalid_records_are_counted_and_skipped_if_one_says_so(tmp_path, capsys):
+    good, bad = records(20), {"prompt": "what?", "response": " "}
+    source = {"files": [written(tmp_path / "a.jsonl", [*good[:7], bad, *good[7:], bad, bad])]}
+    refused = refusal(tmp_path, source)
+    assert "a.jsonl, line 8: 'response' is empty" in refused and "(and 2 more like it)" in refused
+    skipping = recipe(source | {"invalid_records": "skip"}, evaluation=5)
+    skipped = build(tmp_path, skipping)
+    counts = skipped[-1]
+    assert (counts["records"], counts["duplicates"], counts["invalid_records"]) == (23, 0, 3)
+    log = capsys.readouterr().err
+    assert "3 of 23 records skipped, the first is " in log and "a.jsonl, line 8" in log
+    clean = {"files": [written(tmp_path / "b.jsonl", good)]}
+    assert build(tmp_path, recipe(clean, evaluation=5))[:3] == skipped[:3]
+
+
+def test_a_missing_file_an_empty_folder_and_a_damaged_parquet_are_named(tmp_path):
+    assert "a.json: no such file" in refusal(tmp_path, {"files": [str(tmp_path / "a.json")]})
+    (tmp_path / "b.json").mkdir()
+    assert "b.json: holds no file to read" in refusal(
+        tmp_path, {"files": [str(tmp_path / "b.json")]}
+    )
+    path = tmp_path / "c.parquet"
+    assert "c.parquet: no such file" in refusal(tmp_path, {"files": [str(path)]})
+    written(path, records(5000))
+    content = bytearray(path.read_bytes())
+    content[100:200] = bytes(100)
+    path.write_bytes(content)
+    assert "c.parquet, after row 0: not a readable" in refusal(tmp_path, {"files": [str(path)]})
+    path = compressed(
+        tmp_path / "d.jsonl.gz", b"".join(b'{"text": "%d"}\n' % n for n in range(9999))
+    )
+    (tmp_path / "d.jsonl.gz").write_bytes((tmp_path / "d.jsonl.gz").read_bytes()[:-99])
+    assert "d.jsonl.gz: the file cannot be read: Truncated" in refusal(tmp_path, {"files": [path]})
+
+
+def test_a_local_folder_is_a_dataset_that_leaves_no_copy(tmp_path, monkeypatch):
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    folder = tmp_path / "data"
+    folder.mkdir()
+    written(folder / "a.jsonl", [{**record, "kind": "x"} for record in records(5)])
+    source = {"dataset": str(folder)}
+    counts = build(tmp_path, recipe({**source, "where": {"kind": "x"}}), "train")[1]
+    assert counts["records"] == 5
+    message = refusal(tmp_path, {**source, "split": "test"})
+    assert "data [test]: the dataset cannot be loaded: " in message
+    (folder / "a.jsonl").write_text('{"prompt": "a", "resp')
+    assert "the dataset cannot be loaded: " in refusal(tmp_path, source)
+    assert not (tmp_path / "cache").exists()
+
+
+def test_a_dataset_that_cannot_be_reached_is_named(tmp_path, monkeypatch):
+    import datasets
+
+    def unreachable(*arguments, **options):
+        raise ConnectionError("Couldn't reach the Hub.\nTraceback and more")
+
+    monkeypatch.setattr(datasets, "load_dataset", unreachable)
+    message = refusal(tmp_path, {"dataset": "org/name", "revision": "a" * 40})
+    assert message.startswith(
+        "org/name [train]: the dataset cannot be loaded: Couldn't reach the Hub; "
+    )
+
+
+def test_a_dataset_of_the_hub_is_taken_from_the_cache_at_its_revision_only(tmp_path):
+    """Offline, by the library itself: it would hand out another version than was asked for."""
+    import datasets
+
+    file, commit = written(tmp_path / "a.jsonl", records(9)), "a" * 40
+    cache = tmp_path / "home" / "datasets"
+    datasets.load_dataset("json", data_files=str(file), split="train", cache_dir=str(cache))
+    # As it lies after a download: by repository, configuration, version and commit.
+    (made,) = (info.parent for info in cache.glob("json/*/*/*/dataset_info.json"))
+    version = cache / "org___name" / "default" / "0.0.0" / commit
+    version.parent.mkdir(parents=True)
+    made.rename(version)
+    (version / "json-train.arrow").rename(version / "name-train.arrow")
+    info = json.loads((version / "dataset_info.json").read_text())
+    (version / "dataset_info.json").write_text(json.dumps(info | {"dataset_name": "name"}))
+    environment = {**os.environ, "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1"}
+    for revision, status in ((commit, 0), ("main", 0), ("b" * 40, 1)):
+        settings = recipe({"dataset": "org/name", "revision": revision}).model_dump_json(
+            exclude_defaults=True
+        )
+        program = (
+            "from pathlib import Path; from mergelaw.data.documents import *;"
+            f"recipe = SplitRecipe.model_validate_json({settings!r});"
+            f"write_split(recipe, 'train', {{}}, Path({str(tmp_path / revision)!r}))"
+        )
+        ended = subprocess.run(
+            [sys.executable, "-c", program],
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert ended.returncode == status, ended.stderr
+    assert (
+        f"org/name [train]: revision {'b' * 40} is not in the cache, {commit} is;" in ended.stderr
+    )
+
+
+def folders(tmp_path, **domains):
+    """Folders of splits by domain, each from the numbers of its records."""
+    by_domain = {}
+    for domain, numbers in domains.items():
+        name = written(tmp_path / f"{domain}.json", [records(1, n)[0] for n in numbers])
+        settings = recipe({"files": [name]}, train=0, evaluation=len(numbers))
+        by_domain[domain] = tmp_path / domain
+        write_split(settings, "eval", {}, by_domain[domain])
+    return by_domain
+
+
+def test_overlap_of_splits_is_refused_across_domains(tmp_path):
+    train = folders(tmp_path, a=[1, 2], b=[1, 2, 4])
+    evaluation = folders(tmp_path, c=[3], d=[5, 6])
+    calibration = folders(tmp_path, e=[7])
+    check_overlap(train, evaluation, calibration)
+    for splits, words in (
+        (
+            (train, evaluation | folders(tmp_path, f=[1, 2, 7]), {}),
+            "a trains on documents that f evaluates on: 2 of",
+        ),
+        (
+            (train, evaluation, folders(tmp_path, g=[8, 6])),
+            "g calibrates on documents that d evaluates on: 1 of",
+        ),
+        (
+            (train, evaluation, folders(tmp_path, h=[4])),
+            "b trains on documents that h calibrates on: 1 of",
+        ),
+    ):
+        with pytest.raises(MergelawError) as caught:
+            check_overlap(*splits)
+        assert str(caught.value).startswith(words)
+        assert "'question " in str(caught.value) and "remove them" in str(caught.value)
+
+
+def test_what_is_not_a_split_is_refused(tmp_path):
+    with pytest.raises(MergelawError, match=r"documents\.parquet: not a split of a corpus"):
+        check_overlap({"a": tmp_path}, {}, {})
+    written(tmp_path / "documents.parquet", [{"document": "b"}])
+    with pytest.raises(MergelawError, match="not a split of a corpus"):
+        read_split(tmp_path)
+
+
+# Identities of splits
+
+
+def identities(settings, cache=None):
+    names = ("train", "eval", "calibration")
+    return [split_identity(settings, name, cache or FileCache()) for name in names]
+
+
+def test_a_split_of_files_is_known_by_its_documents(tmp_path):
+    source = {"files": [written(tmp_path / "a.json", records(30))]}
+    settings = recipe(source, evaluation=10, calibration=5)
+    train, evaluation, calibration = before = identities(settings)
+    assert all(len(identity["documents"]) == 64 for identity in before)
+    # Neither the kind of file nor its name, nor the order of its records matters.
+    moved = {"files": [written(tmp_path / "b.parquet", records(30)[::-1])]}
+    assert identities(recipe(moved, evaluation=10, calibration=5)) == before
+    # Another number of documents changes the splits that it is about.
+    fewer = identities(recipe(source, train=10, evaluation=10, calibration=4))
+    assert fewer[1] == evaluation and fewer[0] != train and fewer[2] != calibration
+    assert identities(recipe(source, train=10, evaluation=10, calibration=5))[1:] == before[1:]
+    # A document more lands in one split and moves at most one document over each border.
+    source = {"files": [written(tmp_path / "a.json", records(31))]}
+    documents_before = build(tmp_path, recipe(moved, evaluation=10, calibration=5))[:3]
+    documents_after = build(tmp_path, recipe(source, evaluation=10, calibration=5))[:3]
+    after = identities(recipe(source, evaluation=10, calibration=5))
+    assert [a == b for a, b in zip(after, before, strict=True)] == [
+        a == b for a, b in zip(documents_after, documents_before, strict=True)
+    ]
+    # A new eval_source changes evaluation alone.
+    held = {"files": [written(tmp_path / "c.json", records(10, first=50))]}
+    apart = identities(recipe(source, evaluation=10, calibration=5, eval_source=held))
+    more = {"files": [written(tmp_path / "d.json", records(11, first=50))]}
+    other = identities(recipe(source, evaluation=11, calibration=5, eval_source=more))
+    assert (other[0], other[2]) == (apart[0], apart[2]) and other[1] != apart[1]
+
+
+def test_contents_are_remembered_while_size_and_time_stay(tmp_path, monkeypatch):
+    path, file = tmp_path / "a.jsonl", tmp_path / "new" / "digests.json"
+    settings = recipe({"files": [written(path, records(5))]})
+    os.utime(path, ns=(1, 1))
+    before = identities(settings, FileCache(file))
+    assert before[0] != before[1]
+    written(path, records(5)[::-1])  # of the same size
+    os.utime(path, ns=(1, 1))
+    monkeypatch.setattr(sources, "_records", None)  # reading would fail
+    assert identities(settings, FileCache(file)) == before
+    monkeypatch.undo()
+    written(path, records(5, first=3))
+    os.utime(path, ns=(2, 2))
+    changed = identities(settings, FileCache(file))
+    assert changed == identities(settings) != before
+    with pytest.raises(MergelawError, match=r"a\.jsonl: no such file"):
+        path.unlink()
+        identities(settings, FileCache(file))
+
+
+def test_a_split_of_a_hub_dataset_or_a_synthetic_domain_is_its_source_and_counts():
+    source = {"dataset": "org/name", "revision": "abc", "where": {"x": 1}}
+    train, evaluation, _ = identities(recipe(source, evaluation=7, calibration=3))
+    assert evaluation == {"source": source, "seed": 0, "eval_documents": 7}
+    assert train == evaluation | {"train_documents": None, "calibration_documents": 3}
+    train, evaluation, calibration = identities(recipe({"synthetic": "code"}, 50, 7, 3))
+    version = documents.synthetic.GENERATOR_VERSION
+    assert evaluation == {
+        "source": {"synthetic": "code"},
+        "generator_version": version,
+        "seed": 0,
+        "eval_documents": 7,
+    }
+    assert train == evaluation | {"train_documents": 50}
+    assert calibration == train | {"calibration_documents": 3}
+
+
+def test_remembered_identities_need_no_heavy_import(tmp_path):
+    settings = recipe({"files": [written(tmp_path / "a.json", records(3))]})
+    identities(settings, FileCache(tmp_path / "cache.json"))
+    code = (
+        "import sys; from pathlib import Path; from mergelaw.data.documents import *;"
+        f"recipe = SplitRecipe.model_validate_json({settings.model_dump_json(exclude_defaults=True)!r});"
+        f"split_identity(recipe, 'train', FileCache(Path({str(tmp_path / 'cache.json')!r})));"
+        "heavy = {'pandas', 'pyarrow', 'datasets', 'torch', 'numpy'} & set(sys.modules);"
+        "assert not heavy, heavy"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_files_that_changed_after_their_key_was_made_are_noticed(tmp_path):
+    folder = tmp_path / "dataset"
+    folder.mkdir()
+    for source in ({"files": [str(tmp_path / "a.jsonl")]}, {"dataset": str(folder)}):
+        path = folder / "train.parquet" if "dataset" in source else tmp_path / "a.jsonl"
+        written(path, records(9))
+        settings = recipe(source)
+        identity = split_identity(settings, "train", FileCache())
+        write_split(settings, "train", identity, tmp_path / "first")
+        written(path, records(9, first=1))
+        with pytest.raises(MergelawError, match="changed since the run began; run again"):
+            write_split(settings, "train", identity, tmp_path / "second")
+        assert not (tmp_path / "second").exists()
