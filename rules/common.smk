@@ -8,8 +8,8 @@ import sys
 import tempfile
 from pathlib import Path
 
+from mergelaw.cli import forkserver
 from mergelaw.config import schema as mergelaw_config
-from mergelaw.workflow import forkserver
 from mergelaw.workflow import resources
 from mergelaw.workflow import slurm
 from mergelaw.errors import MergelawError, of_system

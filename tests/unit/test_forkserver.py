@@ -11,9 +11,9 @@ from pathlib import Path
 import psutil
 import pytest
 
-from mergelaw.workflow import forkserver
+from mergelaw.cli import forkserver
 
-MERGELAW = [sys.executable, "-c", "from mergelaw.cli.app import main; main()"]
+MERGELAW = [sys.executable, "-c", "from mergelaw.cli import main; main()"]
 
 
 def wait_for(condition) -> None:
@@ -100,11 +100,19 @@ def test_the_fork_dies_with_its_command(server, tmp_path):
 
 
 def test_the_command_fails_with_its_fork(server, tmp_path):
-    command = subprocess.Popen(corpus(str(tmp_path / "big"), 10**6), env=environment(server))
-    wait_for(lambda: forks(server))
-    for fork in forks(server):
-        fork.kill()
-    assert command.wait(10) == 128 + signal.SIGKILL
+    """In one line, whichever of its two processes is killed: the command's or the one that waits."""
+    for place in (0, -1):
+        command = subprocess.Popen(
+            corpus(str(tmp_path / "big"), 10**6),
+            env=environment(server), stderr=subprocess.PIPE, text=True,
+        )  # fmt: skip
+        wait_for(lambda: len(forks(server)) == 2)
+        sorted(forks(server), key=lambda process: process.create_time())[place].kill()
+        _, errors = command.communicate(timeout=10)
+        assert command.returncode == 128 + signal.SIGKILL
+        line = errors.splitlines()[-1]
+        assert line.startswith("mergelaw: error:") and "SIGKILL" in line
+        wait_for(lambda: not forks(server))
 
 
 def test_without_a_server_the_command_runs_by_itself(tmp_path):
@@ -120,7 +128,7 @@ def test_without_a_server_the_command_runs_by_itself(tmp_path):
 def test_a_fork_outlives_the_server(tmp_path):
     process, address = started()
     command = subprocess.Popen(corpus(str(tmp_path / "some"), 3000), env=environment(address))
-    wait_for(lambda: forks(address))
+    wait_for(lambda: len(forks(address)) == 2)
     ended(process, address)
     assert command.wait(120) == 0
     assert (tmp_path / "some" / "lineage.json").exists()

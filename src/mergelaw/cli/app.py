@@ -14,7 +14,6 @@ import typer
 
 from mergelaw.artifacts import keys, lineage
 from mergelaw.errors import MergelawError, of_system
-from mergelaw.workflow import forkserver
 
 app = typer.Typer(
     help="Measure the scaling law of model merging, and plan with it.",
@@ -59,9 +58,6 @@ SaveEvery = Annotated[float, typer.Option(help="seconds between states to resume
 
 def main() -> None:
     """Entry point: a user's mistake is one line on stderr and exit status 1."""
-    status = forkserver.hand_over(sys.argv[1:])
-    if status is not None:
-        sys.exit(status)
     # Importing torch and transformers makes objects by the million that all stay; to look for
     # garbage among them takes a fifth of the time, and at the end again as long.
     gc.set_threshold(100_000, 50, 50)
