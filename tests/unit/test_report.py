@@ -75,7 +75,7 @@ def test_it_holds_every_method_base_and_domain(report):
         assert name in page
     assert "A small study" in page
     assert "w32/average/circle-2" in page
-    assert "training budget" in page
+    assert "do not extrapolate" in page
 
 
 def test_it_needs_nothing_from_elsewhere(report):
@@ -94,13 +94,30 @@ def test_facts_are_text_and_not_markup(report):
 def test_figures_and_tables_are_files_too(report):
     drawn = {path.stem for path in (report / "figures").glob("*.svg")}
     assert drawn == {path.stem for path in (report / "figures").glob("*.png")}
-    assert drawn == {"curves", "domains_average", "domains_ties", "floors"}
+    assert drawn == {"methods", "curves", "domains_average", "domains_ties", "floors"}
     tables = {path.stem: pd.read_csv(path) for path in (report / "tables").glob("*.csv")}
     assert set(tables) == {"parameters", "floors", "points", "refused", "variances"}
     assert len(tables["parameters"]) == 2 * 4 * (1 + 4)
     fixed = tables["parameters"].query("law == 'merging_fixed_N'")
     assert (fixed["L_inf_low"] <= fixed["L_inf"]).all()
     assert (fixed["L_inf"] <= fixed["L_inf_high"]).all()
+
+
+def test_a_base_far_above_its_merges_is_marked_with_its_loss(tmp_path):
+    rows = study_rows(methods=("average",), domains=("code",), sizes={"w32": 2.7e-5})
+    rows.loc[rows["role"] == "base", "ce"] = 11.7
+    write_fits(rows, tmp_path / "laws", missing=[])
+    write_report(tmp_path / "laws", rows, tmp_path / "report", title="Far", facts={})
+    assert ">11.7</text>" in (tmp_path / "report/figures/curves.svg").read_text()
+
+
+def test_the_floors_table_counts_the_experts_within_each_distance(report):
+    floors = pd.read_csv(report / "tables/floors.csv")
+    assert len(floors) == 2 * 4 * 4
+    macro = floors[floors["domain"] == "macro"]
+    assert (macro["asymptotic_low"] <= macro["asymptotic"]).all()
+    assert (macro["asymptotic"] <= macro["reachable"]).all()
+    assert (floors["k_within_0.05"] <= floors["k_within_0.01"]).all()
 
 
 def test_intervals_and_rivals_stand_beside_the_parameters(report):

@@ -1,0 +1,273 @@
+"""The report's tables, for the page and as CSV files."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pandas as pd
+from markupsafe import Markup
+
+from mergelaw.laws.diagnostics import LADDER
+from mergelaw.laws.fits import WITHIN
+from mergelaw.laws.law import LAWS, MERGING, VARIANCE, Law
+from mergelaw.laws.noise import WIDE
+from mergelaw.laws.points import MACRO
+
+PLACE = ["method", "family", "domain", "base", "N"]
+NONE = "–"
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table on the page: headings, the cells of each row as text, the first two being words.
+
+    The first ``strong`` rows are set in bold. The last column refers to the notes, if there are
+    any, by their numbers from 1.
+    """
+
+    columns: Sequence[str]
+    rows: list[list[str]]
+    strong: int = 0
+    notes: Sequence[str] = ()
+
+
+def size_label(N: float) -> str:
+    """Billions of parameters with their unit: 72B, 1.5B, 161k."""
+    for unit, factor in (("B", 1.0), ("M", 1e3), ("k", 1e6)):
+        if N * factor >= 0.9995:
+            return f"{N * factor:.3g}{unit}"
+    return f"{N * 1e9:.3g}"
+
+
+def base_label(base: str, N: float) -> str:
+    """A base's name and size: 1.5B-base (1.31B)."""
+    return f"{base} ({size_label(N)})"
+
+
+def mean_loss(rows: pd.DataFrame, by: list[str]) -> pd.DataFrame:
+    """Mean loss of groups of rows, without the groups in which a loss is not finite."""
+    groups = rows.groupby(by).agg(ce=("ce", "mean"), finite=("finite", "all"))
+    return groups[groups["finite"].astype(bool)].drop(columns="finite").reset_index()
+
+
+def _interval(ends: Sequence[float | None] | None, digits: str = ".3g") -> str:
+    """An interval as text; an open end, None, is infinite."""
+    if not isinstance(ends, list):
+        return ""
+    low, high = ("∞" if end is None else format(end, digits) for end in ends)
+    return f"{low} to {high}"
+
+
+# ---- What was measured
+
+
+def measured(rows: pd.DataFrame, points: pd.DataFrame) -> dict[str, str]:
+    """The study's methods, experts, domains and numbers of merges: label to text."""
+    merges = rows[rows["role"] == "merge"]
+    merge = ["method", "base", "merge"]
+    pool = sorted(set(merges["experts"].explode()))
+    domains = sorted(rows["domain"].unique())
+    held_out = rows.loc[rows["held_out"].astype(bool), "domain"].nunique()
+    subsets = points.loc[points["domain"] == MACRO, "subsets"]
+    circles = int(points["replicates"].max())
+    sampling = "subsets of the pool for each k and base"
+    if len(subsets):
+        low, high = subsets.min(), subsets.max()
+        sampling = f"{low if low == high else f'{low} to {high}'} {sampling}"
+    return {
+        "Methods": ", ".join(sorted(points["method"].unique())),
+        "Experts in the pool": f"{len(pool)}: {', '.join(pool)}",
+        "Experts merged, k": ", ".join(map(str, sorted(points["k"].unique()))),
+        "Sampling": sampling + (f", on {circles} circles" if circles > 1 else ""),
+        "Evaluation domains": f"{len(domains)}: {', '.join(domains)}"
+        + (f"; {held_out} of them without an expert" if held_out else ""),
+        "Merges measured": f"{len(merges.drop_duplicates(merge)):,}",
+        "Cells (a merge on a domain)": f"{len(merges.drop_duplicates([*merge, 'domain'])):,}",
+    }
+
+
+def bases(rows: pd.DataFrame) -> Table:
+    """Each base's size, its loss, and the loss of its multitask baseline."""
+    place = ["family", "N", "base", "N_total"]
+    losses = mean_loss(rows, [*place, "role"]).set_index([*place, "role"])["ce"]
+    records = []
+    for family, N, base, total in rows[place].drop_duplicates().sort_values("N").to_numpy():
+        loss = [losses.get((family, N, base, total, role)) for role in ("base", "baseline")]
+        texts = [NONE if value is None else f"{value:.4f}" for value in loss]
+        records.append([base, family, size_label(N), size_label(total), *texts])
+    headings = ["base", "family", "N, non-embedding", "all parameters", "base, k = 0", "multitask"]
+    return Table(headings, records)
+
+
+def short_ladders(points: pd.DataFrame) -> dict[str, str]:
+    """Families whose largest N is less than LADDER times the smallest: name to that ratio."""
+    sizes = points.groupby("family")["N"]
+    ratios = sizes.max() / sizes.min()
+    return {str(family): f"{r:.3g}" for family, r in ratios.items() if 1 < r < LADDER}
+
+
+# ---- What was fitted
+
+
+def floors(fits: pd.DataFrame) -> Table:
+    """Asymptotic and reachable floors (nats per token) of fits of single bases."""
+    records = []
+    for fit in _ordered(fits):
+        (floor,) = fit["floors"]
+        cells = [
+            Markup("{:.4f} <small>{}</small>").format(
+                floor[name], _interval(floor[f"{name}_interval"], ".4f")
+            )
+            for name in ("asymptotic", "reachable")
+        ]
+        steps = [_experts_needed(step) for step in floor["k_within"]]
+        records.append([fit["method"], fit["base"], f"{floor['M']}", *cells, " / ".join(steps)])
+    within = f"experts within {' / '.join(f'{nats:g}' for nats in WITHIN)}"
+    headings = ["method", "base", "M", "asymptotic floor, L_inf", "reachable floor, L(M)", within]
+    return Table(headings, records)
+
+
+def _experts_needed(step: Mapping[str, Any]) -> str:
+    """A number of experts, in brackets if the pool has fewer."""
+    if step["k"] is None:
+        return "none"
+    return f"{step['k']}" if step["reachable"] else f"({step['k']})"
+
+
+def parameters(fits: pd.DataFrame, law: Law, of: str) -> Table:
+    """Parameters of a law's fits with intervals; warnings and doubts are numbered notes.
+
+    Args:
+        fits: the fits to list, in laws.json's form.
+        law: the law that they fit.
+        of: the column that tells a method's fits apart: ``domain`` or ``base``.
+    """
+    notes: dict[str, int] = {}
+    records = []
+    for fit in _ordered(fits):
+        # The doubts about each domain's fit would fill the page; tables/parameters.csv has them.
+        doubts = fit["doubts"] if fit["domain"] == MACRO and law is MERGING else []
+        for sentence in (sentences := [*fit["warnings"], *doubts]):
+            notes.setdefault(sentence, len(notes) + 1)
+        records.append(
+            [
+                fit["method"],
+                fit["domain"] if of == "domain" else base_label(fit["base"], fit["N"]),
+                *(_parameter(fit, name) for name in law.parameters),
+                NONE if pd.isna(fit["r2"]) else f"{fit['r2']:.5f}",
+                f"{fit['rmse']:.2g}",
+                f"{fit['n_points']}",
+                ", ".join(map(str, sorted(notes[sentence] for sentence in sentences))),
+            ]
+        )
+    headings = ["method", of, *law.parameters, "R²", "RMSE", "points", "notes"]
+    strong = int((fits["domain"] == MACRO).sum()) if of == "domain" else 0
+    return Table(headings, records, strong=strong, notes=list(notes))
+
+
+def _parameter(fit: Mapping[str, Any], name: str) -> str:
+    """A parameter with its interval for this pool and, if any, the one for experts like these."""
+    text = Markup("{:.4g}").format(fit["parameters"][name])
+    for column, form in (("intervals", "{}"), ("experts_intervals", "({})")):
+        if interval := _interval(fit[column].get(name)):
+            text += Markup("<br><small>{}</small>").format(form.format(interval))
+    return text
+
+
+def _ordered(fits: pd.DataFrame) -> list[dict[Any, Any]]:
+    """Fits as records: macro first, then by method, domain and size."""
+    ordered = fits.assign(later=fits["domain"] != MACRO)
+    return ordered.sort_values(["later", "method", "domain", "N"]).to_dict("records")
+
+
+def shared(pooled: Mapping[str, Any]) -> str:
+    """A sentence on the parameters that a method's domains share."""
+    place = f"{pooled['method']}, {len(pooled['domains'])} domains"
+    if not pooled["parameters"]:
+        return f"{place}: the domains share no parameter"
+    alone = next(way["above"] for way in pooled["ways"] if not way["shared"])
+    values = ", ".join(
+        f"{name} = {value:.4g} (90%: {_interval(pooled['intervals'][name])})"
+        for name, value in pooled["parameters"].items()
+    )
+    return f"{place}: {values} in all; AICc is {alone:.1f} lower than if nothing is shared"
+
+
+def rivals(fits: pd.DataFrame) -> Table | None:
+    """Other laws' AICc above the best, and the law's error on points that were held out.
+
+    Only joint fits are listed, if any, because they have enough points to tell laws apart.
+    """
+    joint = fits["law"] == MERGING.name
+    fits = fits[joint] if joint.any() else fits
+    compared = [fit for fit in fits["rivals"] if fit[0]["above"] is not None]
+    if not compared:
+        return None
+    names = sorted({rival["law"] for fit in compared for rival in fit}, key=list(LAWS).index)
+    records = []
+    for fit in _ordered(fits):
+        above = {rival["law"]: rival["above"] for rival in fit["rivals"]}
+        values = [above.get(name) for name in names]
+        records.append(
+            [
+                fit["method"],
+                base_label(fit["base"], fit["N"]) if isinstance(fit["base"], str) else "all",
+                *(NONE if value is None else f"{value:.1f}" for value in values),
+                *(_forecast_error(fit["left_out"].get(name)) for name in ("k", "N")),
+            ]
+        )
+    headings = [name.removesuffix("_fixed_N") for name in names]
+    return Table(["method", "bases", *headings, "last k held out", "last N held out"], records)
+
+
+def _forecast_error(forecast: Mapping[str, float | None] | None) -> str:
+    if not forecast:
+        return NONE
+    same = "" if forecast["same"] is None else f" ({forecast['same']:.2g})"
+    return f"{forecast['error']:.2g}{same}"
+
+
+def refused(fits: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Refused fits as sentences, one per method, base and reason."""
+    domains: dict[tuple[str, str, str], list[str]] = {}
+    for fit in fits:
+        place = fit["method"], fit["base"] or "all sizes", fit["reason"]
+        domains.setdefault(place, []).append(fit["domain"])
+    return [f"{m}, {base} ({', '.join(d)}): {why}" for (m, base, why), d in domains.items()]
+
+
+# ---- Files
+
+
+def files(
+    study: Mapping[str, Any], points: pd.DataFrame, parameters: pd.DataFrame
+) -> dict[str, pd.DataFrame]:
+    """The tables that are written as CSV files, by name.
+
+    Args:
+        study: the content of laws.json.
+        points, parameters: the tables of points.parquet and parameters.parquet.
+    """
+    bounds = []
+    for fit in study["fits"]:
+        if fit["base"] is not None:
+            (floor,) = fit["floors"]
+            record = {name: fit[name] for name in PLACE} | {"M": floor["M"]}
+            for name in ("asymptotic", "reachable"):
+                record[name] = floor[name]
+                ends = floor[f"{name}_interval"] or (None, None)
+                record |= {f"{name}_low": ends[0], f"{name}_high": ends[1]}
+            bounds.append(record | {f"k_within_{s['nats']:g}": s["k"] for s in floor["k_within"]})
+    variances = [
+        {name: fit[name] for name in PLACE} | fit["parameters"] | {"r2": fit["r2"]}
+        for fit in study["variances"]
+    ]
+    sentences = {name: parameters[name].map("; ".join) for name in ("warnings", "doubts")}
+    order = ["domain", "method", "N", "base"]
+    return {
+        "parameters": parameters.assign(**sentences).sort_values(["law", *order]),
+        "floors": pd.DataFrame(bounds, columns=[*PLACE] if not bounds else None),
+        "points": points.drop(columns=[*WIDE], errors="ignore"),
+        "variances": pd.DataFrame(variances, columns=[*PLACE, *VARIANCE.linear, "r2"]),
+        "refused": pd.DataFrame(study["refused"], columns=[*PLACE[:4], "law", "reason"]),
+    }
