@@ -32,7 +32,6 @@ $(PEERS)/.installed: requirements-peers.txt
 .PHONY: demo test test-conformance test-openrlhf test-slurm bench lint clean-venv
 demo: $(VENV)/.installed
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python benchmarks/measure.py -- $(BIN)/snakemake --profile profiles/local
-	$(BIN)/mergelaw summary --config config/config.yaml
 
 test: $(VENV)/.installed
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest -n 2

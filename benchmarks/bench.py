@@ -36,7 +36,7 @@ import torch
 import transformers
 import yaml
 
-from mergelaw.artifacts import lineage
+from mergelaw.artifacts import lineage, store
 from mergelaw.cli.app import app as cli
 from mergelaw.data.tokenize import Window
 from mergelaw.evaluation import cross_entropy
@@ -173,7 +173,7 @@ def make_models(folder: Path, size: str, count: int) -> tuple[Path, dict[str, Pa
 
 def vector_of(base: Path, expert: Path) -> TaskVector:
     folder = expert.with_name(f"{expert.name}.vector")
-    lineage.make(
+    store.make(
         folder, "task_vector", {}, {}, lambda work, state: task_vector.write(base, expert, work)
     )
     return TaskVector(folder)

@@ -41,7 +41,7 @@ def measure(settings: dict[str, int], folder: Path) -> dict[str, float]:
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from mergelaw.artifacts import lineage
+    from mergelaw.artifacts import lineage, store
     from mergelaw.data import documents as corpus
     from mergelaw.evaluation import read_rows
     from mergelaw.evaluation import shard as evaluate
@@ -51,7 +51,7 @@ def measure(settings: dict[str, int], folder: Path) -> dict[str, float]:
     from mergelaw.models.recipe import Pretraining
 
     def artifact(name: str, stage: str, work) -> Path:
-        lineage.make(folder / name, stage, {}, {}, lambda made, state: work(made) and None)
+        store.make(folder / name, stage, {}, {}, lambda made, state: work(made) and None)
         return folder / name
 
     recipe = {

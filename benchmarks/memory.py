@@ -115,10 +115,10 @@ def write_model(folder: Path, config: dict, layout: dict, base: Path | None, see
 
 
 def artifact(folder: Path, stage: str, source: Path) -> Path:
-    from mergelaw.artifacts import lineage
+    from mergelaw.artifacts import store
     from mergelaw.models import checkpoint
 
-    lineage.make(folder, stage, {}, {}, lambda work, state: checkpoint.link(source, work))
+    store.make(folder, stage, {}, {}, lambda work, state: checkpoint.link(source, work))
     return folder
 
 
@@ -129,7 +129,7 @@ def step(folder: Path, what: str, storage: str, recipe: dict[str, Any]) -> dict[
     """One measurement, in this process."""
     import torch
 
-    from mergelaw.artifacts import lineage
+    from mergelaw.artifacts import store
     from mergelaw.merging import engine as merge
     from mergelaw.merging import task_vector
     from mergelaw.merging.methods import method_of
@@ -148,7 +148,7 @@ def step(folder: Path, what: str, storage: str, recipe: dict[str, Any]) -> dict[
             for name, expert in experts.items():
                 inputs = {"base": base, "expert": expert}
                 place = folder / storage / name
-                lineage.make(place, "task_vector", {}, inputs, lambda m, s, e=expert: work(m, e))
+                store.make(place, "task_vector", {}, inputs, lambda m, s, e=expert: work(m, e))
         return {"bytes": peak.bytes, "seconds": peak.seconds}
     method = method_of(recipe)
     pool = {name: task_vector.TaskVector(folder / storage / name) for name in experts}

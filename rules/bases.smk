@@ -1,18 +1,41 @@
-rule get_base:
+bases = pipeline.paths("bases/{name}@{key}")
+
+
+rule pretrain_base:
     input:
-        needs("bases/{name}@{key}"),
+        corpora=bases.input("corpora"),
+        overlap=bases.input("overlap"),
     output:
-        update("<results>/bases/{name}@{key}/lineage.json"),
+        update(bases.output),
     log:
-        "<results>/logs/bases/{name}@{key}.log",
+        bases.log,
+    wildcard_constraints:
+        name=pipeline.names(*(a for a in study.bases.values() if a.trains)),
     conda:
         "../envs/main.yaml"
     threads: 1
     resources:
-        **asks("bases/{name}@{key}"),
+        **bases.resources,
     params:
-        options=options("bases/{name}@{key}"),
+        job=bases.job,
+    message:
+        "pre-training of base {wildcards.name}"
+    shell:
+        "mergelaw stage base {params.job:q} --threads {threads} &> {log:q}"
+
+
+rule fetch_base:
+    output:
+        update(bases.output),
+    log:
+        bases.log,
+    wildcard_constraints:
+        name=pipeline.names(*(a for a in study.bases.values() if not a.trains)),
+    conda:
+        "../envs/main.yaml"
+    params:
+        job=bases.job,
     message:
         "base {wildcards.name}"
     shell:
-        "mergelaw base {params.options} --threads {threads} &> {log:q}"
+        "mergelaw stage base {params.job:q} &> {log:q}"

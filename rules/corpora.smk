@@ -1,32 +1,34 @@
+corpora = pipeline.paths("corpora/{name}@{key}")
+overlap = pipeline.paths("checks/overlap@{key}")
+
+
 rule build_corpus:
-    input:
-        needs("corpora/{name}@{key}"),
     output:
-        update("<results>/corpora/{name}@{key}/lineage.json"),
+        update(corpora.output),
     log:
-        "<results>/logs/corpora/{name}@{key}.log",
+        corpora.log,
     conda:
         "../envs/main.yaml"
     params:
-        options=options("corpora/{name}@{key}"),
+        job=corpora.job,
     message:
         "corpus {wildcards.name}"
     shell:
-        "mergelaw corpus {params.options} &> {log:q}"
+        "mergelaw stage corpus {params.job:q} &> {log:q}"
 
 
 rule check_overlap:
     input:
-        needs("checks/overlap@{key}"),
+        corpora=overlap.input("corpora"),
     output:
-        update("<results>/checks/overlap@{key}/lineage.json"),
+        update(overlap.output),
     log:
-        "<results>/logs/checks/overlap@{key}.log",
+        overlap.log,
     conda:
         "../envs/main.yaml"
     params:
-        options=options("checks/overlap@{key}"),
+        job=overlap.job,
     message:
         "no document trained on here and evaluated there"
     shell:
-        "mergelaw check-overlap {params.options} &> {log:q}"
+        "mergelaw stage check-overlap {params.job:q} &> {log:q}"

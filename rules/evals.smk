@@ -1,19 +1,26 @@
+evals = pipeline.paths("evals/{base}/{method}/{name}@{key}")
+
+
 rule evaluate_merges:
     input:
-        needs("evals/{base}/{method}/{name}@{key}"),
+        base=evals.input("base"),
+        task_vectors=evals.input("task_vectors"),
+        corpora=evals.input("corpora"),
+        overlap=evals.input("overlap"),
     output:
-        update("<results>/evals/{base}/{method}/{name}@{key}/lineage.json"),
+        update(evals.output),
     log:
-        "<results>/logs/evals/{base}/{method}/{name}@{key}.log",
+        evals.log,
     conda:
         "../envs/main.yaml"
     threads: 1
     resources:
-        **asks("evals/{base}/{method}/{name}@{key}"),
+        **evals.resources,
     params:
-        options=options("evals/{base}/{method}/{name}@{key}"),
+        job=evals.job,
         cells=f"{study.results}/cells/{{base}}",
     message:
         "cross-entropy of {wildcards.method} on {wildcards.base}, shard {wildcards.name}"
     shell:
-        "mergelaw evaluate {params.options} --threads {threads} --cells {params.cells:q} &> {log:q}"
+        "mergelaw stage evaluate {params.job:q} --threads {threads} --cells {params.cells:q}"
+        " &> {log:q}"

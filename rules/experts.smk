@@ -1,18 +1,42 @@
-rule get_expert:
+experts = pipeline.paths("experts/{base}/{name}@{key}")
+
+
+rule train_expert:
     input:
-        needs("experts/{base}/{name}@{key}"),
+        base=experts.input("base"),
+        corpora=experts.input("corpora"),
+        overlap=experts.input("overlap"),
     output:
-        update("<results>/experts/{base}/{name}@{key}/lineage.json"),
+        update(experts.output),
     log:
-        "<results>/logs/experts/{base}/{name}@{key}.log",
+        experts.log,
+    wildcard_constraints:
+        name=pipeline.names(*(a for a in study.experts.values() if a.trains)),
     conda:
         "../envs/main.yaml"
     threads: 1
     resources:
-        **asks("experts/{base}/{name}@{key}"),
+        **experts.resources,
     params:
-        options=options("experts/{base}/{name}@{key}"),
+        job=experts.job,
+    message:
+        "training of expert {wildcards.name} on {wildcards.base}"
+    shell:
+        "mergelaw stage expert {params.job:q} --threads {threads} &> {log:q}"
+
+
+rule fetch_expert:
+    output:
+        update(experts.output),
+    log:
+        experts.log,
+    wildcard_constraints:
+        name=pipeline.names(*(a for a in study.experts.values() if not a.trains)),
+    conda:
+        "../envs/main.yaml"
+    params:
+        job=experts.job,
     message:
         "expert {wildcards.name} on {wildcards.base}"
     shell:
-        "mergelaw expert {params.options} --threads {threads} &> {log:q}"
+        "mergelaw stage expert {params.job:q} &> {log:q}"

@@ -1,15 +1,20 @@
+laws = pipeline.paths("laws/{name}@{key}")
+
+
 rule fit_laws:
     input:
-        needs("laws/{name}@{key}"),
+        evals=laws.input("evals"),
     output:
-        update("<results>/laws/{name}@{key}/lineage.json"),
+        update(laws.output),
     log:
-        "<results>/logs/laws/{name}@{key}.log",
+        laws.log,
     conda:
         "../envs/main.yaml"
+    resources:
+        **laws.resources,
     params:
-        options=options("laws/{name}@{key}"),
+        job=laws.job,
     message:
         "law fits"
     shell:
-        "mergelaw fit {params.options} &> {log:q}"
+        "mergelaw stage fit {params.job:q} &> {log:q}"

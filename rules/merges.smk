@@ -1,34 +1,37 @@
-rule sample_merges:
-    input:
-        needs("plans/{name}@{key}"),
+designs = pipeline.paths("designs/{name}@{key}")
+merges = pipeline.paths("merges/{base}/{method}/{name}@{key}")
+
+
+rule sample_design:
     output:
-        update("<results>/plans/{name}@{key}/lineage.json"),
+        update(designs.output),
     log:
-        "<results>/logs/plans/{name}@{key}.log",
+        designs.log,
     conda:
         "../envs/main.yaml"
     params:
-        options=options("plans/{name}@{key}"),
+        job=designs.job,
     message:
-        "plan of the merges on {wildcards.name}"
+        "design of the merges on {wildcards.name}"
     shell:
-        "mergelaw sample {params.options} &> {log:q}"
+        "mergelaw stage design {params.job:q} &> {log:q}"
 
 
 rule write_merge:
     input:
-        needs("merges/{base}/{method}/{name}@{key}"),
+        base=merges.input("base"),
+        task_vectors=merges.input("task_vectors"),
     output:
-        update("<results>/merges/{base}/{method}/{name}@{key}/lineage.json"),
+        update(merges.output),
     log:
-        "<results>/logs/merges/{base}/{method}/{name}@{key}.log",
+        merges.log,
     conda:
         "../envs/main.yaml"
     resources:
-        **asks("merges/{base}/{method}/{name}@{key}"),
+        **merges.resources,
     params:
-        options=options("merges/{base}/{method}/{name}@{key}"),
+        job=merges.job,
     message:
         "merge {wildcards.name} as a checkpoint"
     shell:
-        "mergelaw merge {params.options} &> {log:q}"
+        "mergelaw stage merge {params.job:q} &> {log:q}"

@@ -1,15 +1,19 @@
+reports = pipeline.paths("reports/{name}@{key}")
+
+
 rule write_report:
     input:
-        needs("reports/{name}@{key}"),
+        laws=reports.input("laws"),
+        evals=reports.input("evals"),
     output:
-        update("<results>/reports/{name}@{key}/lineage.json"),
+        update(reports.output),
     log:
-        "<results>/logs/reports/{name}@{key}.log",
+        reports.log,
     conda:
         "../envs/main.yaml"
     params:
-        options=options("reports/{name}@{key}"),
+        job=reports.job,
     message:
         "report"
     shell:
-        "mergelaw report {params.options} &> {log:q}"
+        "mergelaw stage report {params.job:q} &> {log:q}"

@@ -1,17 +1,21 @@
+task_vectors = pipeline.paths("task_vectors/{base}/{name}@{key}")
+
+
 rule make_task_vector:
     input:
-        needs("task_vectors/{base}/{name}@{key}"),
+        base=task_vectors.input("base"),
+        expert=task_vectors.input("expert"),
     output:
-        update("<results>/task_vectors/{base}/{name}@{key}/lineage.json"),
+        update(task_vectors.output),
     log:
-        "<results>/logs/task_vectors/{base}/{name}@{key}.log",
+        task_vectors.log,
     conda:
         "../envs/main.yaml"
     resources:
-        **asks("task_vectors/{base}/{name}@{key}"),
+        **task_vectors.resources,
     params:
-        options=options("task_vectors/{base}/{name}@{key}"),
+        job=task_vectors.job,
     message:
         "task vector {wildcards.name} on {wildcards.base}"
     shell:
-        "mergelaw task-vector {params.options} &> {log:q}"
+        "mergelaw stage task-vector {params.job:q} &> {log:q}"

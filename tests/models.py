@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from mergelaw.artifacts import lineage
+from mergelaw.artifacts import store
 from mergelaw.data.documents import Document
 from mergelaw.merging import task_vector
 from mergelaw.merging.task_vector import TaskVector
@@ -95,7 +95,7 @@ def write_expert(
 def as_artifact(source: Path, stage: str) -> Path:
     """The artifact that the pipeline makes of a checkpoint or adapter from outside."""
     folder = source.with_name(f"{source.name}@artifact")
-    lineage.make(folder, stage, {}, {}, lambda work, state: checkpoint.link(source, work))
+    store.make(folder, stage, {}, {}, lambda work, state: checkpoint.link(source, work))
     return folder
 
 
@@ -108,7 +108,7 @@ def write_task_vector(base: Path, expert: Path, folder: Path, **how: Any) -> Tas
     def work(made: Path, state: Path) -> dict[str, Any]:
         return task_vector.write(base, expert, made, **how)
 
-    lineage.make(folder, "task_vector", {}, inputs, work)
+    store.make(folder, "task_vector", {}, inputs, work)
     return TaskVector(folder)
 
 

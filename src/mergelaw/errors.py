@@ -6,16 +6,16 @@ from collections.abc import Iterable
 
 
 class MergelawError(Exception):
-    """Bad input or a state that cannot be worked with.
+    """Bad input, or a state that mergelaw cannot work with.
 
     The message is one line: where, what is wrong, what to do.
     """
 
 
-def of_system(error: OSError) -> str:
-    """Format an OSError as one line: the file and the system's reason."""
-    why = os.strerror(error.errno) if error.errno is not None else error
-    return f"{error.filename or 'file system'}: {why}; fix it and rerun"
+def system_message(error: OSError) -> str:
+    """An error of the operating system as one line: the file and the system's reason."""
+    reason = os.strerror(error.errno) if error.errno is not None else error
+    return f"{error.filename or 'file system'}: {reason}; fix it and rerun"
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

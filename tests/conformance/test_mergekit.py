@@ -19,7 +19,8 @@ import yaml
 from safetensors.torch import save_file
 from typer.testing import CliRunner
 
-from mergelaw.artifacts import lineage
+import jobs
+from mergelaw.artifacts import store
 from mergelaw.cli.app import app
 from mergelaw.merging.methods import method_of
 from mergelaw.merging.methods.dare import keep_mask
@@ -69,31 +70,28 @@ class Study:
             )
             expert = self._artifact(name, "expert", trained)
             self.vectors[name] = folder / f"vector{number}@1"
-            self._run(
-                "task-vector", "--base", self.base, "--expert", expert, "--output",
-                self.vectors[name],
-            )  # fmt: skip
+            inputs = {"base": self.base, "expert": expert}
+            self._run("task-vector", "task_vector", self.vectors[name], {}, inputs)
 
     def _artifact(self, name: str, stage: str, source: Path) -> Path:
         def copy(folder: Path, state: Path) -> None:
             for path in source.iterdir():
                 (folder / path.name).write_bytes(path.read_bytes())
 
-        lineage.make(self.folder / f"{name}@1", stage, {}, {}, copy)
+        store.make(self.folder / f"{name}@1", stage, {}, {}, copy)
         return self.folder / f"{name}@1"
 
-    @staticmethod
-    def _run(*arguments: object) -> None:
-        done = CliRunner().invoke(app, [str(a) for a in arguments], catch_exceptions=False)
+    def _run(self, command: str, stage: str, output: Path, recipe: dict, inputs: dict) -> None:
+        job = jobs.write(self.folder / f"{output.name}.json", stage, output, recipe, inputs=inputs)
+        words = ["stage", command, str(job)]
+        done = CliRunner().invoke(app, words, catch_exceptions=False)
         assert done.exit_code == 0, done.output
 
     def merge(self, name: str, method: dict, weights: list[float] | None = None) -> Path:
         recipe = {"method": method, "experts": list(self.vectors), "weights": weights}
         output = self.folder / f"{name}@1"
-        given = [f"--task-vector={expert}={path}" for expert, path in self.vectors.items()]
-        self._run(
-            "merge", "--recipe", json.dumps(recipe), "--base", self.base, "--output", output, *given
-        )
+        inputs = {"base": self.base, "task_vectors": self.vectors}
+        self._run("merge", "merge", output, recipe, inputs)
         return output
 
     def config(self, name: str, rule: str, parameters: dict, weights: list[float] | None) -> Path:

@@ -21,7 +21,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # of models, for a script
 
 # ---- The library: every name that the golden values use. Where a module moves, change it here. -----
-from mergelaw.artifacts.lineage import make as make_artifact
+from mergelaw.artifacts.store import make as make_artifact
 from mergelaw.config import load as load_config
 from mergelaw.data.documents import build as build_corpus
 from mergelaw.data.documents import read as read_documents
@@ -31,7 +31,7 @@ from mergelaw.merging.engine import Merger
 from mergelaw.merging.engine import write as write_merge
 from mergelaw.merging.methods import method_of
 from mergelaw.merging.task_vector import TaskVector
-from mergelaw.workflow.study import Study, subsets_recipe
+from mergelaw.workflow.study import Study, design_rows
 from models import DTYPES, bits, read_tensors, write_task_vector, write_tensors
 
 # ---------------------------------------------------------------------------------------------------
@@ -273,7 +273,7 @@ def designs(folder: Path) -> dict[str, Any]:
     for name in ("config", "demo_exhaustive", "pool16"):
         study = Study(load_config(ROOT / "config" / f"{name}.yaml"))
         for base in study.config.bases:
-            golden[f"{name}, {base}"] = design(subsets_recipe(study.subsets(base)))
+            golden[f"{name}, {base}"] = design(design_rows(study.subsets(base)))
         pool = list(study.config.pool())
     for kind in ("ring", "difference", "iid", "exhaustive"):
         rows = sample(
@@ -286,7 +286,7 @@ def designs(folder: Path) -> dict[str, Any]:
             seed=5,
             base="3B",
         )
-        golden[f"pool16's experts, {kind}"] = design(subsets_recipe(rows))
+        golden[f"pool16's experts, {kind}"] = design(design_rows(rows))
     return golden
 
 

@@ -1,6 +1,6 @@
 """OpenRLHF's real command line on a processor: from its checkpoint to a law, kills, refusals."""
 
-import json
+import dataclasses
 import os
 import subprocess
 import time
@@ -11,6 +11,7 @@ import pytest
 import torch
 from studies import TINY, Ended, Place, environment, kill, mergelaw, records, wait_for, write_jsonl
 
+import jobs
 import models
 from mergelaw.artifacts import lineage
 from mergelaw.data import documents as corpus
@@ -82,7 +83,7 @@ def test_an_expert_says_what_made_it(study):
         assert versions["transformers"] != known["versions"]["transformers"]
         assert known["facts"]["steps"] == TRAINING["epochs"] == len(known["facts"]["losses"])
         assert known["facts"]["resumed_at_step"] is None
-        assert known["inputs"].keys() == {"base", f"corpus:{name}"}
+        assert known["inputs"].keys() == {"base", f"corpora:{name}"}
     lines, wrong = lineage.tree(expert_of(study, "riddles"), verify=True)
     assert len(lines) >= 3 and not wrong
 
@@ -144,11 +145,9 @@ def loss(folder: Path, of: list[corpus.Document], dtype: str = "float32") -> tup
 def command(place: Place, name: str, output: Path, **changes) -> list[str]:
     """The stage's command for an expert, made into ``output``."""
     artifact = place.study().expert("tiny", name, 0)
-    recipe = {"training": {**artifact.recipe["training"], **changes}, "seed": 0}
-    words = ["mergelaw", "expert", "--recipe", json.dumps(recipe), "--output", str(output)]
-    for key, made in artifact.inputs.items():
-        words += [f"--{key.partition(':')[0]}", str(place.results / made.path)]
-    return words
+    training = {**artifact.recipe["training"], **changes}
+    changed = dataclasses.replace(artifact, recipe={"training": training, "seed": 0})
+    return ["mergelaw", "stage", "expert", str(jobs.of(changed, place.results, output))]
 
 
 def run(words: list[str], cwd: Path, **more: str) -> Ended:

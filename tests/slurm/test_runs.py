@@ -9,7 +9,7 @@ import models
 from mergelaw.workflow import resources
 from mergelaw.workflow.resources import Hardware
 
-GPU_RULES = {"get_base", "get_expert", "evaluate_merges"}
+GPU_RULES = {"pretrain_base", "train_expert", "evaluate_merges"}
 HARDWARE = Hardware(
     gpus_per_node=4,
     gpu_memory_gb=80,
@@ -68,7 +68,7 @@ def test_a_study_from_start_to_law(tmp_path):
     by_gpu = {job["rule"] for job in jobs if job["gpus"]}
     assert by_gpu == GPU_RULES and len(trained) == 4
     small, large = (
-        {job["megabytes"] for job in jobs if job["rule"] == "get_expert" and base in job["of"]}
+        {job["megabytes"] for job in jobs if job["rule"] == "train_expert" and base in job["of"]}
         for base in ("small", "large")
     )
     assert max(small) < min(large)

@@ -1,4 +1,4 @@
-"""What the command line does before any stage does its own."""
+"""The command line itself: help, version, job files."""
 
 import json
 import subprocess
@@ -6,35 +6,56 @@ import sys
 
 import pytest
 
-from mergelaw.cli.app import arguments
+import jobs
+import mergelaw
 from mergelaw.errors import MergelawError
+from mergelaw.workflow.job import read_job
 
 
-def test_a_file_of_arguments_stands_for_them(tmp_path):
-    file = tmp_path / "a b.json"
-    words = ["--recipe", '{"a": "é"}', "--output", "x y"]
-    file.write_text(json.dumps(words))
-    assert arguments(f"@{file}") == words
-    assert arguments("--threads") == ["--threads"]
+def run(*words: str) -> subprocess.CompletedProcess:
+    program = "from mergelaw.cli.app import main; main()"
+    return subprocess.run(
+        [sys.executable, "-c", program, *words], capture_output=True, text=True, check=False
+    )
 
 
-@pytest.mark.parametrize("text", [None, "", "{}", '"a"', "[1]", "\x00"])
-def test_what_is_no_file_of_arguments_is_refused(tmp_path, text):
-    file = tmp_path / "arguments.json"
+def test_a_job_is_read_as_it_was_written(tmp_path):
+    inputs = {"base": "results/b", "corpora": {"algebra": "results/c"}}
+    file = jobs.write(tmp_path / "a b.json", "expert", "x y", {"a": "é"}, inputs=inputs)
+    job = read_job(file, "expert")
+    assert (str(job.output), job.recipe) == ("x y", {"a": "é"})
+    assert str(job.one("base")) == "results/b"
+    assert {name: str(path) for name, path in job.all("corpora").items()} == inputs["corpora"]
+    assert job.all("task_vectors") == {}
+    with pytest.raises(MergelawError, match=r"job of stage expert, not base"):
+        read_job(file, "base")
+
+
+@pytest.mark.parametrize("text", [None, "", "{}", '"a"', "[1]", "\x00", '{"output": 1}'])
+def test_a_file_that_is_no_job_is_refused(tmp_path, text):
+    file = tmp_path / "job.json"
     if text is not None:
         file.write_text(text)
-    with pytest.raises(MergelawError, match=r"arguments.json: not a file of arguments"):
-        arguments(f"@{file}")
+    with pytest.raises(MergelawError, match=r"job.json: "):
+        read_job(file, "fit")
+    ended = run("stage", "fit", str(file))
+    assert ended.returncode == 1 and ended.stderr.count("\n") == 1
+    assert ended.stderr.startswith(f"mergelaw: error: {file}: ")
 
 
-def test_there_is_room_for_more_than_a_command_line_takes(tmp_path):
-    file = tmp_path / "arguments.json"
-    file.write_text(json.dumps([w for i in range(9999) for w in ("--evals", f"evals/none@{i:08}")]))
-    program = "from mergelaw.cli.app import main; main()"
-    run = [sys.executable, "-c", program, "fit", f"@{file}"]
-    ended = subprocess.run(run, capture_output=True, text=True, check=False)
+def test_a_job_has_room_for_more_inputs_than_a_command_line(tmp_path):
+    shards = {f"shard{i}": f"evals/none@{i:08}" for i in range(99_999)}
+    file = jobs.write(tmp_path / "job.json", "fit", tmp_path / "laws", {}, inputs={"evals": shards})
+    ended = run("stage", "fit", str(file))
     assert ended.returncode == 1
-    assert (
-        ended.stderr
-        == "mergelaw: error: fit: needs --evals and --output, or --points; give those\n"
+    assert "evals/none@00000000: no artifact" in ended.stderr.splitlines()[-1]
+
+
+def test_stages_are_hidden_and_the_rest_is_grouped():
+    text = run("--help").stdout
+    assert "│ stage " not in text
+    for command in ("status", "summary", "estimate", "lineage", "gc", "merge", "fit", "plan"):
+        assert f" {command} " in text
+    assert json.dumps(run("--version").stdout.split()) == json.dumps(
+        ["mergelaw", mergelaw.__version__]
     )

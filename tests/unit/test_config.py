@@ -510,7 +510,7 @@ def test_check_counts_each_bases_own_merges_and_the_base_once():
 
     path = ROOT / "config" / "qwen2.5.yaml"
     study = Study(config.load(path))
-    merges = sum(bool(row[3]) for shard in study.evals.values() for row in study.rows(shard))
+    merges = sum(bool(row[3]) for shard in study.evals.values() for row in shard.rows)
     cells = (merges + len(study.bases)) * len(study.corpora)
     told = check(path).stdout
     assert f"{cells:,} cells" in told and "181 to 511 merges per base and method" in told

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from mergelaw.artifacts import keys, lineage
+from mergelaw.artifacts import files, keys, lineage, store
 from mergelaw.config import schema as config
 from mergelaw.errors import MergelawError
 from mergelaw.workflow import estimate
@@ -133,12 +133,12 @@ def made(study: Study, rates: Rates, seconds) -> None:
     for artifact in study.by_path.values():
         facts = {}
         if artifact.stage == "evaluate":
-            cells = len(study.rows(artifact)) * len(study.config.domains)
+            cells = len(artifact.rows) * len(study.config.domains)
             facts = {"cells": cells, "measured": cells, "tokens": cells * 10 * 123}
         folder = study.results / artifact.path
-        lineage.make(folder, artifact.stage, artifact.recipe, {}, lambda f, s, facts=facts: facts)
+        store.make(folder, artifact.stage, artifact.recipe, {}, lambda f, s, facts=facts: facts)
         known = lineage.read(folder) | {"cpu_seconds": seconds(artifact)}
-        lineage.write_json(folder / lineage.LINEAGE, known | {"checksum": lineage.checksum(known)})
+        files.write_json(folder / lineage.LINEAGE, known | {"checksum": lineage.checksum(known)})
 
 
 def test_rates_are_found_again_in_the_results_that_they_made(tmp_path):
@@ -168,7 +168,7 @@ def test_rates_are_found_again_in_the_results_that_they_made(tmp_path):
             start = found.stages[artifact.stage].start_seconds
             predicted = start + estimate.working(work, artifact.stage, found)
             assert predicted == pytest.approx(seconds(artifact), rel=1e-3)
-    assert estimate.measured(study, ["small"]).stages["plan"].start_seconds == pytest.approx(2)
+    assert estimate.measured(study, ["small"]).stages["design"].start_seconds == pytest.approx(2)
     text = yaml.safe_dump(found.model_dump(exclude_none=True))
     (tmp_path / "rates.yaml").write_text(text)
     assert estimate.read_rates(tmp_path / "rates.yaml") == found
@@ -211,5 +211,6 @@ def test_the_pool_of_sixteen():
 def test_keys_are_known_without_any_model():
     for path in SHIPPED:
         study = Study(config.load(path))
-        assert all(len(made.key) == keys.KEY_DIGITS for made in study.by_path.values())
-        assert json.dumps([made.recipe_json for made in study.by_path.values()])
+        for path, artifact in study.by_path.items():
+            assert len(artifact.key) == 64 and path.endswith(f"@{artifact.key[: keys.KEY_DIGITS]}")
+            assert json.dumps(artifact.recipe)

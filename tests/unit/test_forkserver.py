@@ -1,6 +1,5 @@
 """A command run by a fork is the same command: streams, folder, environment, exit status, end."""
 
-import json
 import os
 import signal
 import subprocess
@@ -11,7 +10,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from mergelaw.cli import forkserver
+import jobs
+from mergelaw.workflow import forkserver
 
 MERGELAW = [sys.executable, "-c", "from mergelaw.cli import main; main()"]
 
@@ -48,15 +48,12 @@ def environment(address: str, **more: str) -> dict[str, str]:
     return {**os.environ, forkserver.ADDRESS: address, **more}
 
 
-def corpus(output: str, documents: int) -> list[str]:
-    recipe = {
-        "source": {"synthetic": "algebra"},
-        "sources": {"source": {"synthetic": "algebra"}},
-        "train_documents": documents,
-        "eval_documents": 5,
-        "seed": 0,
-    }
-    return [*MERGELAW, "corpus", "--recipe", json.dumps(recipe), "--output", output]
+def corpus(folder: Path, output: str, documents: int) -> list[str]:
+    """A command that builds a corpus; ``output`` is relative to its working directory."""
+    source = {"source": {"synthetic": "algebra"}}
+    recipe = {**source, "train_documents": documents, "eval_documents": 5, "seed": 0}
+    job = jobs.write(folder / "job.json", "corpus", output, recipe, sources=source)
+    return [*MERGELAW, "stage", "corpus", str(job)]
 
 
 def forks(address: str) -> list[psutil.Process]:
@@ -66,7 +63,8 @@ def forks(address: str) -> list[psutil.Process]:
 
 
 @pytest.mark.parametrize(
-    ("words", "status"), [(["config", "schema"], 0), (["nonsense"], 2), (["fit", "@nowhere"], 1)]
+    ("words", "status"),
+    [(["config", "schema"], 0), (["nonsense"], 2), (["stage", "fit", "nowhere"], 1)],
 )
 def test_it_prints_and_ends_as_by_itself(server, tmp_path, words, status):
     runs = [
@@ -86,12 +84,16 @@ def test_it_works_in_the_commands_folder_and_environment(server, tmp_path):
         run, env=environment(server), cwd=tmp_path, capture_output=True, text=True, check=False
     )
     assert ended.returncode == 1 and ended.stderr.startswith("mergelaw: error: study.yaml")
-    assert subprocess.run(corpus("here", 5), env=environment(server), cwd=tmp_path, check=True)
+    assert subprocess.run(
+        corpus(tmp_path, "here", 5), env=environment(server), cwd=tmp_path, check=True
+    )
     assert (tmp_path / "here" / "lineage.json").exists()
 
 
 def test_the_fork_dies_with_its_command(server, tmp_path):
-    command = subprocess.Popen(corpus(str(tmp_path / "big"), 10**6), env=environment(server))
+    command = subprocess.Popen(
+        corpus(tmp_path, str(tmp_path / "big"), 10**6), env=environment(server)
+    )
     wait_for(lambda: forks(server))
     command.kill()
     command.wait()
@@ -103,7 +105,7 @@ def test_the_command_fails_with_its_fork(server, tmp_path):
     """In one line, whichever of its two processes is killed: the command's or the one that waits."""
     for place in (0, -1):
         command = subprocess.Popen(
-            corpus(str(tmp_path / "big"), 10**6),
+            corpus(tmp_path, str(tmp_path / "big"), 10**6),
             env=environment(server), stderr=subprocess.PIPE, text=True,
         )  # fmt: skip
         wait_for(lambda: len(forks(server)) == 2)
@@ -127,7 +129,9 @@ def test_without_a_server_the_command_runs_by_itself(tmp_path):
 
 def test_a_fork_outlives_the_server(tmp_path):
     process, address = started()
-    command = subprocess.Popen(corpus(str(tmp_path / "some"), 3000), env=environment(address))
+    command = subprocess.Popen(
+        corpus(tmp_path, str(tmp_path / "some"), 3000), env=environment(address)
+    )
     wait_for(lambda: len(forks(address)) == 2)
     ended(process, address)
     assert command.wait(120) == 0

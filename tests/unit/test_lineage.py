@@ -13,8 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from mergelaw.artifacts import lineage
-from mergelaw.artifacts.lineage import LINEAGE, make, read, tree, verified
+from mergelaw.artifacts import lineage, run_lock, store
+from mergelaw.artifacts.lineage import LINEAGE, read, tree, verified
+from mergelaw.artifacts.store import make
 from mergelaw.errors import MergelawError
 
 
@@ -58,7 +59,7 @@ def test_an_artifact_says_what_it_is_and_where_it_came_from(chain):
     assert found["facts"] == {"said": "expert"}
     assert found["recipe"] == {"for": "expert"}
     base = found["inputs"]["base"]
-    assert base == {"path": "../base", "digest": read(chain / "base")["digest"]}
+    assert base == {"path": "../base", "digest": read(chain / "base")["digest"], "key": None}
     text = (chain / "expert" / LINEAGE).read_text()
     assert str(chain) not in text
     assert os.uname().nodename not in text
@@ -95,10 +96,10 @@ def test_a_folder_of_somebody_elses_is_left_alone(tmp_path):
     (mine / "thesis.tex").write_text("x")
     for output in (mine, mine / "thesis.tex"):
         with pytest.raises(MergelawError, match="holds something else; name a new folder"):
-            lineage.make(output, "fit", {}, {}, lambda folder, state: None)
+            store.make(output, "fit", {}, {}, lambda folder, state: None)
     assert [path.name for path in tmp_path.rglob("*")] == ["mine", "thesis.tex"]
     (tmp_path / "empty").mkdir()
-    assert lineage.make(tmp_path / "empty", "fit", {}, {}, lambda folder, state: None)
+    assert store.make(tmp_path / "empty", "fit", {}, {}, lambda folder, state: None)
 
 
 class Odd(BaseException):
@@ -128,7 +129,7 @@ def test_a_full_disk_at_the_end_leaves_nothing(tmp_path, monkeypatch, call):
     def full(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(lineage, call, full)
+    monkeypatch.setattr(lineage if call == "content" else store, call, full)
     with pytest.raises(OSError, match="No space"):
         make(tmp_path / "artifact", "corpus", {}, {}, writes())
     assert visible(tmp_path) == set()
@@ -144,7 +145,7 @@ def test_facts_that_are_no_json_leave_nothing(tmp_path):
 
 KILLED = """
 import os, sys, pathlib
-from mergelaw.artifacts.lineage import make
+from mergelaw.artifacts.store import make
 def work(folder, state):
     (folder / "half.txt").write_text("half")
     (state / "step").write_text("17")
@@ -231,7 +232,7 @@ def test_a_damaged_input_is_named_before_any_work(chain):
 
 
 def test_inputs_that_are_none_are_named(chain):
-    for path, words in ((chain / "nowhere", "no artifact here"), (chain, "no artifact here")):
+    for path, words in ((chain / "nowhere", "no artifact"), (chain, "no artifact")):
         with pytest.raises(MergelawError, match=words):
             make(chain / "new", "expert", {}, {"base": path}, unwanted)
     with pytest.raises(MergelawError, match=r"is a corpus, not a base"):
@@ -298,7 +299,7 @@ def test_an_input_that_is_gone_or_another_is_named(chain):
     shutil.rmtree(chain / "corpus")
     found = problems(chain)
     assert found
-    assert all(f"{chain / 'corpus'}: no artifact here" in line for line in found)
+    assert all(f"{chain / 'corpus'}: no artifact" in line for line in found)
     make(chain / "corpus", "corpus", {}, {}, writes("another"))
     found = problems(chain)
     assert found
@@ -322,9 +323,9 @@ def test_the_artifact_of_a_path_is_found(chain):
 
 
 def test_a_results_folder_has_one_run_at_a_time(tmp_path):
-    program = "import sys, pathlib; from mergelaw.artifacts.lineage import only_run; lock = only_run(pathlib.Path(sys.argv[1])); print('mine')"
+    program = "import sys, pathlib; from mergelaw.artifacts.run_lock import lock_results; lock = lock_results(pathlib.Path(sys.argv[1])); print('mine')"
     command = [sys.executable, "-c", program, str(tmp_path / "results")]
-    lock = lineage.only_run(tmp_path / "results")
+    lock = run_lock.lock_results(tmp_path / "results")
     assert (
         "another run is working" in subprocess.run(command, capture_output=True, text=True).stderr
     )
@@ -332,7 +333,7 @@ def test_a_results_folder_has_one_run_at_a_time(tmp_path):
     assert subprocess.run(command, capture_output=True, text=True).stdout == "mine\n"
     (tmp_path / "results" / ".mergelaw.json").write_text('{"layout": 0}')
     with pytest.raises(MergelawError, match="layout 0"):
-        lineage.only_run(tmp_path / "results")
+        run_lock.lock_results(tmp_path / "results")
 
 
 def test_a_disk_that_is_full_at_once_leaves_a_folder_that_a_run_can_have(tmp_path):
@@ -340,12 +341,12 @@ def test_a_disk_that_is_full_at_once_leaves_a_folder_that_a_run_can_have(tmp_pat
     resource.setrlimit(resource.RLIMIT_FSIZE, (0, hard))
     try:
         with pytest.raises(OSError) as raised:
-            lineage.only_run(tmp_path)
+            run_lock.lock_results(tmp_path)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert raised.value.filename == str(tmp_path / ".mergelaw.json")
     assert list(tmp_path.iterdir()) == []
-    lineage.only_run(tmp_path).release()
+    run_lock.lock_results(tmp_path).release()
 
 
 def test_a_run_on_another_host_is_seen_where_locks_are_not_carried(tmp_path, monkeypatch):
@@ -353,24 +354,24 @@ def test_a_run_on_another_host_is_seen_where_locks_are_not_carried(tmp_path, mon
     results = tmp_path / "results"
     unlocked = type("Unlocked", (), {"__init__": lambda *_: None, "release": lambda _: None})
     unlocked.acquire = lambda self, timeout: self
-    lineage.only_run(results).release()  # leaves the lock's file
+    run_lock.lock_results(results).release()  # leaves the lock's file
     monkeypatch.setattr("filelock.FileLock", unlocked)
     monkeypatch.setattr("socket.gethostname", lambda: "node1")
-    first = lineage.only_run(results)
+    first = run_lock.lock_results(results)
     monkeypatch.setattr("socket.gethostname", lambda: "node2")
-    with pytest.raises(MergelawError, match=rf"process {os.getpid()} on node1.*try again in"):
-        lineage.only_run(results)
-    then = time.time() - lineage.SILENCE - 1
+    with pytest.raises(MergelawError, match=rf"process {os.getpid()} on node1.*rerun in"):
+        run_lock.lock_results(results)
+    then = time.time() - run_lock.SILENCE - 1
     os.utime(results / ".run.json", (then, then))
-    with lineage.only_run(results):
+    with run_lock.lock_results(results):
         assert json.loads((results / ".run.json").read_text())["host"] == "node2"
     assert not (results / ".run.json").exists()
     first.release()
 
 
 def test_a_run_shows_that_it_lives(tmp_path, monkeypatch):
-    monkeypatch.setattr(lineage, "BEAT", 0.01)
-    with lineage.only_run(tmp_path):
+    monkeypatch.setattr(run_lock, "BEAT", 0.01)
+    with run_lock.lock_results(tmp_path):
         sign = tmp_path / ".run.json"
         os.utime(sign, (0, 0))
         end = time.monotonic() + 10
@@ -385,7 +386,7 @@ def test_a_flipped_bit_anywhere_in_a_lineage_is_found(tmp_path):
     def work(folder, state):
         (folder / "x").write_text("x")
 
-    lineage.make(output, "corpus", {"a": 1}, {}, work)
+    store.make(output, "corpus", {"a": 1}, {}, work)
     path = output / lineage.LINEAGE
     whole = path.read_bytes()
     for place in range(len(whole)):
@@ -403,7 +404,7 @@ def test_a_full_disk_is_said_whoever_was_writing(tmp_path, monkeypatch):
         def work(folder, state):
             raise error
 
-        lineage.make(tmp_path / "a", "corpus", {}, {}, work)
+        store.make(tmp_path / "a", "corpus", {}, {}, work)
 
     with pytest.raises(OSError) as told:
         make_failing(ValueError("while serializing: I/O error: No space left (os error 28)"))

@@ -27,7 +27,7 @@ def test_the_wheel_holds_every_data_file():
     patterns = project["tool"]["setuptools"]["package-data"]["mergelaw"]
     shipped = {path for pattern in patterns for path in package.glob(pattern)}
     files = {path for path in package.rglob("*") if path.is_file()}
-    data = {path for path in files if path.suffix not in (".py", ".pyc")}
+    data = {path for path in files if "__pycache__" not in path.parts and path.suffix != ".py"}
     assert data and data <= shipped
 
 

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mergelaw.artifacts import lineage
+from mergelaw.artifacts import lineage, store
 from mergelaw.errors import MergelawError
 from mergelaw.laws.law import MERGING, MERGING_FIXED_N
 from mergelaw.planning import plan
@@ -314,7 +314,7 @@ def test_a_file_of_costs_is_read(tmp_path):
 
 
 def artifact(folder, stage, recipe, inputs, work=lambda folder: None):
-    lineage.make(folder, stage, recipe, inputs, lambda out, state: work(out))
+    store.make(folder, stage, recipe, inputs, lambda out, state: work(out))
     return folder
 
 

@@ -176,5 +176,5 @@ def test_what_slurm_writes_is_understood():
 
 
 def test_nothing_here_imports_torch():
-    program = "import sys, mergelaw.resources, mergelaw.slurm; sys.exit('torch' in sys.modules)"
+    program = "import sys, mergelaw.workflow.resources, mergelaw.workflow.slurm; sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", program], check=True)

@@ -161,7 +161,7 @@ class Place:
         return json.loads((self.results / self.study().laws.path / "laws.json").read_text())
 
 
-MADE_FIRST = ("corpora", "checks", "bases", "experts", "task_vectors", "plans")
+MADE_FIRST = ("corpora", "checks", "bases", "experts", "task_vectors", "designs")
 KINDS = (*MADE_FIRST, "evals", "laws", "reports", "merges")
 
 

@@ -13,8 +13,9 @@ import torch
 from studies import ROOT, Place, ready_config, same_measurements
 from studies import mergelaw as command
 
+import jobs
 import models
-from mergelaw.artifacts import lineage
+from mergelaw.artifacts import files, lineage
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 OFFLINE = {"HF_HUB_OFFLINE": "1"}
@@ -27,7 +28,7 @@ def into_the_cache(home: Path, hub: str, source: Path) -> None:
     for path in (snapshot, repository / "blobs", repository / "refs"):
         path.mkdir(parents=True)
     for file in source.iterdir():
-        blob = repository / "blobs" / lineage.file_digest(file)
+        blob = repository / "blobs" / files.file_digest(file)
         shutil.copyfile(file, blob)
         (snapshot / file.name).symlink_to(Path("../../blobs") / blob.name)
     (repository / "refs" / "main").write_text(COMMIT)
@@ -119,7 +120,7 @@ def test_derived_task_vectors_measure_the_same_bits(world, tmp_path):
     }
     assert len(kept) == 3 and not any(kept.values())
     (left,), (right,) = (place.artifacts("merges").values() for place in (world, other))
-    assert lineage.file_digest(left / "model.safetensors") == lineage.file_digest(
+    assert files.file_digest(left / "model.safetensors") == files.file_digest(
         right / "model.safetensors"
     )
     # The other way of keeping them asks for nothing new: it is no part of what they are.
@@ -140,7 +141,7 @@ def test_a_grown_vocabulary_is_refused_unless_asked_for(world, tmp_path):
 
 def test_what_it_took_tells_what_it_costs(world):
     home = str(world.folder / "home")  # where the base's size is known from
-    rates = world.mergelaw("rates", "--config", "study.yaml", HF_HOME=home)
+    rates = world.mergelaw("rates", "study.yaml", HF_HOME=home)
     assert rates.status == 0, rates.output
     (world.folder / "rates.yaml").write_text(rates.output)
     told = world.mergelaw("estimate", "study.yaml", "--rates", "rates.yaml", HF_HOME=home)
@@ -190,10 +191,13 @@ def hub():
 
 def fetch(tmp_path, name: str, endpoint: str):
     source = {"hub": f"ours/{name}", "revision": COMMIT}
-    recipe = json.dumps({"checkpoint": source, "sources": source})
+    output = tmp_path / "out" / "e@00000000"
+    job = jobs.write(
+        tmp_path / "job.json", "expert", output, {"checkpoint": source}, sources=source
+    )
     online = {"HF_HUB_OFFLINE": "0", "HF_ENDPOINT": endpoint, "HF_HOME": str(tmp_path / "home")}
     run = partial(command, cwd=tmp_path, **online)
-    return run("expert", "--recipe", recipe, "--output", str(tmp_path / "out" / "e@00000000"))
+    return run("stage", "expert", str(job))
 
 
 @pytest.mark.parametrize(
@@ -227,9 +231,9 @@ def test_every_shipped_configuration_dry_runs_offline(path, tmp_path):
     place = Place(tmp_path, {"results": str(tmp_path / "results")})
     shutil.copyfile(path, tmp_path / "study.yaml")
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    jobs = place.planned(**OFFLINE, HF_HOME=str(tmp_path / "home"))
+    planned = place.planned(**OFFLINE, HF_HOME=str(tmp_path / "home"))
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 30
     study = place.study()
-    assert sum(jobs.values()) == len(study.by_path) < 2000
-    assert jobs["get_base"] == len(study.config.bases)
+    assert sum(planned.values()) == len(study.by_path) < 2000
+    assert planned.get("fetch_base", 0) + planned.get("pretrain_base", 0) == len(study.config.bases)

@@ -63,12 +63,12 @@ def change(config: dict, path: str, value) -> dict:
         (
             "experts.code.training",
             {"learning_rate": 2e-3},
-            {"get_expert": 2, "make_task_vector": 2, "evaluate_merges": 2, **FOLLOWS},
+            {"train_expert": 2, "make_task_vector": 2, "evaluate_merges": 2, **FOLLOWS},
         ),
         (
             "bases.large.training",
             {"learning_rate": 2e-3},
-            {"get_expert": 3, "make_task_vector": 3, "evaluate_merges": 1, **FOLLOWS},
+            {"train_expert": 3, "make_task_vector": 3, "evaluate_merges": 1, **FOLLOWS},
         ),
         ("evaluation.dtype", "bfloat16", {"evaluate_merges": 2, **FOLLOWS}),
         ("methods.ties", {"density": 0.5}, {"evaluate_merges": 2, **FOLLOWS}),
@@ -77,7 +77,7 @@ def change(config: dict, path: str, value) -> dict:
             {"source": {"synthetic": "biology"}, "held_out": True},
             {"build_corpus": 1, "check_overlap": 1, "evaluate_merges": 2, **FOLLOWS},
         ),
-        ("sampling.k", [1, 2], {"sample_merges": 2, "evaluate_merges": 2, **FOLLOWS}),
+        ("sampling.k", [1, 2], {"sample_design": 2, "evaluate_merges": 2, **FOLLOWS}),
         ("name", "another", {"evaluate_merges": 2, **FOLLOWS}),
         ("merges.pair", {"base": "large", "method": "average", "experts": ["code", "physics"]},
          {"write_merge": 1}),
@@ -93,7 +93,12 @@ def test_the_order_of_experts_is_theirs_alone(trained, tmp_path):
     """A pool is an order: another one measures nothing that is known, and trains nothing."""
     place = trained.copy(tmp_path)
     place.configure(place.config | {"experts": dict(reversed(place.config["experts"].items()))})
-    assert not place.planned().keys() & {"get_base", "get_expert", "make_task_vector"}
+    assert not place.planned().keys() & {
+        "pretrain_base",
+        "fetch_base",
+        "train_expert",
+        "make_task_vector",
+    }
 
 
 # The same, run
@@ -111,7 +116,7 @@ def test_a_new_expert_trains_itself_and_measures_its_own_merges(trained, tmp_pat
     new = {path: value for path, value in place.lineages().items() if path not in lineages}
     assert lineages.items() <= place.lineages().items()
     assert made(lineages, new) == Counter(
-        corpora=1, checks=1, experts=2, task_vectors=2, plans=2, evals=2, laws=1, reports=1
+        corpora=1, checks=1, experts=2, task_vectors=2, designs=2, evals=2, laws=1, reports=1
     )
     assert {path.split("/")[2].split("@")[0] for path in new if path.startswith("experts/")} == {
         "biology-s0"
@@ -198,7 +203,7 @@ def edit(file: Path, old: str, new: str) -> None:
 
 
 ALL = {
-    "build_corpus": 3, "check_overlap": 1, "get_base": 2, "get_expert": 6, "make_task_vector": 6,
+    "build_corpus": 3, "check_overlap": 1, "pretrain_base": 1, "fetch_base": 1, "train_expert": 6, "make_task_vector": 6,
     "evaluate_merges": 2, **FOLLOWS,
 }  # fmt: skip
 
@@ -210,12 +215,12 @@ def without(*rules: str) -> dict[str, int]:
 @pytest.mark.parametrize(
     ("stage", "jobs"),
     [
-        ("corpus", ALL | {"get_base": 1}),
+        ("corpus", ALL | {"pretrain_base": 1}),
         ("overlap", {"check_overlap": 1}),
         ("base", without("build_corpus", "check_overlap")),
-        ("expert", without("build_corpus", "check_overlap", "get_base")),
+        ("expert", without("build_corpus", "check_overlap", "pretrain_base", "fetch_base")),
         ("task_vector", {"make_task_vector": 6, "evaluate_merges": 2, **FOLLOWS}),
-        ("plan", {"sample_merges": 2}),
+        ("design", {"sample_design": 2}),
         ("evaluate", {"evaluate_merges": 2, **FOLLOWS}),
         ("fit", FOLLOWS),
         ("report", {"write_report": 1}),

@@ -14,8 +14,9 @@ from pathlib import Path
 import pytest
 from studies import Place, environment, kill, same_measurements, wait_for
 
+import jobs
 from mergelaw.artifacts import lineage
-from mergelaw.workflow.study import Artifact
+from mergelaw.workflow.artifact import Artifact
 
 KILLS = int(os.environ.get("MERGELAW_KILLS", "2"))
 SEED = int(os.environ.get("MERGELAW_SEED", "0"))
@@ -76,10 +77,8 @@ def stored(place: Place) -> int:
 
 def command(place: Place, artifact: Artifact, output: Path) -> list[str]:
     """The stage's command for an expert, made into ``output`` and saving at every step."""
-    words = ["mergelaw", "expert", "--recipe", artifact.recipe_json, "--output", str(output)]
-    for name, made in artifact.inputs.items():
-        words += [f"--{name.partition(':')[0]}", str(place.results / made.path)]
-    return [*words, "--save-every", "0"]
+    job = jobs.of(artifact, place.results, output)
+    return ["mergelaw", "stage", "expert", str(job), "--save-every", "0"]
 
 
 def test_a_training_killed_at_random_moments_ends_with_the_same_bits(trained, tmp_path):
@@ -146,7 +145,7 @@ def test_an_orphan_and_the_next_run_train_once(trained, tmp_path):
     training = {"learning_rate": 2e-3, "steps": 60}
     experts = place.config["experts"] | {"code": {"training": training}}
     place.configure(place.config | {"experts": experts})
-    until = ("--until", "get_expert")
+    until = ("--until", "train_expert")
     run = place.start(*until)
     works = place.results / "experts"
     wait_for(lambda: len(list(works.rglob(".code-*.work/artifact"))) == 2, run)
@@ -154,6 +153,6 @@ def test_an_orphan_and_the_next_run_train_once(trained, tmp_path):
     place.finish(*until)
     for base in ("small", "large"):
         log = place.results / "logs" / f"{place.study().experts[base, 'code', 0].path}.log"
-        assert log.read_text().endswith("is there already\n")
+        assert log.read_text().endswith("exists already\n")
     marks = [json.loads(text) for path, text in place.lineages().items() if "/code-s0" in path]
     assert all(mark["facts"].get("resumed_at_step") is None for mark in marks)

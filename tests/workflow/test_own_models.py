@@ -175,7 +175,7 @@ def test_models_of_the_hub_are_found_in_its_cache(ready, tmp_path):
         expert["checkpoints"] = {"tiny": {"hub": f"ours/{name}", "revision": REVISION}}
     place = Place(tmp_path / "study", config)
     offline = {"HF_HOME": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1"}
-    place.finish("--until", "get_expert", **offline)
+    place.finish("--until", "fetch_expert", **offline)
     for name in ("amber", "birch", "cedar"):
         (mine,) = (p for n, p in place.artifacts("experts").items() if name in n)
         (theirs,) = (p for n, p in ready.artifacts("experts").items() if name in n)
@@ -183,7 +183,7 @@ def test_models_of_the_hub_are_found_in_its_cache(ready, tmp_path):
         assert REVISION in str(lineage.read(mine)["facts"]["sources"])
     config["experts"]["amber"]["checkpoints"]["tiny"]["revision"] = "0" * 40
     place.configure(config)
-    failed = place.snakemake("--until", "get_expert", **offline)
+    failed = place.snakemake("--until", "fetch_expert", **offline)
     assert failed.status and any("ours/amber" in line for line in failed.errors())
 
 
@@ -213,7 +213,7 @@ def test_a_baseline_and_two_training_seeds_beside_ready_made_experts(ready, tmp_
     assert new == [
         "evals/tiny/baselines/s0-000", "evals/tiny/baselines/s1-000",
         "experts/tiny/multitask-s0", "experts/tiny/multitask-s1",
-        "plans/tiny",
+        "designs/tiny",
         "task_vectors/tiny/multitask-s0", "task_vectors/tiny/multitask-s1",
     ]  # fmt: skip
 

@@ -2,12 +2,13 @@
 
 import json
 import os
-from collections import Counter
+import shutil
+from pathlib import Path
 
 import pytest
 from studies import READY, TRAINING, Place, ready_config, same_measurements, trained_config
 
-from mergelaw.artifacts import lineage
+from mergelaw.artifacts import files, lineage
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +37,7 @@ def test_lineages_are_fit_to_be_shared(trained):
 
 FILES = {
     "corpora": "eval.parquet", "bases": "model.safetensors", "experts": "model.safetensors",
-    "task_vectors": "vector.safetensors", "plans": "plan.parquet", "evals": "cells.parquet",
+    "task_vectors": "vector.safetensors", "designs": "design.parquet", "evals": "cells.parquet",
     "laws": "laws.json", "reports": "report.html",
 }  # fmt: skip
 
@@ -94,7 +95,7 @@ def test_what_is_damaged_is_refused_as_an_input(damaged, tmp_path):
 def test_gc_removes_what_no_configuration_refers_to_and_keeps_the_cells(trained, tmp_path):
     place = trained.copy(tmp_path)
     config, cells, before = place.config, place.cells(), place.lineages()
-    listed = place.mergelaw("gc", "--config", "study.yaml")
+    listed = place.mergelaw("gc", "study.yaml")
     assert listed.status == 0 and listed.output.startswith("0 artifacts and files, 0 bytes")
     experts = {**config["experts"], "code": {"training": {"learning_rate": 2e-3}}}
     place.configure(config | {"experts": experts})
@@ -103,138 +104,105 @@ def test_gc_removes_what_no_configuration_refers_to_and_keeps_the_cells(trained,
         for path in before
         if "/code-s0@" in path or path.split("/")[0] in ("evals", "laws", "reports")
     }
-    listed = place.mergelaw("gc", "--config", "study.yaml")
+    listed = place.mergelaw("gc", "study.yaml")
     assert len(old) == 8 and "8 artifacts" in listed.output
     assert all(path in listed.output for path in old)
     assert place.lineages() == before
-    removed = place.mergelaw("gc", "--config", "study.yaml", "--delete")
+    removed = place.mergelaw("gc", "study.yaml", "--delete")
     assert removed.status == 0, removed.output
     assert before.keys() - place.lineages().keys() == old
     assert place.cells() == cells
-    assert place.mergelaw("gc", "--config", "study.yaml").output.startswith("0 artifacts")
+    assert place.mergelaw("gc", "study.yaml").output.startswith("0 artifacts")
     # Of what was prepared of experts, what is used stays.
     prepared = place.results / "cells" / "small" / "prepared"
     prepared.mkdir(exist_ok=True)
     for name in ("aa.json", "aa.safetensors", "aa.sha256", "aa.18f0-1c2"):
         (prepared / name).write_text("x")
-    place.mergelaw("gc", "--config", "study.yaml", "--delete")
+    place.mergelaw("gc", "study.yaml", "--delete")
     assert {path.suffix for path in prepared.iterdir()} == {".json", ".safetensors", ".sha256"}
     # Two configurations keep what either refers to.
     (tmp_path / "other.yaml").write_text((tmp_path / "study.yaml").read_text())
     place.configure(trained_config(trained.folder) | {"training": TRAINING | {"steps": 6}})
-    both = place.mergelaw("gc", "--config", "study.yaml", "--config", "other.yaml")
+    both = place.mergelaw("gc", "study.yaml", "other.yaml")
     assert both.output.startswith("0 artifacts")
 
 
 def test_gc_waits_for_no_run(ready, tmp_path):
-    from mergelaw.artifacts.lineage import only_run
+    from mergelaw.artifacts.run_lock import lock_results
 
     place = ready.copy(tmp_path)
-    with only_run(place.results):
-        refused = place.mergelaw("gc", "--config", "study.yaml")
+    with lock_results(place.results):
+        refused = place.mergelaw("gc", "study.yaml")
     assert refused.status == 1 and "another run is working on this folder" in refused.output
 
 
-def test_import_takes_what_the_study_needs_and_nothing_is_made_again(trained, tmp_path):
+# Another results folder, copied
+
+
+def copy_results(source: Path, target: Path) -> None:
+    """Copy as the documentation says: files first, then lineages, nothing over what exists."""
+
+    def lineages(folder: str, names: list[str]) -> list[str]:
+        return [name for name in names if name == "lineage.json"]
+
+    for ignore in (lineages, None):
+        shutil.copytree(source, target, symlinks=True, ignore=ignore, dirs_exist_ok=True)
+
+
+def test_a_copied_results_folder_is_used_and_verified(trained, tmp_path):
     place = Place(tmp_path, trained.config)
-    taken = place.mergelaw("import", str(trained.results), "--config", "study.yaml")
-    assert taken.status == 0, taken.output
-    # Copies, but for the checkpoint from outside, which is linked anew.
-    ours, theirs = place.lineages(), trained.lineages()
-    assert ours.keys() == theirs.keys()
-    (linked,) = (path for path in ours if ours[path] != theirs[path])
-    assert linked.startswith("bases/large@")
-    assert sorted(place.cells()) == sorted(trained.cells())
+    copy_results(trained.results, place.results)
     assert place.planned() == {}
-    (report,) = place.artifacts("reports").values()
-    assert place.mergelaw("lineage", str(report), "--verify").status == 0
-    again = place.mergelaw("import", str(trained.results), "--config", "study.yaml")
-    assert again.output.startswith("0 artifacts and 0 cells taken")
+    verified = place.mergelaw("lineage", "results", "--verify")
+    assert verified.status == 0, verified.output
+    assert f"verified: {len(place.lineages())} artifacts" in verified.output
 
 
-def test_after_an_import_only_what_is_new_is_measured(ready, tmp_path):
+def test_after_a_copy_only_what_is_new_is_measured(ready, tmp_path):
     """A larger pool: cells of the smaller one's subsets are taken, the shard's rest is measured."""
     place = Place(tmp_path, ready_config(ready.folder, READY[:5]))
     place.finish()
     grown = Place(tmp_path / "grown", ready_config(ready.folder))
-    taken = grown.mergelaw("import", str(place.results), "--config", "study.yaml")
-    assert taken.status == 0, taken.output
-    # The sixth expert's vector, the plan, the shard and what follows it are new.
-    assert not grown.artifacts("evals") and len(grown.artifacts("task_vectors")) == 5
-    assert len(grown.cells()) == len(place.cells()) == 32 * 3
+    copy_results(place.results, grown.results)
+    assert len(grown.cells()) == 32 * 3
     grown.finish()
     cells = grown.cells()
     assert sorted(cells) == sorted(set(cells)) and len(cells) == 64 * 3
     same_measurements(grown.rows(), ready.rows())
 
 
-def test_import_leaves_out_what_is_damaged_and_what_was_made_from_it(trained, tmp_path):
-    there = trained.copy(tmp_path / "there")
-    (vector,) = (
-        path for name, path in there.artifacts("task_vectors").items() if "small/co" in name
-    )
-    with (vector / "vector.safetensors").open("r+b") as file:
-        file.seek(-1, 2)
-        file.write(bytes([vector.joinpath("vector.safetensors").read_bytes()[-1] ^ 4]))
-    # Its link leads nowhere on this machine; the study's own source is linked.
-    (link,) = (path for name, path in there.artifacts("bases").items() if "large" in name)
-    (link / "model.safetensors").unlink()
-    (link / "model.safetensors").symlink_to(tmp_path / "nowhere")
-    place = Place(tmp_path / "here", trained.config)
-    taken = place.mergelaw("import", str(there.results), "--config", "study.yaml")
-    assert taken.status == 1
-    (line,) = taken.errors()
-    left = ("task_vectors/small/code-s0@", "evals/small/average", "laws/", "reports/")
-    assert all(name in line for name in left) and line.startswith("4 left out: ")
-    absent = there.lineages().keys() - place.lineages().keys()
-    assert Counter(path.split("/")[0] for path in absent) == Counter(
-        ("task_vectors", "evals", "laws", "reports")
-    )
-    place.finish()
-    assert sorted(place.cells()) == sorted(trained.cells())
+def forge(artifact: Path, **changes) -> None:
+    """Change a lineage and its checksum."""
+    entry = json.loads((artifact / "lineage.json").read_text())
+    del entry["checksum"]
+    entry |= changes
+    files.write_json(artifact / "lineage.json", entry | {"checksum": lineage.checksum(entry)})
+
+
+def test_a_copy_that_does_not_fit_is_named(trained, tmp_path):
+    place = trained.copy(tmp_path)
+    vectors, bases = place.artifacts("task_vectors"), place.artifacts("bases")
+    (cut,) = (path for name, path in vectors.items() if "small/code" in name)
+    with (cut / "vector.safetensors").open("r+b") as file:
+        file.truncate(100)
+    (mixed,) = (path for name, path in bases.items() if name.startswith("small"))
+    forge(mixed, digest="0" * 64)
+    (extra,) = (path for name, path in vectors.items() if "small/algebra" in name)
+    (extra / "more.bin").write_bytes(b"x")
     (report,) = place.artifacts("reports").values()
-    assert place.mergelaw("lineage", str(report), "--verify").status == 0
-
-
-def test_import_takes_nothing_that_was_made_from_something_else(trained, tmp_path):
-    place = trained.copy(tmp_path / "here").forget("experts")
-    there = trained.copy(tmp_path / "there")
-    (base,) = (path for name, path in place.artifacts("bases").items() if "small" in name)
-    entry = json.loads((base / "lineage.json").read_text())
-    del entry["checksum"]
-    lineage.write_json(
-        base / "lineage.json",
-        (other := entry | {"digest": "0" * 64}) | {"checksum": lineage.checksum(other)},
-    )
-    taken = place.mergelaw("import", str(there.results), "--config", "study.yaml")
-    (line,) = taken.errors()
-    assert line.startswith("3 left out: ") and f"is made from another base than {base}" in line
-    assert len(place.artifacts("experts")) == 3
-
-
-def test_import_stays_in_its_folders(trained, tmp_path):
-    """A lineage from elsewhere may name any path as its input."""
-    there = trained.copy(tmp_path / "there")
-    secret = trained.copy(tmp_path / "secret").artifacts("plans").popitem()[1]
-    (report,) = there.artifacts("reports").values()
-    entry = json.loads((report / "lineage.json").read_text())
-    del entry["checksum"]
-    outside = {"path": os.path.relpath(secret, report), "digest": lineage.read(secret)["digest"]}
-    entry["inputs"]["plan"] = outside
-    lineage.write_json(report / "lineage.json", entry | {"checksum": lineage.checksum(entry)})
-    place = Place(tmp_path / "here", trained.config)
-    taken = place.mergelaw("import", str(there.results), "--config", "study.yaml")
-    (line,) = taken.errors()
-    assert line.startswith("1 left out: ") and "its input plan lies outside of" in line
-    assert not place.artifacts("reports") and len(place.artifacts("laws")) == 1
-
-
-def test_import_wants_a_results_folder_of_this_version(trained, tmp_path):
-    place = Place(tmp_path, trained.config)
-    for folder, said in ((tmp_path / "none", "no results folder"), (tmp_path, "no results folder")):
-        refused = place.mergelaw("import", str(folder), "--config", "study.yaml")
-        assert refused.status == 1 and said in refused.errors()[0]
-    (tmp_path / ".mergelaw.json").write_text('{"layout": 99}')
-    refused = place.mergelaw("import", str(tmp_path), "--config", "study.yaml")
-    assert refused.status == 1 and "laid out by another version" in refused.errors()[0]
-    assert not place.results.exists()
+    outside = {"path": os.path.relpath(tmp_path, report), "digest": "0" * 64}
+    forge(report, inputs={"laws": outside})
+    (moved,) = (path for name, path in vectors.items() if "large/code" in name)
+    moved.rename(moved.with_name("code-s0@00000000"))
+    found = place.mergelaw("lineage", "results", "--verify")
+    assert found.status == 1
+    named = "\n".join(found.errors())
+    for path, words in (
+        (cut, "vector.safetensors: is not what was written"),
+        (mixed, "its digest does not match"),
+        (extra, "more.bin: does not belong"),
+        (report, "its input laws lies outside of"),
+        (moved.with_name("code-s0@00000000"), "its lineage is that of code-s0@"),
+    ):
+        name = path.relative_to(tmp_path)
+        assert any(str(name) in line and words in line for line in found.errors()), (name, named)

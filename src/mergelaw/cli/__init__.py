@@ -2,7 +2,7 @@
 
 import sys
 
-from mergelaw.cli import forkserver
+from mergelaw.workflow import forkserver
 
 
 def main() -> None:
@@ -13,3 +13,12 @@ def main() -> None:
 
         return app.main()
     sys.exit(status)
+
+
+def serve() -> None:
+    """Run the fork server, whose address is the program's argument."""
+    from mergelaw.cli.app import main
+    from mergelaw.cli.process import quiet
+
+    quiet()
+    forkserver.serve(sys.argv[1], main)

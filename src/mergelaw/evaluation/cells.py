@@ -18,8 +18,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
+from mergelaw.artifacts.files import sync, unique
 from mergelaw.artifacts.keys import digest
-from mergelaw.artifacts.lineage import sync, unique
 
 # Part of every cell's identity. Where the same merge on the same documents would now give another
 # number, raise it together with the stage `evaluate` in keys.py. A raised stage alone writes its

@@ -12,7 +12,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mergelaw.artifacts import lineage
+from mergelaw.artifacts import files
 from mergelaw.artifacts.keys import digest
 from mergelaw.errors import MergelawError
 from mergelaw.merging.methods import Method
@@ -54,7 +54,7 @@ def prepare(method: Method, vector: TaskVector, cache: Path | None = None) -> di
     if path and prepared:
         path.parent.mkdir(parents=True, exist_ok=True)
         entry = {"recipe": recipe, "prepared": prepared, "checksum": digest(prepared)}
-        lineage.write_json(path, entry)
+        files.write_json(path, entry)
     return prepared
 
 
@@ -93,18 +93,16 @@ def masks(
     path = cache / f"{digest(recipe)[:32]}.safetensors"
     known = path.with_suffix(".sha256")
     if not (
-        path.exists()
-        and known.exists()
-        and known.read_bytes() == lineage.file_digest(path).encode()
+        path.exists() and known.exists() and known.read_bytes() == files.file_digest(path).encode()
     ):
         path.parent.mkdir(parents=True, exist_ok=True)
-        scratch = path.with_suffix(f".{lineage.unique()}")
+        scratch = path.with_suffix(f".{files.unique()}")
         layout = {name: ("U8", (packed_size(vector.size(name)),)) for name in vector.names}
         try:
             with Writer(scratch, layout) as writer:
                 for name in vector.names:
                     writer.write_pieces(name, of(name))
-            known.write_text(lineage.file_digest(scratch))
+            known.write_text(files.file_digest(scratch))
             scratch.replace(path)
         finally:
             scratch.unlink(missing_ok=True)

@@ -19,7 +19,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mergelaw.artifacts import lineage
+from mergelaw.artifacts import files, lineage
 from mergelaw.errors import MergelawError
 from mergelaw.models.checkpoint import Tensors, Writer, is_adapter, mergeable, open_mapped, pairs
 from mergelaw.models.lora import Adapter
@@ -149,10 +149,10 @@ def write(
     if norm == 0:
         raise MergelawError(f"{expert}: equals its base; an expert must differ from it")
     total = {key: sum(s[key] for s in statistics.values()) for key in ("elements", "exceptions")}
-    lineage.write_json(folder / STATISTICS, {"norm": norm, **total, "tensors": statistics})
+    files.write_json(folder / STATISTICS, {"norm": norm, **total, "tensors": statistics})
     if derived:
         of_source = {"vector": writer.digest, "vocabulary": vocabulary}
-        lineage.write_json(folder / DERIVED, of_source)
+        files.write_json(folder / DERIVED, of_source)
     return {"norm": norm, **total, "storage": "derived" if derived else "materialised"}
 
 

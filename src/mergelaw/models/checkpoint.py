@@ -9,8 +9,8 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mergelaw.artifacts.files import file_digest
 from mergelaw.artifacts.keys import canonical_json
-from mergelaw.artifacts.lineage import file_digest
 from mergelaw.errors import MergelawError
 
 if TYPE_CHECKING:

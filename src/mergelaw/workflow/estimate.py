@@ -28,7 +28,7 @@ STAGES = {
     "base": "bases",
     "expert": "experts",
     "task_vector": "task vectors",
-    "plan": "plans",
+    "design": "designs",
     "evaluate": "evaluations",
     "fit": "law fits",
     "report": "report",
@@ -128,8 +128,7 @@ def measured(study: Study, bases: Sequence[str] | None = None) -> Rates:
 
     found: dict[str, list[tuple[Artifact, dict[str, Any]]]] = {}
     for artifact in study.by_path.values():
-        own = artifact.name.split("/")[1]
-        other = bases is not None and own in study.config.bases and own not in bases
+        other = bases is not None and artifact.base is not None and artifact.base not in bases
         if study.made(artifact) and not other:
             known = lineage.read(study.results / artifact.path)
             found.setdefault(artifact.stage, []).append((artifact, known))
@@ -176,7 +175,7 @@ def measured(study: Study, bases: Sequence[str] | None = None) -> Rates:
 
 
 def domains_of(artifact: Artifact) -> list[str]:
-    return [n.removeprefix("corpus:") for n in artifact.inputs if n.startswith("corpus:")]
+    return artifact.names("corpora")
 
 
 def forward_flops(size: Size, tokens: float, context: float) -> float:
@@ -191,12 +190,12 @@ def work_of(study: Study, artifact: Artifact, rates: Rates) -> Work:
     stage, recipe = artifact.stage, artifact.recipe
     length = rates.tokens_per_document
     if stage == "corpus":
-        name = artifact.name.split("/")[1]
+        name = str(artifact.name)
         documents = sum(_documents(study, [name], kind, rates) for kind in KINDS)
         return Work(tokens=documents * length, kept=documents * length * BYTES_A_TOKEN)
     if stage not in ("base", "expert", "task_vector", "evaluate", "merge"):
         return Work()
-    base = artifact.name.split("/")[1]
+    base = str(artifact.base)
     size, need = study.size(base), need_of(study, artifact)
     stored = 4 if study.config.bases[base].pretraining is not None else 2  # bytes a parameter
     whole = stored * size.total
@@ -214,14 +213,14 @@ def work_of(study: Study, artifact: Artifact, rates: Rates) -> Work:
         passes = 4 if own.get("gradient_checkpointing") else 3  # the backward pass costs two
         flops = passes * forward_flops(size, tokens, context)
         return Work(tokens, flops, 2 * whole, whole, own["dtype"], *_gpus(need, rates))
-    members = sum(name.startswith("task-vector:") for name in artifact.inputs)
+    members = len(artifact.names("task_vectors"))
     derived = study.config.storage == "derived"
     vector = whole if derived else 4 * size.total
     if stage == "task_vector":
         return Work(moved=2 * whole, kept=0 if derived else vector)
     if stage == "merge":
         return Work(moved=(members + 1) * vector, kept=whole)
-    rows = study.rows(artifact)
+    rows = artifact.rows
     domains, own = domains_of(artifact), recipe["evaluation"]
     context = min(own["max_tokens"], length)
     documents = _documents(study, domains, "eval_documents", rates)
@@ -231,7 +230,7 @@ def work_of(study: Study, artifact: Artifact, rates: Rates) -> Work:
     passed = members if resident else sum(row[0] for row in rows)
     # Masks, a bit a value, are made by the first shard for all.
     drawn = not resident and method_of(recipe["method"]).drawn() is not None
-    masks = members * size.total / 8 if drawn and artifact.name.endswith("-000") else 0
+    masks = members * size.total / 8 if drawn and artifact.shard == 0 else 0
     return Work(
         tokens,
         forward_flops(size, tokens, context),
@@ -297,7 +296,7 @@ def estimate(study: Study, rates: Rates) -> Estimate:
         jobs[stage] += 1
         for index, value in enumerate((work.gpus * hours, hours, work.tokens, work.kept)):
             totals[stage][index] += value
-        inputs = [a.path for a in (*artifact.inputs.values(), *artifact.unkeyed.values())]
+        inputs = [a.path for a in artifact.dependencies()]
         last = max(inputs, key=lambda path: ends[path][0], default=None)
         before[artifact.path] = last
         ends[artifact.path] = (ends[last][0] if last else 0) + seconds, artifact, seconds
@@ -312,7 +311,7 @@ def estimate(study: Study, rates: Rates) -> Estimate:
     chain, path = [], max(ends, key=lambda path: ends[path][0], default=None)
     while path:
         _, artifact, seconds = ends[path]
-        chain.append((artifact.name, seconds / 3600))
+        chain.append((artifact.folder, seconds / 3600))
         path = before[path]
     there = sum(map(study.made, study.by_path.values()))
     return Estimate(rows, chain[::-1], list(problems), there)

@@ -4,7 +4,6 @@ Torch-free, for every job of the workflow evaluates it. The formulas say what th
 made to be a little too large; what they miss, the next attempt asks for.
 """
 
-import json
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -277,10 +276,10 @@ def need_of(study: Study, artifact: Artifact) -> Need:
         stage in ("base", "expert") and "checkpoint" not in recipe
     )
     if not sized:
-        return Need(artifact.name)
-    base = artifact.name.split("/")[1]
+        return Need(artifact.folder)
+    base = str(artifact.base)
     size = study.size(base)
-    domains = [key.removeprefix("corpus:") for key in artifact.inputs if key.startswith("corpus:")]
+    domains = artifact.names("corpora")
     if stage == "base":
         own, what = recipe["pretraining"], f"bases.{base}: pre-training"
         return training(what, size, own, sequences_of(study, own, domains))
@@ -288,11 +287,9 @@ def need_of(study: Study, artifact: Artifact) -> Need:
         own, what = recipe["training"], f"bases.{base}: training an expert"
         kind = sharded_training if own["trainer"] == "openrlhf" else training
         return kind(what, size, own, sequences_of(study, own, domains))
-    members = sum(key.startswith("task-vector:") for key in artifact.inputs)
+    members = len(artifact.names("task_vectors"))
     if stage == "evaluate":
-        rows = artifact.rows or ""
-        first, colon, last = rows.partition(":")
-        merges = int(last) - int(first) if colon and first.isdigit() else len(json.loads(rows))
+        merges = len(artifact.rows)
         count = documents_of(study, domains, "eval_documents") or 0
         own, what = recipe["evaluation"], f"bases.{base}: evaluating a merge"
         return evaluation(what, size, own, members, merges, count)

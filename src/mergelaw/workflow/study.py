@@ -1,17 +1,15 @@
 """A study: a configuration resolved into artifacts with keys, paths and inputs.
 
-A pure function of the configuration and the identity of its sources; nothing is measured here, and
-nothing imports torch, for every job of the workflow parses this again.
+It is a pure function of the configuration and of the identity of its sources. Nothing is measured
+here and nothing imports torch, because every job of the workflow parses it again.
 """
 
-import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from mergelaw.artifacts.keys import canonical_json, digest, stage_key
+from mergelaw.artifacts.keys import digest
 from mergelaw.artifacts.lineage import LINEAGE
 from mergelaw.config.schema import Config, Expert
 from mergelaw.data.documents import source_identity
@@ -23,57 +21,11 @@ from mergelaw.merging.methods.average import Average
 from mergelaw.models.checkpoint import files
 from mergelaw.models.recipe import Checkpoint
 from mergelaw.models.size import Size, size_of_base
+from mergelaw.workflow.artifact import Artifact, Inputs, Row
 
 
-@dataclass(frozen=True)
-class Artifact:
-    """Something that a stage makes: what of, from what, and where it goes.
-
-    ``inputs`` are what it is made from; those in ``unkeyed`` do not define it (a plan of which a
-    shard takes its own rows; a check that has to pass first). ``sources`` says where files from
-    outside lie (of a plan: what its subsets are drawn from); what they are stands in the recipe, so
-    that moving them changes no key.
-    """
-
-    stage: str
-    name: str
-    recipe: dict[str, Any]
-    sources: dict[str, Any] = field(default_factory=dict)
-    inputs: dict[str, "Artifact"] = field(default_factory=dict)
-    unkeyed: dict[str, "Artifact"] = field(default_factory=dict)
-    rows: str | None = None  # of a shard: which of its plan's
-
-    @cached_property
-    def key(self) -> str:
-        keys = {name: artifact.key for name, artifact in self.inputs.items()}
-        return stage_key(self.stage, self.recipe, keys)
-
-    @cached_property
-    def path(self) -> str:
-        """Relative to the results folder."""
-        return f"{self.name}@{self.key}"
-
-    @property
-    def trains(self) -> bool:
-        return bool(self.recipe.keys() & {"training", "pretraining"})
-
-    @property
-    def on_gpu(self) -> bool:
-        """Whether its job uses a GPU where there is one."""
-        return self.trains or self.stage == "evaluate"
-
-    @cached_property
-    def recipe_json(self) -> str:
-        """What the stage's command is given: the recipe, with its sources."""
-        recipe = self.recipe | ({"sources": self.sources} if self.sources else {})
-        return canonical_json(recipe)
-
-
-def keyed(kind: str, artifacts: Mapping[str, Artifact]) -> dict[str, Artifact]:
-    return {f"{kind}:{name}": artifact for name, artifact in artifacts.items()}
-
-
-def subsets_recipe(subsets: list[Subset]) -> list[list[Any]]:
+def design_rows(subsets: list[Subset]) -> list[Row]:
+    """Rows of a design as JSON values: k, circle, place, experts."""
     return [[s.k, s.replicate, s.place, list(s.experts)] for s in subsets]
 
 
@@ -89,7 +41,7 @@ class Study:
     # -- sources -------------------------------------------------------------------------------
 
     def _documents(self, source: Source) -> dict[str, Any]:
-        """What a source of documents is: its contents, without the paths of files."""
+        """Identity of a source of documents: its contents, without the paths of files."""
         identity = source_identity(source.model_dump(exclude_none=True), self._cache)
         if source.files is not None:
             identity = {"files": [value for _, value in identity["files"]]}
@@ -97,7 +49,7 @@ class Study:
         return identity | {"where": source.where} | skip
 
     def _checkpoint(self, checkpoint: Checkpoint) -> dict[str, Any]:
-        """What a ready-made checkpoint is: a commit, or the digests of its files."""
+        """Identity of a ready-made checkpoint: a commit, or the digests of its files."""
         if checkpoint.hub is not None:
             return {"hub": checkpoint.hub, "revision": checkpoint.revision}
         folder = Path(checkpoint.path or "")
@@ -116,72 +68,79 @@ class Study:
 
     @cached_property
     def corpora(self) -> dict[str, Artifact]:
+        """Corpora by domain."""
         shared = self.config.corpus
-        made = {}
+        corpora = {}
         for name, domain in self.config.domains.items():
             train = domain.train_documents
             train = shared.train_documents if train is None else train
-            sources = {"source": domain.source, "eval_source": domain.eval_source}
-            given = {k: v for k, v in sources.items() if v is not None}
+            both = {"source": domain.source, "eval_source": domain.eval_source}
+            sources = {k: v for k, v in both.items() if v is not None}
             recipe = {
-                **{k: self._documents(v) for k, v in given.items()},
+                **{k: self._documents(v) for k, v in sources.items()},
                 "train_documents": 0 if domain.held_out else train,
                 "eval_documents": domain.eval_documents or shared.eval_documents,
                 "seed": self.config.seed,
             }
-            found = {k: v.model_dump(exclude_none=True) for k, v in given.items()}
-            made[name] = Artifact("corpus", f"corpora/{name}", recipe, found)
-        return made
+            places = {k: v.model_dump(exclude_none=True) for k, v in sources.items()}
+            corpora[name] = Artifact("corpus", f"corpora/{name}", recipe, name=name, sources=places)
+        return corpora
 
     @cached_property
     def overlap(self) -> Artifact:
-        """The check that no domain evaluates what another one trains on."""
-        return Artifact("overlap", "checks/overlap", {}, inputs=keyed("corpus", self.corpora))
+        """The check that no domain evaluates a document that another one trains on."""
+        return Artifact("overlap", "checks/overlap", {}, inputs={"corpora": self.corpora})
 
     @cached_property
     def bases(self) -> dict[str, Artifact]:
-        made = {}
-        for name, base in self.config.bases.items():
-            sources: dict[str, Any] = {}
-            inputs: dict[str, Artifact] = {}
-            unkeyed: dict[str, Artifact] = {}
-            if base.pretraining is not None:
-                pretraining = self.config.pretraining_of(name)
-                recipe: dict[str, Any] = {"pretraining": pretraining.model_dump()}
-                inputs = {
-                    f"corpus:{domain}": self.corpora[domain] for domain in pretraining.domains
-                }
-                unkeyed = {"overlap": self.overlap}
-            else:
-                checkpoint = Checkpoint(path=base.path, hub=base.hub, revision=base.revision)
-                recipe = {"checkpoint": self._checkpoint(checkpoint)}
-                sources = checkpoint.model_dump(exclude_none=True)
-            made[name] = Artifact("base", f"bases/{name}", recipe, sources, inputs, unkeyed)
-        return made
+        """Bases by name."""
+        return {name: self._base(name) for name in self.config.bases}
+
+    def _base(self, name: str) -> Artifact:
+        base = self.config.bases[name]
+        if base.pretraining is None:
+            checkpoint = Checkpoint(path=base.path, hub=base.hub, revision=base.revision)
+            return self._ready_made("base", f"bases/{name}", checkpoint, base=name)
+        pretraining = self.config.pretraining_of(name)
+        return Artifact(
+            "base",
+            f"bases/{name}",
+            {"pretraining": pretraining.model_dump()},
+            base=name,
+            inputs={"corpora": {domain: self.corpora[domain] for domain in pretraining.domains}},
+            checks={"overlap": self.overlap},
+        )
+
+    def _ready_made(
+        self, stage: str, folder: str, checkpoint: Checkpoint, **place: Any
+    ) -> Artifact:
+        recipe = {"checkpoint": self._checkpoint(checkpoint)}
+        sources = checkpoint.model_dump(exclude_none=True)
+        return Artifact(stage, folder, recipe, sources=sources, **place)
 
     def expert(self, base: str, name: str, seed: int) -> Artifact:
         """An expert of the pool, or a baseline."""
         expert: Expert = {**self.config.baselines, **self.config.pool()}[name]
         if expert.checkpoints is not None:
-            checkpoint = expert.checkpoints[base]
-            recipe: dict[str, Any] = {"checkpoint": self._checkpoint(checkpoint)}
-            sources = checkpoint.model_dump(exclude_none=True)
-            return Artifact("expert", f"experts/{base}/{name}", recipe, sources)
+            checkpoint, folder = expert.checkpoints[base], f"experts/{base}/{name}"
+            return self._ready_made("expert", folder, checkpoint, base=base, name=name)
         settings = self.config.training_of(base, name)
         unused = {"openrlhf"} if settings.openrlhf is None else set()
-        training = settings.model_dump(exclude=unused)
-        recipe = {"training": training, "seed": seed}
         corpora = {d: self.corpora[d] for d in self.config.expert_domains(name)}
         return Artifact(
             "expert",
             f"experts/{base}/{name}-s{seed}",
-            recipe,
-            inputs={"base": self.bases[base], **keyed("corpus", corpora)},
-            unkeyed={"overlap": self.overlap},
+            {"training": settings.model_dump(exclude=unused), "seed": seed},
+            base=base,
+            name=name,
+            seed=seed,
+            inputs={"base": self.bases[base], "corpora": corpora},
+            checks={"overlap": self.overlap},
         )
 
     @cached_property
     def experts(self) -> dict[tuple[str, str, int], Artifact]:
+        """Experts and baselines by (base, name, training seed)."""
         names = [*self.config.pool(), *self.config.baselines]
         return {
             (base, name, seed): self.expert(base, name, seed)
@@ -192,143 +151,156 @@ class Study:
 
     @cached_property
     def task_vectors(self) -> dict[tuple[str, str, int], Artifact]:
-        # Only what differs from the default, so that it leaves other keys alone. How a vector is
-        # kept is no part of what it is.
+        """Task vectors by (base, expert, training seed)."""
+        # Defaults stay out of the recipe, and how a vector is stored is not what it is.
         vocabulary, storage = self.config.vocabulary, self.config.storage
         recipe = {"vocabulary": vocabulary} if vocabulary != "refuse" else {}
-        how = {"storage": storage} if storage != "materialised" else {}
+        sources = {"storage": storage} if storage != "materialised" else {}
         return {
             (base, name, seed): Artifact(
                 "task_vector",
-                expert.name.replace("experts/", "task_vectors/", 1),
+                expert.folder.replace("experts/", "task_vectors/", 1),
                 recipe,
-                how,
+                base=base,
+                name=name,
+                seed=expert.seed,
+                sources=sources,
                 inputs={"base": self.bases[base], "expert": expert},
             )
             for (base, name, seed), expert in self.experts.items()
         }
 
-    def _drawn_from(self, base: str) -> dict[str, Any]:
-        """What ``sample`` draws a base's subsets from."""
-        design = self.config.sampling_of(base).model_dump(exclude={"merges_per_shard"})
-        return {"experts": list(self.config.pool()), "base": base, **design}
-
     def subsets(self, base: str) -> list[Subset]:
-        return sample(**self._drawn_from(base))
+        """The subsets of a base's design."""
+        settings = self.config.sampling_of(base).model_dump(exclude={"merges_per_shard"})
+        return sample(experts=list(self.config.pool()), base=base, **settings)
 
     @cached_property
-    def plans(self) -> dict[str, Artifact]:
-        """The sampled merges of each base: the same for every method and training seed.
+    def rows(self) -> dict[str, list[Row]]:
+        """Rows of each base's design, the same for every method and training seed."""
+        return {base: design_rows(self.subsets(base)) for base in self.config.bases}
 
-        Known by their digest: the command line of a job has no room for a large plan.
-        """
+    @cached_property
+    def designs(self) -> dict[str, Artifact]:
+        """Designs by base: which subsets are merged."""
         return {
             base: Artifact(
-                "plan", f"plans/{base}", {"subsets": digest(rows)}, self._drawn_from(base)
+                "design", f"designs/{base}", {"subsets": digest(rows)}, base=base, rows=rows
             )
-            for base, rows in self._subsets.items()
+            for base, rows in self.rows.items()
         }
 
     @cached_property
-    def _subsets(self) -> dict[str, list[list[Any]]]:
-        return {base: subsets_recipe(self.subsets(base)) for base in self.config.bases}
-
-    def shards(self, base: str) -> list[list[list[Any]]]:
-        """The plan's rows, cut by rank."""
-        size, rows = self.config.sampling_of(base).merges_per_shard, self._subsets[base]
-        return [rows[start : start + size] for start in range(0, len(rows), size)]
-
-    @cached_property
     def evals(self) -> dict[tuple[str, str, int, int], Artifact]:
-        """By (base, method, training seed, shard)."""
-        config, made = self.config, {}
-        domains = {name: domain.held_out for name, domain in config.domains.items()}
-        evaluation = config.evaluation.model_dump()
-        methods = {n: m.model_dump(by_alias=True) for n, m in config.methods.items()}
+        """Shards of evaluations by (base, method, training seed, shard)."""
+        methods = {n: m.model_dump(by_alias=True) for n, m in self.config.methods.items()}
         single = Average().model_dump(by_alias=True)
-        corpora = keyed("corpus", self.corpora)
-        for base in config.bases:
-            size = config.sampling_of(base).merges_per_shard
-            baselines = [[1, -1, -1, [name]] for name in config.baselines]
-            plans = {method: (recipe, self.shards(base)) for method, recipe in methods.items()}
-            if baselines:
-                plans[BASELINES] = (single, [baselines])
-            for method, (recipe, shards) in plans.items():
-                for seed in config.training_seeds:
-                    for index, rows in enumerate(shards):
-                        members = sorted({name for row in rows for name in row[3]})
-                        pool = {name: self.task_vectors[base, name, seed] for name in members}
-                        vectors = keyed("task-vector", pool)
-                        made[base, method, seed, index] = Artifact(
-                            "evaluate",
-                            f"evals/{base}/{method}/s{seed}-{index:03d}",
-                            {
-                                "method": recipe,
-                                "evaluation": evaluation,
-                                "subsets": digest(rows),
-                                "domains": domains,
-                                "labels": {
-                                    "family": config.name,
-                                    "base": base,
-                                    "method": method,
-                                    "seed": seed,
-                                    "N_nominal": config.bases[base].N,
-                                },
-                            },
-                            inputs={"base": self.bases[base], **vectors, **corpora},
-                            unkeyed={"overlap": self.overlap}
-                            | ({} if method == BASELINES else {"plan": self.plans[base]}),
-                            rows=canonical_json(rows)
-                            if method == BASELINES
-                            else f"{index * size}:{index * size + len(rows)}",
+        evals = {}
+        for base in self.config.bases:
+            size, rows = self.config.sampling_of(base).merges_per_shard, self.rows[base]
+            shards = [rows[start : start + size] for start in range(0, len(rows), size)]
+            work = {method: (recipe, shards) for method, recipe in methods.items()}
+            if self.config.baselines:
+                alone: list[Row] = [[1, -1, -1, [name]] for name in self.config.baselines]
+                work[BASELINES] = (single, [alone])
+            for method, (recipe, parts) in work.items():
+                for seed in self.config.training_seeds:
+                    for shard, part in enumerate(parts):
+                        evals[base, method, seed, shard] = self._evaluation(
+                            base, method, seed, shard, recipe, part
                         )
-        return made
+        return evals
+
+    def _evaluation(
+        self,
+        base: str,
+        method: str,
+        seed: int,
+        shard: int,
+        recipe: Mapping[str, Any],
+        rows: list[Row],
+    ) -> Artifact:
+        members = sorted({name for row in rows for name in row[3]})
+        return Artifact(
+            "evaluate",
+            f"evals/{base}/{method}/s{seed}-{shard:03d}",
+            {
+                "method": recipe,
+                "evaluation": self.config.evaluation.model_dump(),
+                "subsets": digest(rows),
+                "domains": {name: domain.held_out for name, domain in self.config.domains.items()},
+                "labels": {
+                    "family": self.config.name,
+                    "base": base,
+                    "method": method,
+                    "seed": seed,
+                    "N_nominal": self.config.bases[base].N,
+                },
+            },
+            base=base,
+            method=method,
+            seed=seed,
+            shard=shard,
+            inputs={
+                "base": self.bases[base],
+                "task_vectors": {name: self.task_vectors[base, name, seed] for name in members},
+                "corpora": self.corpora,
+            },
+            checks={"overlap": self.overlap},
+            rows=rows,
+        )
 
     @cached_property
     def laws(self) -> Artifact:
-        inputs = {f"evals:{artifact.name}": artifact for artifact in self.evals.values()}
-        return Artifact("fit", f"laws/{self.config.name}", {}, inputs=inputs)
+        """The fitted laws."""
+        name = self.config.name
+        return Artifact("fit", f"laws/{name}", {}, name=name, inputs={"evals": self._shards()})
+
+    def _shards(self) -> dict[str, Artifact]:
+        return {a.folder.removeprefix("evals/"): a for a in self.evals.values()}
 
     @cached_property
     def report(self) -> Artifact:
-        recipe = {"title": self.config.name}
-        return Artifact("report", f"reports/{self.config.name}", recipe, inputs={"laws": self.laws})
+        """The report."""
+        name = self.config.name
+        inputs: Inputs = {"laws": self.laws, "evals": self._shards()}
+        return Artifact("report", f"reports/{name}", {"title": name}, name=name, inputs=inputs)
 
     @cached_property
     def merges(self) -> dict[str, Artifact]:
-        names, made = list(self.config.pool()), {}
+        """Merges to be written out as checkpoints, by name."""
+        pool, merges = list(self.config.pool()), {}
         for name, merge in self.config.merges.items():
             seed = self.config.training_seeds[0] if merge.seed is None else merge.seed
-            order = sorted(range(len(merge.experts)), key=lambda i: names.index(merge.experts[i]))
+            order = sorted(range(len(merge.experts)), key=lambda i: pool.index(merge.experts[i]))
             experts = [merge.experts[i] for i in order]
-            weights = [merge.weights[i] for i in order] if merge.weights else None
-            pool = {e: self.task_vectors[merge.base, e, seed] for e in experts}
-            made[name] = Artifact(
+            vectors = {e: self.task_vectors[merge.base, e, seed] for e in experts}
+            merges[name] = Artifact(
                 "merge",
                 f"merges/{merge.base}/{merge.method}/{name}",
                 {
                     "method": self.config.methods[merge.method].model_dump(by_alias=True),
                     "experts": experts,
-                    "weights": weights,
+                    "weights": [merge.weights[i] for i in order] if merge.weights else None,
                 },
-                inputs={"base": self.bases[merge.base], **keyed("task-vector", pool)},
+                base=merge.base,
+                method=merge.method,
+                name=name,
+                seed=seed,
+                inputs={"base": self.bases[merge.base], "task_vectors": vectors},
             )
-        return made
+        return merges
+
+    # -- all of them ---------------------------------------------------------------------------
 
     def size(self, base: str) -> Size:
-        """The size of a base; MergelawError where it cannot be known yet."""
+        """Size of a base. Raises MergelawError if it cannot be known yet."""
         if base not in self._sizes:
             self._sizes[base] = size_of_base(self.config, base)
         return self._sizes[base]
 
-    def rows(self, artifact: Artifact) -> list[list[Any]]:
-        """The merges of a shard: k, replicate, place, experts."""
-        if artifact.rows and artifact.rows.startswith("["):
-            return json.loads(artifact.rows)
-        first, last = map(int, (artifact.rows or "0:0").split(":"))
-        return self._subsets[artifact.name.split("/")[1]][first:last]
-
     def made(self, artifact: Artifact) -> bool:
+        """True if the artifact exists."""
         return (self.results / artifact.path / LINEAGE).exists()
 
     def artifacts(self) -> Iterator[Artifact]:
@@ -338,7 +310,7 @@ class Study:
         yield from self.bases.values()
         yield from self.experts.values()
         yield from self.task_vectors.values()
-        yield from self.plans.values()
+        yield from self.designs.values()
         yield from self.evals.values()
         yield self.laws
         yield self.report
@@ -346,9 +318,9 @@ class Study:
 
     @cached_property
     def by_path(self) -> Mapping[str, Artifact]:
+        """Artifacts by path, inputs first; ready-made experts stand once for all seeds."""
         return {artifact.path: artifact for artifact in self.artifacts()}
 
-    def targets(self) -> list[str]:
-        """What the workflow is asked for: what nothing else that is made needs."""
-        ends = (self.overlap, *self.plans.values(), self.report, *self.merges.values())
-        return [artifact.path for artifact in ends]
+    def targets(self) -> list[Artifact]:
+        """Artifacts that no other one needs."""
+        return [self.overlap, *self.designs.values(), self.report, *self.merges.values()]

@@ -17,8 +17,10 @@ import socket
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 ADDRESS = "MERGELAW_FORKSERVER"
 
@@ -27,7 +29,7 @@ def start() -> subprocess.Popen[bytes]:
     """Start a server for the commands that this process starts. It ends with this process."""
     # A socket's address has room for 108 bytes, so it cannot lie in the results folder.
     os.environ[ADDRESS] = address = f"{tempfile.mkdtemp(prefix='mergelaw-')}/socket"
-    program = "import sys; from mergelaw.cli import forkserver; forkserver.serve(sys.argv[1])"
+    program = "from mergelaw.cli import serve; serve()"
     # The terminal's Ctrl-C is for the commands, which end their forks.
     server = subprocess.Popen(
         [sys.executable, "-c", program, address], stdin=subprocess.PIPE, start_new_session=True
@@ -57,11 +59,11 @@ def run(words: list[str]) -> int | None:
     return 128 - status
 
 
-def serve(address: str) -> None:
-    """Import the libraries, then fork for each command until standard input ends."""
-    from mergelaw.cli.app import main, quiet
+def serve(address: str, main: Callable[[], Any]) -> None:
+    """Import the libraries, then run ``main`` in a fork for each command.
 
-    quiet()
+    Returns when standard input ends.
+    """
     import datasets  # noqa: F401
     import trl.trainer.sft_trainer  # noqa: F401
     from transformers.models.llama import modeling_llama  # noqa: F401

@@ -1,0 +1,141 @@
+"""Making artifacts: folders that appear whole or not at all.
+
+An artifact is made in a hidden folder beside its place, under a lock, and put in place by one
+rename. A kill at any moment leaves either nothing or all of it.
+"""
+
+import os
+import re
+import shutil
+import time
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from mergelaw.artifacts import keys, lineage
+from mergelaw.artifacts.files import disk_error, sync, write_json
+from mergelaw.artifacts.lineage import LINEAGE
+from mergelaw.errors import MergelawError
+
+Work = Callable[[Path, Path], dict[str, Any] | None]
+KEYED = re.compile(rf"@[0-9a-f]{{{keys.KEY_DIGITS}}}$")
+
+
+def make(
+    output: Path,
+    stage: str,
+    recipe: Mapping[str, Any],
+    inputs: Mapping[str, Path],
+    work: Work,
+    key: str | None = None,
+) -> bool:
+    """Make the artifact ``output`` unless it exists; return whether it was made.
+
+    Args:
+        output: its folder; a second process that makes the same artifact waits for the first.
+        stage, recipe: recorded in the lineage.
+        inputs: artifacts by name; their files are verified first.
+        work: ``work(folder, state)`` writes the files into ``folder`` and may keep in ``state``
+            what it needs to resume after a kill. Its result is added to the lineage as ``facts``.
+        key: the full key, where the path has its first digits.
+
+    Raises:
+        MergelawError: an input is damaged, or ``output`` holds something else.
+    """
+    from filelock import FileLock
+
+    output = Path(os.path.normpath(output))
+    _check_vacant(output)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    scratch = output.parent / f".{output.name}.work"
+    with FileLock(output.parent / f".{output.name}.lock"):
+        if (output / LINEAGE).exists():
+            if key is not None and lineage.read(output)["key"] != key:
+                raise MergelawError(
+                    f"{output}: holds another artifact (its key differs beyond the digits in the "
+                    "path); delete this folder and rerun"
+                )
+            return False
+        folder, state = scratch / "artifact", scratch / "state"
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        state.mkdir(exist_ok=True)
+        try:
+            entry = _run(output, folder, state, inputs, work)
+            entry |= {
+                "schema": lineage.SCHEMA,
+                "stage": stage,
+                "version": keys.STAGES[stage],
+                "key": key,
+                "artifact": output.name,
+                "recipe": dict(recipe),
+            }
+            write_json(folder / LINEAGE, entry | {"checksum": lineage.checksum(entry)})
+            _publish(folder, output)
+        except BaseException as error:
+            cause = None
+            if isinstance(error, Exception) and not isinstance(error, (MergelawError, OSError)):
+                cause = disk_error(state, error)
+            shutil.rmtree(folder, ignore_errors=True)
+            with suppress(OSError):  # not empty: a training resumes from it
+                state.rmdir()
+                scratch.rmdir()
+            if cause:
+                raise cause from error
+            raise
+        shutil.rmtree(scratch, ignore_errors=True)
+    return True
+
+
+def _run(
+    output: Path, folder: Path, state: Path, inputs: Mapping[str, Path], work: Work
+) -> dict[str, Any]:
+    """Do the work; return what the lineage says of files, inputs, versions and times."""
+    started, clock, cpu = datetime.now(UTC), time.perf_counter(), time.process_time()
+    sources = {name: lineage.verified(path) for name, path in inputs.items()}
+    facts = work(folder, state) or {}
+    files = lineage.content(folder)
+    return {
+        "digest": lineage.content_digest(files),
+        "files": files,
+        "inputs": {
+            name: {
+                "path": Path(os.path.relpath(path, output)).as_posix(),
+                "digest": sources[name]["digest"],
+                "key": sources[name]["key"],
+            }
+            for name, path in inputs.items()
+        },
+        "facts": facts,
+        "versions": lineage.versions(),
+        "git_commit": lineage.git_commit(),
+        "started": started.isoformat(timespec="seconds"),
+        "ended": datetime.now(UTC).isoformat(timespec="seconds"),
+        "wall_seconds": round(time.perf_counter() - clock, 3),
+        "cpu_seconds": round(time.process_time() - cpu, 3),
+        "peak_memory": lineage.peak_memory(),
+    }
+
+
+def _check_vacant(output: Path) -> None:
+    """Raise MergelawError for a folder that holds something else.
+
+    A folder with a key in its name is ours: without a lineage it is a half artifact, and replaced.
+    """
+    if KEYED.search(output.name) or (output / LINEAGE).exists():
+        return
+    if output.exists() and not (output.is_dir() and not any(output.iterdir())):
+        raise MergelawError(f"{output}: exists and holds something else; name a new folder")
+
+
+def _publish(folder: Path, output: Path) -> None:
+    """Move a whole artifact to its place by one rename."""
+    for path in folder.rglob("*"):
+        if path.is_file() and not path.is_symlink():
+            sync(path)
+    if output.exists():  # empty, or a half artifact without a lineage
+        shutil.rmtree(output)
+    folder.rename(output)
+    sync(output.parent)

@@ -1,0 +1,257 @@
+"""Commands about a study and its results folder."""
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from mergelaw.artifacts import lineage, store
+from mergelaw.errors import MergelawError
+
+config_app = typer.Typer(help="Check and describe configurations.", no_args_is_help=True)
+
+DEFAULT = Path("config/config.yaml")
+StudyFile = Annotated[Path, typer.Argument(metavar="STUDY", help="a study's configuration")]
+Json = Annotated[bool, typer.Option("--json", help="print JSON")]
+
+
+def load_study(file: Path) -> Any:
+    """The study of a configuration file. Raises MergelawError for a bad one."""
+    from mergelaw.config import load
+    from mergelaw.workflow.study import Study
+
+    return Study(load(file))
+
+
+# -- configurations ----------------------------------------------------------------------------
+
+
+@config_app.command("check")
+def config_check(file: StudyFile = DEFAULT) -> None:
+    """Check a configuration and say what it would measure.
+
+    Example: mergelaw config check ours.yaml
+    """
+    study = load_study(file)
+    config, artifacts = study.config, study.by_path.values()
+    designs = [len(rows) for rows in study.rows.values()]  # the base itself included
+    low, high = min(designs) - 1, max(designs) - 1
+    merges = f"{low}" if low == high else f"{low} to {high}"
+    bases, seeds = len(designs), len(config.training_seeds)
+    measured = (sum(designs) - bases) * len(config.methods) + bases * len(config.baselines)
+    cells = (measured * seeds + bases) * len(config.domains)
+    trained = sum(artifact.trains for artifact in artifacts)
+    print(
+        f"{file}: {bases} bases, {len(config.pool())} experts, {len(config.domains)} domains, "
+        f"{len(config.methods)} methods; {trained} models to train, {merges} merges per base and "
+        f"method, {cells:,} cells, {len(artifacts)} jobs"
+    )
+
+
+@config_app.command("schema")
+def config_schema() -> None:
+    """Print the JSON schema of configurations."""
+    from mergelaw.config import reference
+
+    print(json.dumps(reference.schema(), indent=2, ensure_ascii=False))
+
+
+@config_app.command("table")
+def config_table(
+    into: Annotated[
+        Path | None, typer.Option(help="a Markdown file with markers around its tables")
+    ] = None,
+) -> None:
+    """Print every key of a configuration as Markdown tables."""
+    from mergelaw.config import reference
+
+    if into is None:
+        print(reference.tables())
+        return
+    start, end = "<!-- tables -->", "<!-- end of tables -->"
+    before, opened, rest = into.read_text(encoding="utf-8").partition(start)
+    _, closed, after = rest.partition(end)
+    if not (opened and closed):
+        raise MergelawError(f"{into}: lacks the markers {start} and {end}; add them")
+    into.write_text(f"{before}{start}\n{reference.tables()}\n{end}{after}", encoding="utf-8")
+
+
+# -- before, during and after a run ------------------------------------------------------------
+
+
+def estimate(
+    file: StudyFile = DEFAULT,
+    rates: Annotated[Path | None, typer.Option(help="rates of the cluster, YAML")] = None,
+) -> None:
+    """Estimate what a study costs: jobs, GPU hours, tokens, bytes and the longest chain.
+
+    Example: mergelaw estimate ours.yaml
+    """
+    from mergelaw.workflow import estimate as costs
+
+    known = costs.read_rates(rates)
+    print(costs.text(costs.estimate(load_study(file), known), known))
+
+
+def rates(file: StudyFile = DEFAULT) -> None:
+    """Print the rates that a study's results show, for `estimate --rates`.
+
+    Example: mergelaw rates config/config.yaml > rates.yaml
+    """
+    import yaml
+
+    from mergelaw.workflow import estimate as costs
+
+    known = costs.measured(load_study(file)).model_dump(exclude_none=True)
+    print(yaml.safe_dump(known, sort_keys=False), end="")
+
+
+def status(file: StudyFile = DEFAULT, as_json: Json = False) -> None:
+    """Show a study's progress: stages, merges measured, time left, failures.
+
+    Example: mergelaw status ours.yaml
+    """
+    from mergelaw.workflow.progress import progress
+
+    now = progress(load_study(file))
+    print(json.dumps(now.to_dict(), indent=1) if as_json else now.text())
+
+
+def summary(file: StudyFile = DEFAULT) -> None:
+    """Print a study's laws, the time of each stage and where the report is.
+
+    Example: mergelaw summary ours.yaml
+    """
+    from mergelaw.workflow.results import summary as text
+
+    print(text(load_study(file)))
+
+
+def show_lineage(
+    path: Annotated[
+        Path,
+        typer.Argument(
+            metavar="STUDY|PATH", help="a configuration, an artifact, a file in one, or results"
+        ),
+    ] = DEFAULT,
+    verify: Annotated[bool, typer.Option("--verify", help="compare every file's digest")] = False,
+) -> None:
+    """Print where an artifact comes from, back to the sources; a study's is its report.
+
+    Example: mergelaw lineage config/config.yaml --verify
+
+    With --verify a whole results folder can be given: every artifact in it is checked.
+    """
+    from mergelaw.artifacts.run_lock import MARK, check_layout
+
+    if verify and (path / MARK).exists():
+        from mergelaw.workflow.results import verify_results
+
+        check_layout(path)
+        count, wrong = verify_results(path)
+        done = f"verified: {count} artifacts, every file is what was written"
+    else:
+        if path.suffix in (".yaml", ".yml") and path.is_file():
+            study = load_study(path)
+            path = study.results / study.report.path
+        lines, wrong = lineage.tree(lineage.find(path), verify)
+        print("\n".join(lines))
+        done = f"verified: {len(lines)} entries, every file is what was written" if verify else ""
+    for problem in list(dict.fromkeys(wrong))[:-1]:
+        print(f"mergelaw: error: {problem}")
+    if wrong:
+        raise MergelawError(wrong[-1])
+    if done:
+        print(done)
+
+
+def collect_garbage(
+    files: Annotated[
+        list[Path], typer.Argument(metavar="STUDY...", help="configurations of studies to keep")
+    ],
+    delete: Annotated[bool, typer.Option("--delete", help="remove what is listed")] = False,
+) -> None:
+    """List what none of the given studies refers to; with --delete, remove it.
+
+    Example: mergelaw gc ours.yaml theirs.yaml
+    """
+    from mergelaw.workflow import results
+
+    count, freed = 0, 0
+    for path, size in results.collect_garbage([load_study(file) for file in files], delete):
+        print(f"{size:>14,}  {path}")
+        count, freed = count + 1, freed + size
+    verb = "removed" if delete else "not referred to (--delete removes them)"
+    print(f"{count} artifacts and files, {freed:,} bytes {verb}; measured cells are kept")
+
+
+# -- with what was made ------------------------------------------------------------------------
+
+
+def merge(
+    output: Annotated[Path, typer.Option(help="folder of the checkpoint, a new one")],
+    experts: Annotated[list[str], typer.Option("--expert", help="an expert, one or more")],
+    method: Annotated[str, typer.Option(help="one of the study's methods")],
+    file: StudyFile = DEFAULT,
+    base: Annotated[str | None, typer.Option(help="a base, if the study has several")] = None,
+    weights: Annotated[
+        list[float] | None, typer.Option("--weight", help="one for each expert; else equal")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="training seed; else the study's first")] = None,
+) -> None:
+    """Write a merge of a study's experts as a Hugging Face checkpoint.
+
+    Example: mergelaw merge ours.yaml --method ties --expert law --expert medicine --output merged
+    """
+    from mergelaw.cli.merges import write_merge
+    from mergelaw.config import parse
+    from mergelaw.workflow.study import Study
+
+    study = load_study(file)
+    if base is None:
+        if len(study.bases) > 1:
+            raise MergelawError(f"merge: give --base, one of {', '.join(study.bases)}")
+        (base,) = study.bases
+    wanted = {"base": base, "method": method, "experts": experts, "weights": weights, "seed": seed}
+    settings = study.config.model_dump(by_alias=True, exclude_unset=True)
+    (artifact,) = Study(parse(settings | {"merges": {"merge": wanted}}, "merge")).merges.values()
+    for one in artifact.dependencies():
+        if not study.made(one):
+            raise MergelawError(
+                f"{study.results / one.path}: is not made yet; run "
+                f"`snakemake --profile profiles/local --configfile {file}` first"
+            )
+    places = {name: study.results / one.path for name, one in artifact.named_inputs()}
+    vectors = {name: places[f"task_vectors:{name}"] for name in artifact.names("task_vectors")}
+
+    def work(folder: Path, state: Path) -> dict[str, Any]:
+        return write_merge(artifact.recipe, places["base"], vectors, folder, output)
+
+    made = store.make(output, "merge", artifact.recipe, places, work)
+    print(f"{output}: {'written' if made else 'exists already'}")
+
+
+def fit(
+    points: Annotated[Path, typer.Option(help="a table of points, CSV or Parquet")],
+    output: Annotated[Path | None, typer.Option(help="folder for the fits, a new one")] = None,
+) -> None:
+    """Fit the laws to a table of points: columns N, k, loss, and if wanted se, M, method, ...
+
+    Example: mergelaw fit --points points.csv --output laws
+    """
+    from mergelaw.artifacts.files import file_digest
+    from mergelaw.laws import fits
+    from mergelaw.laws.points import read_points
+
+    study = fits.fit_points(*read_points(points))
+    if not study.fits:
+        raise MergelawError(f"{points}: {fits.first_reason(study)}")
+    print(fits.summary(study), end="")
+    if output is None:
+        return
+    recipe = {"points": file_digest(points)}
+    exists = (output / lineage.LINEAGE).exists()
+    if exists and lineage.read(output)["recipe"] != recipe:
+        raise MergelawError(f"{output}: holds the fits of other points; name another folder")
+    store.make(output, "fit", recipe, {}, lambda folder, state: fits.write(study, folder, []))

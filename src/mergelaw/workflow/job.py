@@ -1,0 +1,100 @@
+"""The job of an artifact as one JSON file: what the stage's command reads.
+
+A command line has no room for a thousand inputs, and a failed job's message would bury its error
+under them. The file lies beside the job's log.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mergelaw.artifacts import store
+from mergelaw.artifacts.files import write_json
+from mergelaw.errors import MergelawError
+from mergelaw.workflow.artifact import Artifact, Row
+
+
+@dataclass(frozen=True)
+class Job:
+    """A stage's work.
+
+    Attributes:
+        stage, key, recipe, sources, rows: as in ``Artifact``.
+        output: folder of the artifact to be made.
+        inputs: folders of the inputs by role: one, or several by name.
+    """
+
+    stage: str
+    output: Path
+    recipe: dict[str, Any]
+    key: str | None = None
+    sources: dict[str, Any] | None = None
+    inputs: dict[str, Any] | None = None
+    rows: Sequence[Row] = ()
+
+    def one(self, role: str) -> Path:
+        """The input of a role that has one."""
+        return Path((self.inputs or {})[role])
+
+    def all(self, role: str) -> dict[str, Path]:
+        """The inputs of a role by name; none if the job has none."""
+        return {name: Path(path) for name, path in (self.inputs or {}).get(role, {}).items()}
+
+    def make(self, work: store.Work) -> bool:
+        """Make the artifact, as ``artifacts.store.make`` does."""
+        inputs = {}
+        for role, value in (self.inputs or {}).items():
+            if isinstance(value, str):
+                inputs[role] = Path(value)
+            else:
+                inputs |= {f"{role}:{name}": Path(path) for name, path in value.items()}
+        return store.make(self.output, self.stage, self.recipe, inputs, work, self.key)
+
+
+def job_file(results: Path, artifact: Artifact) -> Path:
+    """Where the job of an artifact is written."""
+    return results / "logs" / f"{artifact.path}.json"
+
+
+def write_job(results: Path, artifact: Artifact) -> None:
+    """Write the job of an artifact."""
+
+    def place(one: Artifact) -> str:
+        return str(results / one.path)
+
+    inputs = {
+        role: place(value)
+        if isinstance(value, Artifact)
+        else {name: place(one) for name, one in value.items()}
+        for role, value in artifact.inputs.items()
+    }
+    path = job_file(results, artifact)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_json(
+        path,
+        {
+            "stage": artifact.stage,
+            "key": artifact.key,
+            "output": place(artifact),
+            "recipe": artifact.recipe,
+            "sources": artifact.sources,
+            "inputs": inputs,
+            "rows": list(artifact.rows),
+        },
+    )
+
+
+def read_job(path: Path, stage: str) -> Job:
+    """The job in a file. Raises MergelawError if it is none of this stage."""
+    try:
+        entry = json.loads(path.read_text(encoding="utf-8"))
+        job = Job(**entry | {"output": Path(entry["output"])})
+    except OSError as error:
+        raise MergelawError(f"{path}: cannot be read ({error.strerror}); rerun snakemake") from None
+    except (ValueError, KeyError, TypeError):
+        raise MergelawError(f"{path}: is not a job; rerun snakemake, which writes it") from None
+    if job.stage != stage:
+        raise MergelawError(f"{path}: is a job of stage {job.stage}, not {stage}; give another")
+    return job

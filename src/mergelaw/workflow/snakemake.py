@@ -1,0 +1,188 @@
+"""What the rules know of a study: inputs, files, resources and the run's start and end.
+
+Everything that touches Snakemake's objects is here and in rules/common.smk.
+"""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Callable
+from contextlib import contextmanager
+from typing import Any, NoReturn
+
+from snakemake.io import ancient
+
+from mergelaw.artifacts.run_lock import lock_results
+from mergelaw.config import schema
+from mergelaw.errors import MergelawError, system_message
+from mergelaw.evaluation.recipe import BASELINES
+from mergelaw.workflow import forkserver, progress, resources, slurm
+from mergelaw.workflow.artifact import Artifact
+from mergelaw.workflow.job import job_file, write_job
+from mergelaw.workflow.study import Study
+
+
+def fail(message: str) -> NoReturn:
+    """End the run with one line."""
+    sys.exit(f"mergelaw: error: {message}")
+
+
+@contextmanager
+def one_line_errors() -> Any:
+    """Turn errors that a user can mend into one line."""
+    try:
+        yield
+    except MergelawError as error:
+        fail(str(error))
+    except OSError as error:
+        fail(system_message(error))
+
+
+class Pipeline:
+    """A study in the words of Snakemake's rules.
+
+    Args:
+        workflow: Snakemake's workflow object.
+        config: its configuration, all files and ``--config`` together.
+    """
+
+    def __init__(self, workflow: Any, config: dict[str, Any]):
+        self.workflow, self.config = workflow, config
+        if "openrlhf_python" in config:  # said by a profile: a fact of the machine
+            os.environ["MERGELAW_OPENRLHF_PYTHON"] = str(config.pop("openrlhf_python"))
+        with one_line_errors():
+            for path in workflow.configfiles:
+                schema.read(path)  # Snakemake's own reader accepts a key that is given twice
+            where = " + ".join(map(str, workflow.configfiles))
+            self.study = Study(schema.parse(dict(config), where))
+            settings = workflow.resource_settings.default_resources or {}
+            values = {name: getattr(value, "raw", value) for name, value in settings.items()}
+            self.hardware = resources.Hardware.of(values)
+            missing = [a for a in self.study.by_path.values() if not self.study.made(a)]
+            self.needs = []
+            if self.hardware and workflow.is_main_process:
+                self.needs = [resources.need_of(self.study, artifact) for artifact in missing]
+                resources.check(self.needs, self.hardware)
+        # On one machine, jobs that would use its GPUs take turns, as its profile says.
+        self.one_machine = not self.hardware and shutil.which("nvidia-smi") is not None
+
+    def paths(self, pattern: str) -> "Paths":
+        """Files of the artifacts whose path below the results folder has this pattern."""
+        return Paths(self, pattern)
+
+    def tracked(self, artifact: Artifact) -> str:
+        """The file that stands for an artifact."""
+        return f"{self.study.results}/{artifact.path}/lineage.json"
+
+    def targets(self) -> list[str]:
+        """Tracked files of everything the study asks for."""
+        return [self.tracked(artifact) for artifact in self.study.targets()]
+
+    def names(self, *artifacts: Artifact) -> str:
+        """Regular expression of these artifacts' last names, for a wildcard's constraint."""
+        names = {re.escape(artifact.folder.rpartition("/")[2]) for artifact in artifacts}
+        return "|".join(sorted(names)) or "(?!)"
+
+    # -- start and end of a run ----------------------------------------------------------------
+
+    def start(self) -> None:
+        """Lock the results folder, check what every job needs, write the jobs."""
+        with one_line_errors():
+            if self.workflow.executor_plugin.name == "slurm":
+                status = self.workflow.executor_settings.status_command
+                slurm.check(self.hardware, status, any(need.counts for need in self.needs))
+            missing = [a for a in self.study.by_path.values() if not self.study.made(a)]
+            if any(a.recipe.get("training", {}).get("trainer") == "openrlhf" for a in missing):
+                from mergelaw.models import openrlhf
+
+                openrlhf.interpreter()
+            self._lock = lock_results(self.study.results)
+            for artifact in missing:
+                write_job(self.study.results, artifact)
+            here = self.workflow.local_exec and not self._deploys()
+            if here and sys.platform == "linux":  # jobs run with this Python
+                self._forks = forkserver.start()
+        self._shown = threading.Event()
+        if not sys.stderr.isatty():
+            self._shown = progress.show_progress(
+                self.study, lambda line: print(line, file=sys.stderr, flush=True)
+            )
+
+    def _deploys(self) -> bool:
+        return bool(self.workflow.deployment_settings.deployment_method)
+
+    def succeed(self) -> None:
+        """Say what was measured and where the report is."""
+        from mergelaw.workflow.results import summary
+
+        self._shown.set()
+        if self.study.made(self.study.report):  # not after --until
+            with one_line_errors():
+                print(summary(self.study), file=sys.stderr)
+
+    def report_the_rest(self) -> None:
+        """After a failure: fit and report what was measured."""
+        self._shown.set()
+        shards = [a for a in self.study.evals.values() if a.method != BASELINES]
+        if not any(map(self.study.made, shards)):
+            return
+        with one_line_errors(), tempfile.NamedTemporaryFile("w", suffix=".json") as resolved:
+            json.dump(self.config, resolved)
+            resolved.flush()
+            subprocess.run(["mergelaw", "stage", "partial", resolved.name], check=False)
+
+
+class Paths:
+    """Inputs, outputs and resources of a rule, by its artifacts' path."""
+
+    def __init__(self, pipeline: Pipeline, pattern: str):
+        self._pipeline = pipeline
+        self._pattern = pattern
+        self.output = f"<results>/{pattern}/lineage.json"
+        self.log = f"<results>/logs/{pattern}.log"
+
+    def _artifact(self, wildcards: Any) -> Artifact:
+        return self._pipeline.study.by_path[self._pattern.format(**wildcards)]
+
+    def input(self, role: str) -> Callable[[Any], list[Any]]:
+        """Input function: the artifacts of a role. An existing path is right, however old.
+
+        Checks of an artifact that exists are left out: a check with one domain more would
+        otherwise ask for every expert again.
+        """
+
+        def inputs(wildcards: Any) -> list[Any]:
+            artifact = self._artifact(wildcards)
+            if role in artifact.checks and self._pipeline.study.made(artifact):
+                return []
+            return [ancient(self._pipeline.tracked(one)) for one in artifact.of_role(role)]
+
+        return inputs
+
+    def job(self, wildcards: Any) -> str:
+        """Params function: the file that holds the job."""
+        return str(job_file(self._pipeline.study.results, self._artifact(wildcards)))
+
+    @property
+    def resources(self) -> dict[str, Callable[..., Any]]:
+        """What the jobs ask a cluster for; on one machine its GPU, if it has one."""
+        pipeline = self._pipeline
+        if pipeline.one_machine:
+            return {"gpu": lambda wildcards: int(self._artifact(wildcards).on_gpu)}
+        hardware = pipeline.hardware
+        if hardware is None:
+            return {}
+
+        def asked(name: str) -> Callable[..., Any]:
+            def value(wildcards: Any, threads: int, attempt: int) -> Any:
+                need = resources.need_of(pipeline.study, self._artifact(wildcards))
+                return resources.ask(need, hardware, threads, attempt)[name]
+
+            return value
+
+        return {name: asked(name) for name in resources.ASKED}
