@@ -1,11 +1,11 @@
-"""From documents to token windows: what is scored, what is only read.
+"""Tokens of documents: which are scored, and windows of at most ``max_tokens``.
 
-Instruction data goes through the tokenizer's chat template; the response with its end-of-turn token
-is scored. Plain text is scored as a whole, after a beginning-of-sequence token where the tokenizer
-has one (otherwise its first token is only read). Training and evaluation share this.
+Chat documents go through the tokenizer's chat template. The response and its end-of-turn token
+are scored; the prompt is context. Plain text is scored whole, after a beginning-of-sequence token
+if the tokenizer has one; otherwise its first token is context. Training and evaluation share this.
 
-The ``merging_eval`` protocol is that of the law's paper (its released evaluation script), to
-compare numbers with: see :func:`merging_eval_parts`.
+The ``merging_eval`` protocol is that of the evaluation script released with the law's paper, for
+comparison with its numbers: see ``merging_eval_parts``.
 """
 
 from collections.abc import Sequence
@@ -15,17 +15,17 @@ from typing import Any
 from mergelaw.data.documents import Document
 from mergelaw.errors import MergelawError
 
-# For tokenizers without a chat template of their own.
+# For tokenizers without a chat template.
 PLAIN_TEMPLATE = (
     "{{ bos_token or '' }}{% for message in messages %}{% if message['role'] == 'assistant' %}"
     "{{ message['content'] + eos_token }}{% else %}{{ message['content'] + '\n\n' }}{% endif %}"
     "{% endfor %}"
 )
-# Templates that print the day would make a loss depend on when it was measured.
+# A template that prints the date would make a loss depend on the day of its measurement.
 DATE = {"date_string": "26 Jul 2024"}
-# What the merging_eval protocol says where nobody else does.
+# The merging_eval protocol's system message for documents without one, and its template for
+# tokenizers without one: Llama 3's.
 SYSTEM = {"role": "system", "content": "You are a helpful assistant."}
-# And the template it gives to a tokenizer without one: Llama 3's.
 HEADER = "<|start_header_id|>{}<|end_header_id|>\n\n"
 MERGING_EVAL_TEMPLATE = (
     "{{ bos_token or '' }}"
@@ -39,9 +39,13 @@ MERGING_EVAL_TEMPLATE = (
 )
 
 
+Parts = tuple[list[int], list[int], int]
+"""Token ids of the prompt and of the response, and how many of the latter are scored."""
+
+
 @dataclass(frozen=True)
 class Window:
-    """Tokens of one document; those from ``start`` to ``stop`` are scored."""
+    """Token ids of one document; those from ``start`` to ``stop`` are scored."""
 
     document: int
     ids: tuple[int, ...]
@@ -51,21 +55,21 @@ class Window:
 
 @dataclass(frozen=True)
 class Encoded:
-    """The windows of a set of documents, and what happened to the long ones."""
+    """The windows of a set of documents, and counts of what was cut from long ones."""
 
     windows: list[Window]
     documents: int
     long_documents: int
     dropped_tokens: int
-    scored_bytes: int  # UTF-8 bytes of the text that is scored
+    scored_bytes: int  # UTF-8 bytes of the scored text
 
 
-def rendered(
-    tokenizer: Any, document: Document, turns: list[Any], answer: str, template: str | None
+def _render(
+    tokenizer: Any, document: Document, turns: list[Any], answer: str, default_template: str
 ) -> tuple[str, str]:
-    """The chat up to the answer, and with it. ``template``: for a tokenizer without its own."""
+    """The chat up to the answer, and with it, by the tokenizer's template or the default one."""
     settings = {
-        "chat_template": None if tokenizer.chat_template else template,
+        "chat_template": None if tokenizer.chat_template else default_template,
         "tokenize": False,
         **DATE,
     }
@@ -75,79 +79,82 @@ def rendered(
             tokenizer.apply_chat_template(turns, add_generation_prompt=True, **settings),
             tokenizer.apply_chat_template(whole, **settings),
         )
-    except Exception as error:  # whatever a foreign template raises
+    except Exception as error:  # a template raises whatever it likes
         raise MergelawError(
-            f"document {document.document}: the chat template refuses it ({error}); "
-            "mend the document's roles or the template"
+            f"document {document.document}: the chat template refuses it ({error}); fix the"
+            " document's roles or the template"
         ) from None
 
 
 def texts(tokenizer: Any, document: Document) -> tuple[str, str]:
-    """(what is read, what follows it) of a document, as text with its control tokens."""
+    """A document's prompt and response as text, with control tokens."""
     if document.messages is None:
         return tokenizer.bos_token or "", document.response
-    prompt, whole = rendered(
+    prompt, whole = _render(
         tokenizer, document, document.messages, document.response, PLAIN_TEMPLATE
     )
     if not whole.startswith(prompt):
         raise MergelawError(
-            f"document {document.document}: the chat template writes the prompt differently once "
-            "there is an answer; use a template that does not"
+            f"document {document.document}: the chat template writes the prompt differently when"
+            " the answer follows; use a template that does not"
         )
     return prompt, whole[len(prompt) :]
 
 
-def parts(tokenizer: Any, documents: Sequence[Document]) -> list[tuple[list[int], list[int], int]]:
-    """(prompt's ids, response's ids, how many of the response's ids are scored) of each."""
+def parts(tokenizer: Any, documents: Sequence[Document]) -> list[Parts]:
+    """The token ids of each document's prompt and response.
+
+    Of a chat's response, what follows its last special token, the end of turn, is not scored.
+    """
     if not documents:
         return []
-    pairs = [texts(tokenizer, document) for document in documents]
-    both = [text for pair in pairs for text in pair]
+    both = [text for document in documents for text in texts(tokenizer, document)]
     ids = tokenizer(both, add_special_tokens=False, verbose=False)["input_ids"]
     special = set(tokenizer.all_special_ids)
-    made = []
-    for document, prompt, rest in zip(documents, ids[::2], ids[1::2], strict=True):
-        if document.messages is None:
-            # Without a beginning, the first token can only be read.
-            begin, text = (prompt, rest) if prompt else (rest[:1], rest[1:])
-            made.append((begin, text, len(text)))
-            continue
-        ends = [place for place, token in enumerate(rest) if token in special]
-        made.append((prompt, rest, ends[-1] + 1 if ends else len(rest)))
-    return made
+    encoded = []
+    for document, prompt, response in zip(documents, ids[::2], ids[1::2], strict=True):
+        scored = len(response)
+        if document.messages is not None:
+            ends = [place for place, token in enumerate(response) if token in special]
+            scored = ends[-1] + 1 if ends else scored
+        elif not prompt:  # nothing predicts the first token, so it is context
+            prompt, response = response[:1], response[1:]
+            scored = len(response)
+        encoded.append((prompt, response, scored))
+    return encoded
 
 
 def too_long(where: str, document: Document, size: int, max_tokens: int) -> MergelawError:
+    """The error for a document above ``max_tokens`` under ``long_documents: refuse``."""
     return MergelawError(
-        f"{where}: document {document.document} has {size} tokens, max_tokens is "
-        f"{max_tokens}; raise it, or set long_documents to split or truncate"
+        f"{where}: document {document.document} has {size} tokens, max_tokens is {max_tokens};"
+        " raise it, or set long_documents to split or truncate"
     )
 
 
-def merging_eval_parts(
-    tokenizer: Any, documents: Sequence[Document]
-) -> list[tuple[list[int], list[int], int]]:
-    """What ``parts`` gives, by the protocol of the law's paper.
+def merging_eval_parts(tokenizer: Any, documents: Sequence[Document]) -> list[Parts]:
+    """Token ids as ``parts`` gives them, by the protocol of the law's paper.
 
-    A system message where there is none, contents stripped, the tokenizer's own special tokens put
-    in front of the template's; prompt and whole tokenised apart, and everything scored behind as
-    many tokens as the prompt has: the tokens after the end of the turn too.
+    A document without a system message gets one, contents are stripped, and the tokenizer's
+    special tokens precede those of the template. Prompt and whole chat are tokenised separately.
+    All tokens of the chat behind as many as the prompt has are scored, the last ones included.
     """
-    made = []
+    encoded = []
     for document in documents:
         if document.messages is None:
             raise MergelawError(
-                f"document {document.document}: plain text, which protocol merging_eval does not "
-                "know; give a prompt and a response, or use protocol mergelaw"
+                f"document {document.document}: plain text, which protocol merging_eval does not know;"
+                " give a prompt and a response, or use protocol mergelaw"
             )
         turns = [{**turn, "content": turn["content"].strip()} for turn in document.messages]
         if not turns or turns[0]["role"] != "system":
             turns.insert(0, SYSTEM)
         answer = document.response.strip()
-        prompt, whole = rendered(tokenizer, document, turns, answer, MERGING_EVAL_TEMPLATE)
-        start, ids = (tokenizer(text, verbose=False)["input_ids"] for text in (prompt, whole))
-        made.append((ids[: len(start)], ids[len(start) :], max(len(ids) - len(start), 0)))
-    return made
+        prompt, whole = _render(tokenizer, document, turns, answer, MERGING_EVAL_TEMPLATE)
+        size = len(tokenizer(prompt, verbose=False)["input_ids"])
+        ids = tokenizer(whole, verbose=False)["input_ids"]
+        encoded.append((ids[:size], ids[size:], max(len(ids) - size, 0)))
+    return encoded
 
 
 def encode(
@@ -158,45 +165,43 @@ def encode(
     where: str,
     protocol: str = "mergelaw",
 ) -> Encoded:
-    """The windows of ``documents``, none longer than ``max_tokens``.
+    """The windows of ``documents``, of at most ``max_tokens``.
 
-    A longer document is refused, cut (``truncate``: the tokens behind the cut are not scored) or
-    spread over windows (``split``: each scored token once, a window beginning with the last token
-    of the one before). Raises MergelawError for a refused one, and where nothing is left to score.
+    A longer document is an error (``refuse``), loses the tokens behind the limit (``truncate``),
+    or becomes several windows (``split``): each token is scored once, and a window begins with the
+    last token of the one before. Raises MergelawError also if no token is left to score.
     """
     windows: list[Window] = []
-    long = dropped = 0
-    scored_bytes = []
-    split = merging_eval_parts if protocol == "merging_eval" else parts
-    encoded = zip(documents, split(tokenizer, documents), strict=True)
-    for number, (document, (prompt, response, scored)) in enumerate(encoded):
-        # Nothing predicts the very first token, where no prompt and no beginning stands before it.
-        ids, start, stop = prompt + response, max(len(prompt), 1), len(prompt) + scored
-        scored_bytes.append(len(document.response.encode()))
-        cut = min(stop, max_tokens) if long_documents == "truncate" else stop
-        whole = document.messages is not None or tokenizer.bos_token
-        whole = whole and protocol != "merging_eval"
-        if not whole or (start, cut) != (len(prompt), stop):
-            seen = tokenizer.decode(ids[start : max(start, cut)], skip_special_tokens=True)
-            scored_bytes[-1] = len(seen.encode())
+    long = dropped = scored_bytes = 0
+    encoded = (merging_eval_parts if protocol == "merging_eval" else parts)(tokenizer, documents)
+    for number, (document, (prompt, response, scored)) in enumerate(
+        zip(documents, encoded, strict=True)
+    ):
+        ids = prompt + response
         if len(ids) > max_tokens:
             long += 1
             if long_documents == "refuse":
                 raise too_long(where, document, len(ids), max_tokens)
-        if long_documents == "split" and len(ids) > max_tokens:
-            for first in range(0, len(ids) - 1, max_tokens - 1):
-                last = min(first + max_tokens, len(ids))
-                begin, end = max(start, first + 1), min(stop, last)
-                if begin < end:
-                    window = tuple(ids[first:last])
-                    windows.append(Window(number, window, begin - first, end - first))
-            continue
-        end = min(stop, max_tokens)
-        dropped += max(stop - max(end, start), 0)
-        if start < end:
-            windows.append(Window(number, tuple(ids[:max_tokens]), start, end))
+        # Nothing predicts the very first token, even if the template writes no prompt.
+        start, stop = max(len(prompt), 1), len(prompt) + scored
+        kept = ids if long_documents == "split" else ids[:max_tokens]
+        end = max(start, min(stop, len(kept)))
+        dropped += max(stop - end, 0)
+        whole = (document.messages is not None or tokenizer.bos_token) and (
+            protocol != "merging_eval" and start == len(prompt) and stop <= len(kept)
+        )
+        text = document.response
+        if not whole:
+            text = tokenizer.decode(ids[start:end], skip_special_tokens=True)
+        scored_bytes += len(text.encode())
+        for first in range(0, len(kept) - 1, max_tokens - 1):
+            last = min(first + max_tokens, len(kept))
+            window = max(start, first + 1), min(stop, last)
+            if window[0] < window[1]:
+                begin, finish = (place - first for place in window)
+                windows.append(Window(number, tuple(kept[first:last]), begin, finish))
     if not windows:
         raise MergelawError(
             f"{where}: no token to score in {len(documents)} documents; check the data"
         )
-    return Encoded(windows, len(documents), long, dropped, sum(scored_bytes))
+    return Encoded(windows, len(documents), long, dropped, scored_bytes)
