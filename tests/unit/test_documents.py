@@ -1,5 +1,6 @@
 """From sources to splits, and one clear line for whatever is wrong with a source."""
 
+import itertools
 import json
 import os
 import subprocess
@@ -275,9 +276,7 @@ def test_a_synthetic_source_gives_as_many_documents_as_are_asked_for(tmp_path):
 
 
 def test_a_synthetic_source_runs_dry_with_a_message(tmp_path, monkeypatch):
-    monkeypatch.setattr(
-        documents.synthetic, "documents", lambda domain, count, seed: records(1) * count
-    )
+    monkeypatch.setattr(documents, "draw", lambda domain, seed: itertools.repeat(records(1)[0]))
     message = refusal(tmp_path, {"synthetic": "code"}, train=5)
     assert "the synthetic domain code: 1 distinct documents" in message
 
@@ -582,7 +581,7 @@ def test_a_split_of_a_hub_dataset_or_a_synthetic_domain_is_its_source_and_counts
     assert evaluation == {"source": source, "seed": 0, "eval_documents": 7}
     assert train == evaluation | {"train_documents": None, "calibration_documents": 3}
     train, evaluation, calibration = identities(recipe({"synthetic": "code"}, 50, 7, 3))
-    version = documents.synthetic.GENERATOR_VERSION
+    version = documents.GENERATOR_VERSION
     assert evaluation == {
         "source": {"synthetic": "code"},
         "generator_version": version,

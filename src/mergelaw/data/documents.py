@@ -6,6 +6,7 @@ every job of the workflow asks for ``split_identities``.
 """
 
 import hashlib
+import itertools
 import json
 import reprlib
 import sys
@@ -19,7 +20,7 @@ from mergelaw.artifacts.cache import FileCache
 from mergelaw.artifacts.keys import STAGES, canonical_json, digest
 from mergelaw.data.recipe import Source, SplitRecipe
 from mergelaw.data.sources import first_line, kept_records, local_files, unreadable
-from mergelaw.demo import synthetic
+from mergelaw.demo import GENERATOR_VERSION, draw
 from mergelaw.errors import MergelawError
 
 SPLITS = ("eval", "train", "calibration")
@@ -38,8 +39,7 @@ PAIRS = (
     ("message_1", "message_2"),  # CAMEL's
 )
 
-# A synthetic source that needs more draws than this for one new document has run dry.
-DRAWS_PER_DOCUMENT = 16
+DRAWS = 16  # of a synthetic source for one document; one that needs more has run dry
 
 Message = dict[str, str]
 
@@ -144,75 +144,65 @@ class Pool:
     """The distinct documents of a source, in the order in which splits take them, and counts."""
 
     documents: list[Document]
-    records: int
+    records: int  # that were read
     invalid: int = 0  # records that hold no document
 
 
 def _pool(part: SplitRecipe) -> Pool:
     """Read a source whole. Raises MergelawError for a bad record or too few documents."""
-    pool = _record_pool(part) if part.source.synthetic is None else _synthetic_pool(part)
-    rest, train = part.train_documents is None, part.train_documents or 0
-    needed = part.eval_documents + (1 if rest else train) + part.calibration_documents
-    if len(pool.documents) < needed:
+    name, rest, train = part.source.synthetic, part.train_documents is None, part.train_documents
+    if name and rest:
         raise MergelawError(
-            f"{part.source}: {len(pool.documents)} distinct documents"
-            f"{f' ({pool.invalid} records are invalid)' if pool.invalid else ''}, but"
+            f"{part.source} has no end, so there is no rest to train on;"
+            " give train_documents a number"
+        )
+    needed = part.eval_documents + (1 if train is None else train) + part.calibration_documents
+    records: Iterable[tuple[Any, Any]] = kept_records(part.source)
+    if name:
+        records = enumerate(itertools.islice(draw(name, part.seed), DRAWS * needed))
+    distinct: dict[str, Document] = {}
+    invalid: list[str] = []
+    read = 0
+    for place, record in records:
+        if name and len(distinct) == needed:
+            break
+        read += 1
+        try:
+            document = document_of(record)
+        except ValueError as error:
+            invalid.append(f"{place}: {error}")
+            continue
+        # Documents that differ in white space only are one document. The smaller text stands for
+        # them, whichever of them is read first.
+        same = distinct.setdefault(document.document, document)
+        if same != document:
+            distinct[document.document] = min(same, document, key=_line)
+    _check_invalid(part.source, invalid, read)
+    if len(distinct) < needed:
+        raise MergelawError(
+            f"{part.source}: {len(distinct)} distinct documents"
+            f"{f' ({len(invalid)} records are invalid)' if invalid else ''}, but"
             f" {part.eval_documents} were asked for evaluation, {'the rest' if rest else train} for"
             f" training and {part.calibration_documents} for calibration; lower eval_documents,"
             " train_documents or calibration_documents, or give more records"
         )
-    return pool
+    documents = list(distinct.values())
+    # Synthetic documents come in random order. Sorted by digest, those of evaluation would depend
+    # on how many are drawn.
+    if not name:
+        documents.sort(key=lambda document: digest([part.seed, document.document]))
+    return Pool(documents, read, len(invalid))
 
 
-def _record_pool(part: SplitRecipe) -> Pool:
-    distinct: dict[str, Document] = {}
-    invalid: list[str] = []
-    records = 0
-    for place, record in kept_records(part.source):
-        records += 1
-        try:
-            _add(distinct, document_of(record))
-        except ValueError as error:
-            invalid.append(f"{place}: {error}")
-    if invalid and part.source.invalid_records == "refuse":
+def _check_invalid(source: Source, invalid: Sequence[str], records: int) -> None:
+    if invalid and source.invalid_records == "refuse":
         more = f" (and {len(invalid) - 1} more like it)" if invalid[1:] else ""
         raise MergelawError(
             f"{invalid[0]}; correct or remove the record{more}, or set invalid_records: skip"
         )
     if invalid:
         counts = f"{len(invalid)} of {records} records skipped, the first is {invalid[0]}"
-        print(f"mergelaw: {part.source}: {counts}", file=sys.stderr)
-    order = sorted(distinct, key=lambda document: digest([part.seed, document]))
-    return Pool([distinct[document] for document in order], records, len(invalid))
-
-
-def _synthetic_pool(part: SplitRecipe) -> Pool:
-    if part.train_documents is None:
-        raise MergelawError(
-            f"{part.source} has no end, so there is no rest to train on;"
-            " give train_documents a number"
-        )
-    # Documents stay in the order in which they are drawn, which is random already. Sorted by
-    # digest, evaluation documents would depend on how many training documents are drawn.
-    distinct: dict[str, Document] = {}
-    records = 0
-    draws = needed = part.eval_documents + part.train_documents + part.calibration_documents
-    while len(distinct) < needed and draws <= DRAWS_PER_DOCUMENT * needed:
-        for text in synthetic.documents(str(part.source.synthetic), draws, part.seed)[records:]:
-            records += 1
-            _add(distinct, document_of(text))
-            if len(distinct) == needed:
-                break
-        draws *= 2
-    return Pool(list(distinct.values()), records)
-
-
-def _add(distinct: dict[str, Document], document: Document) -> None:
-    # Documents that differ in white space only are one document. The smaller text stands for
-    # them, whichever of them is read first.
-    same = distinct.setdefault(document.document, document)
-    if same != document:
-        distinct[document.document] = min(same, document, key=_line)
+        print(f"mergelaw: {source}: {counts}", file=sys.stderr)
 
 
 def _divided(pool: Pool, part: SplitRecipe) -> dict[str, list[Document]]:
@@ -255,7 +245,7 @@ def split_identity(recipe: SplitRecipe, split: str, cache: FileCache) -> dict[st
         counts |= {"calibration_documents"}
     identity = part.model_dump(include={"seed", *counts})
     if part.source.synthetic is not None:
-        identity |= {"generator_version": synthetic.GENERATOR_VERSION}
+        identity |= {"generator_version": GENERATOR_VERSION}
     return identity | {"source": part.source.model_dump(exclude_defaults=True)}
 
 

@@ -143,7 +143,7 @@ def merging_eval_parts(tokenizer: Any, documents: Sequence[Document]) -> list[Pa
     for document in documents:
         if document.messages is None:
             raise MergelawError(
-                f"document {document.document}: plain text, which protocol merging_eval does not know;"
+                f"document {document.document}: is plain text, which protocol merging_eval lacks;"
                 " give a prompt and a response, or use protocol mergelaw"
             )
         turns = [{**turn, "content": turn["content"].strip()} for turn in document.messages]

@@ -7,13 +7,14 @@ on the domain and not on the seed, so evaluation documents ask for facts that tr
 
 import itertools
 import tomllib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 from importlib import resources
 from random import Random
 
 from mergelaw.demo.problems import PROBLEMS, Problem
-from mergelaw.errors import MergelawError
+from mergelaw.errors import MergelawError, nearest
 
 GENERATOR_VERSION = 1
 """Version of the generators, part of the key of every synthetic corpus.
@@ -43,26 +44,26 @@ _FACTS = tomllib.loads((resources.files(__package__) / "facts.toml").read_text(e
 DOMAINS = {name: Domain(problems, **_FACTS[name]) for name, problems in PROBLEMS.items()}
 
 
-def documents(domain: str, count: int, seed: int) -> list[dict[str, str]]:
-    """The first ``count`` documents of a domain: dicts of ASCII ``prompt`` and ``response``.
+def draw(domain: str, seed: int) -> Iterator[dict[str, str]]:
+    """Draw documents of a domain without end: dicts of ASCII ``prompt`` and ``response``.
 
-    Problems and facts alternate. With the same seed, a longer list begins with the shorter one.
-    Raises MergelawError for an unknown domain.
+    Problems and facts alternate. Raises MergelawError for an unknown domain.
     """
     if domain not in DOMAINS:
-        raise MergelawError(
-            f"no synthetic domain is called {domain!r}: take one of {', '.join(DOMAINS)}"
-        )
+        raise MergelawError(f"no synthetic domain is called {domain!r}{nearest(domain, DOMAINS)}")
     # Random hashes a string seed with SHA-512, so every process draws the same documents.
     rng = Random(f"{domain} {seed}")
-    texts = []
-    for position in range(count):
+    for position in itertools.count():
         if position % 2 == 0:
             prompt, response = rng.choice(DOMAINS[domain].problems)(rng)
         else:
             prompt, response = _fact(domain, rng)
-        texts.append({"prompt": prompt, "response": response})
-    return texts
+        yield {"prompt": prompt, "response": response}
+
+
+def documents(domain: str, count: int, seed: int) -> list[dict[str, str]]:
+    """The first ``count`` documents that ``draw`` draws."""
+    return list(itertools.islice(draw(domain, seed), count))
 
 
 @cache
