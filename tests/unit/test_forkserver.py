@@ -105,10 +105,10 @@ def test_the_command_fails_with_its_fork(server, tmp_path):
     """In one line, whichever of its two processes is killed: the command's or the one that waits."""
     for place in (0, -1):
         command = subprocess.Popen(
-            corpus(tmp_path, str(tmp_path / "big"), 10**6),
+            corpus(tmp_path, str(tmp_path / f"big{place}"), 10**6),
             env=environment(server), stderr=subprocess.PIPE, text=True,
         )  # fmt: skip
-        wait_for(lambda: len(forks(server)) == 2)
+        wait_for((tmp_path / f".big{place}.work").exists)
         sorted(forks(server), key=lambda process: process.create_time())[place].kill()
         _, errors = command.communicate(timeout=10)
         assert command.returncode == 128 + signal.SIGKILL
