@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 
 from mergelaw.evaluation.design import sample
-from mergelaw.laws.fits import write_fits
+from mergelaw.laws.fits import fit_study, write
 from mergelaw.laws.law import MERGING
 from mergelaw.report.page import write_report
 
@@ -65,7 +65,7 @@ def main() -> None:
     print(f"{len(rows):,} cells of {len(SIZES)} sizes and {len(METHODS)} methods")
     with tempfile.TemporaryDirectory() as folder:
         clocks = [(time.perf_counter(), time.process_time())]
-        told = write_fits(rows, Path(folder) / "laws", [], [rows])
+        told = write(fit_study(rows, [rows]), Path(folder) / "laws")
         clocks.append((time.perf_counter(), time.process_time()))
         write_report(Path(folder) / "laws", rows, Path(folder) / "report", title="grid", facts={})
         clocks.append((time.perf_counter(), time.process_time()))

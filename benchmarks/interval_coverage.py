@@ -31,7 +31,7 @@ import pandas as pd
 
 from circles import design_variance
 from mergelaw.evaluation.design import pair_counts, pattern
-from mergelaw.laws.covariance import Part, of_circles
+from mergelaw.laws.covariance import Part, circle_part
 from mergelaw.laws.fit import Fit, fit
 from mergelaw.laws.law import MERGING, MERGING_FIXED_N
 
@@ -50,7 +50,6 @@ SHARED, OWN = 0.002, 0.0005  # documents: common to all cells, and each cell's
 ALONE = 0.001  # of each point, where the analysis is told nothing
 CIRCLE = 0.002  # of one circle's estimate, mean over the levels it samples
 MISFIT, SCATTER = 0.001, 0.002
-WIDTHS = 40  # data sets that widths are taken from
 
 
 @dataclass(frozen=True)
@@ -163,7 +162,7 @@ class Study:
                 loss[block] += means.mean(axis=0)
                 matrix, freedom = setting.shape / CIRCLES, math.inf
                 if setting.noise == "estimated":
-                    part = of_circles(means, setting.shape)
+                    part = circle_part(means, setting.shape)
                     matrix, freedom = part.matrix, part.freedom
                 whole = np.zeros((points, points))
                 whole[block, block] = matrix
@@ -177,7 +176,7 @@ class Study:
 
     def fit(self, kept: np.ndarray, one_base: bool = False) -> Fit:
         at, k = self.setting.grid
-        parts = [part.of(kept) for part in self.parts]
+        parts = [part.select(kept) for part in self.parts]
         known = self.setting.noise == "known"
         return fit(
             MERGING_FIXED_N if one_base else MERGING,
@@ -217,16 +216,12 @@ def cover(work: tuple[Setting, int, int]) -> pd.DataFrame:
     unit = design_variance(patterns, setting.pool, 1)
     scale = math.sqrt(np.trace(setting.shape) / np.trace(unit)) if setting.circular else 0.0
     records = []
-    for number in range(sets):
+    for _ in range(sets):
         study = Study.draw(setting, pairs, scale, random)
         for name, fitted, variables, true, new in study.questions():
-            width = math.nan
-            if new or number < WIDTHS:
-                low, high = fitted.predict_interval(new=new, **variables)
-                width, held = float(high - low), bool(low <= true <= high)
-            if not new:
-                held = fitted.holds(true, **variables)
-            records.append({"estimand": name, "held": held, "width": width})
+            low, high = fitted.predict_interval(new=new, **variables)
+            held = bool(low <= true <= high)
+            records.append({"estimand": name, "held": held, "width": float(high - low)})
     table = pd.DataFrame(records).groupby("estimand", sort=False)
     return table.agg(held=("held", "mean"), width=("width", "mean")).reset_index()
 

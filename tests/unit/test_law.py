@@ -11,7 +11,7 @@ import pytest
 
 from mergelaw.errors import MergelawError
 from mergelaw.laws.fit import fit
-from mergelaw.laws.fits import fit_study, write_fits
+from mergelaw.laws.fits import fit_study, write
 from mergelaw.laws.law import (
     EXPONENTIAL,
     INTERFERENCE_FIXED_N,
@@ -89,7 +89,7 @@ def test_b_below_zero_is_flagged_as_on_its_bound():
     k = np.arange(1, 10)
     fitted = fit(MERGING_FIXED_N, {"k": k, "ce": 1 + 0.1 / (k - 0.05)})
     assert fitted.parameters["b"] == 0
-    assert any("b is on its bound 0" in warning for warning in fitted.warnings)
+    assert any("b hit its bound 0" in warning for warning in fitted.warnings)
 
 
 def test_losses_that_do_not_fall_leave_b_without_meaning():
@@ -327,7 +327,7 @@ def test_a_study_fits_all_there_is_and_says_why_the_rest_is_not():
 
 
 def test_what_is_written_is_strict_json_and_reads_back(tmp_path):
-    told = write_fits(ladder_rows([1.0, 4.0]), tmp_path / "laws", missing=["b4/average/0"])
+    told = write(fit_study(ladder_rows([1.0, 4.0])), tmp_path / "laws", missing=["b4/average/0"])
     assert told == {"points": 54, "fits": 6, "refused": 3, "missing": 1}
 
     def refuse(token):
@@ -388,14 +388,14 @@ def test_interference_is_a_rival_where_losses_rise():
 
 def test_what_is_left_out_is_forecast_from_the_rest():
     fitted = fit(MERGING, grid(MERGING, TRUTHS))
-    assert set(fitted.left_out) == {"N", "k"}
-    assert fitted.left_out["k"]["value"] == 9 and fitted.left_out["N"]["value"] == 72
-    assert fitted.left_out["k"]["error"] < 1e-9 < fitted.left_out["k"]["same"]
+    assert set(fitted.holdout) == {"N", "k"}
+    assert fitted.holdout["k"]["value"] == 9 and fitted.holdout["N"]["value"] == 72
+    assert fitted.holdout["k"]["error"] < 1e-9 < fitted.holdout["k"]["same"]
     gaps = [MERGING.predict(TRUTHS, N=N, k=9) - MERGING.predict(TRUTHS, N=N, k=8) for N in SIZES]
-    assert fitted.left_out["k"]["same"] == pytest.approx(np.sqrt(np.mean(np.square(gaps))))
-    assert fit(MERGING, grid(MERGING, TRUTHS, sizes=[1, 4, 9])).left_out.keys() == {"k"}
+    assert fitted.holdout["k"]["same"] == pytest.approx(np.sqrt(np.mean(np.square(gaps))))
+    assert fit(MERGING, grid(MERGING, TRUTHS, sizes=[1, 4, 9])).holdout.keys() == {"k"}
     three = fit(MERGING_FIXED_N, {"k": [1, 2, 4], "ce": [1.2, 1.1, 1.06]})
-    assert three.left_out == {}
+    assert three.holdout == {}
 
 
 def test_a_forecast_worse_than_none_is_doubted():
@@ -403,7 +403,7 @@ def test_a_forecast_worse_than_none_is_doubted():
     ce = np.array([1.3, 1.2, 1.15, 1.12, 1.1, 1.09, 1.08, 1.075, 1.09])
     fitted = fit(MERGING_FIXED_N, {"k": k[:8], "ce": [1.3, 1.2, 1.1, 1.0, 0.9, 0.8, 0.7, 0.7]})
     assert any("do not forecast larger k" in doubt for doubt in fitted.doubts)
-    assert fit(MERGING_FIXED_N, {"k": k, "ce": ce}).left_out["k"]["same"] == pytest.approx(0.015)
+    assert fit(MERGING_FIXED_N, {"k": k, "ce": ce}).holdout["k"]["same"] == pytest.approx(0.015)
 
 
 def test_residuals_that_keep_their_sign_are_doubted():
@@ -421,7 +421,7 @@ def test_residuals_that_keep_their_sign_are_doubted():
 def test_summary_and_dictionary_tell_what_a_reader_needs():
     fitted = fit(MERGING_FIXED_N, noisy_grid(MERGING_FIXED_N, TRUTHS, sizes=[1.0]))
     text, told = fitted.summary(), json.loads(json.dumps(fitted.to_dict(), allow_nan=False))
-    for part in ("90%:", "RMSE", "left out", "same as the last point", "AICc above the best"):
+    for part in ("90%:", "RMSE", "held out", "same as the last point", "AICc above the best"):
         assert part in text
     assert told["intervals"]["b"] == list(fitted.interval("b"))
     assert told["level"] == 0.9

@@ -8,7 +8,7 @@ import pytest
 
 from mergelaw.cli.app import app as cli
 from mergelaw.errors import MergelawError
-from mergelaw.laws.fits import fit_points
+from mergelaw.laws.fits import fit_all
 from mergelaw.laws.law import MERGING
 from mergelaw.laws.points import read_points
 
@@ -32,7 +32,7 @@ def test_three_columns_are_enough(tmp_path, name, column):
     table, warnings = read_points(saved(grid().rename(columns={"loss": column}), tmp_path, name))
     assert len(table) == 36
     assert len(warnings) == 1 and "M is not given" in warnings[0]
-    study = fit_points(table, warnings)
+    study = fit_all(table, warnings)
     assert len(study.fits) == 1 + 4
     assert study.fits[0].fit.parameters == pytest.approx(TRUTH, rel=1e-6)
 
@@ -46,7 +46,7 @@ def test_names_tell_fits_apart(tmp_path):
     one, other = grid().assign(method="average"), grid().assign(method="ties", M=12)
     table, warnings = read_points(saved(pd.concat([one.assign(M=9), other]), tmp_path))
     assert warnings == []
-    study = fit_points(table)
+    study = fit_all(table)
     assert len(study.fits) == 2 * 5
     assert {floor["M"] for fitted in study.fits for floor in fitted.floors} == {9, 12}
 
@@ -186,5 +186,5 @@ def test_domains_too_short_for_laws_of_their_own_are_not_pooled(tmp_path):
     loss = MERGING.predict(TRUTH, N=N, k=k)
     few = pd.DataFrame({"N": N, "k": k, "loss": loss, "se": 1e-3, "M": 9})
     both = pd.concat([few.assign(domain="a"), few.assign(domain="b", loss=few["loss"] + 0.1)])
-    study = fit_points(*read_points(saved(both, tmp_path)))
+    study = fit_all(*read_points(saved(both, tmp_path)))
     assert sum(fitted.base is None for fitted in study.fits) == 2 and not study.pooled

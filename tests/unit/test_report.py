@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 
 from mergelaw.errors import MergelawError
-from mergelaw.laws.fits import write_fits
+from mergelaw.laws.fits import fit_study, write
 from mergelaw.laws.law import MERGING
 from mergelaw.report.page import write_report
 
@@ -63,7 +63,7 @@ def report(tmp_path_factory):
     """A folder with fits, and a report of them with a missing shard."""
     folder = tmp_path_factory.mktemp("study")
     rows = study_rows()
-    write_fits(rows, folder / "laws", missing=["w32/average/circle-2"])
+    write(fit_study(rows), folder / "laws", missing=["w32/average/circle-2"])
     facts = {"mergelaw": "0.1.0", "note": "<b>plain & simple</b>"}
     write_report(folder / "laws", rows, folder / "report", title="A small study", facts=facts)
     return folder / "report"
@@ -134,7 +134,7 @@ def test_intervals_and_rivals_stand_beside_the_parameters(report):
 def test_a_study_of_one_size_has_a_report_without_joint_law(tmp_path):
     rows = study_rows(methods=("average",), domains=("code",), sizes={"w32": 2.7e-5})
     rows = rows[rows["role"] == "merge"]
-    write_fits(rows, tmp_path / "laws", missing=[])
+    write(fit_study(rows), tmp_path / "laws")
     laws = json.loads((tmp_path / "laws/laws.json").read_text())
     assert {fit["law"] for fit in laws["fits"]} == {"merging_fixed_N"}
     write_report(tmp_path / "laws", rows, tmp_path / "report", title="One size", facts={})
@@ -146,7 +146,7 @@ def test_two_families_are_drawn_apart(tmp_path):
     rows = study_rows(methods=("average",), domains=("code",))
     other = rows.assign(family="other", base=rows["base"] + "-o")
     rows = pd.concat([rows, other], ignore_index=True)
-    write_fits(rows, tmp_path / "laws", missing=[])
+    write(fit_study(rows), tmp_path / "laws")
     write_report(tmp_path / "laws", rows, tmp_path / "report", title="Two", facts={})
     drawn = {path.stem for path in (tmp_path / "report/figures").glob("*.svg")}
     assert {"demo_curves", "other_curves"} <= drawn

@@ -170,9 +170,11 @@ def fit(file: JobFile) -> None:
     job = read_job(file, "fit")
 
     def work(folder: Path, state: Path) -> dict[str, Any]:
+        from mergelaw.evaluation import read_cells
         from mergelaw.laws import fits
 
-        facts = fits.write_artifacts(list(job.all("evals").values()), folder, [])
+        study = fits.fit_study(*read_cells(list(job.all("evals").values())))
+        facts = fits.write(study, folder)
         print((folder / "summary.txt").read_text(encoding="utf-8"), end="")
         return facts
 
@@ -213,7 +215,7 @@ def partial(
 ) -> None:
     """Fit and report what has been measured so far, and say what is missing."""
     from mergelaw.config import schema as config
-    from mergelaw.evaluation import read_rows
+    from mergelaw.evaluation import read_cells
     from mergelaw.laws import fits
     from mergelaw.report import page
     from mergelaw.workflow.study import Study
@@ -227,9 +229,9 @@ def partial(
     folder = study.results / "partial" / study.config.name
     shutil.rmtree(folder, ignore_errors=True)
     (folder / "laws").mkdir(parents=True)
-    fits.write_artifacts(measured, folder / "laws", missing)
+    rows, documents = read_cells(measured)
+    fits.write(fits.fit_study(rows, documents), folder / "laws", missing)
     facts = {"measured so far": f"{len(measured)} of {len(shards)} shards"}
-    rows = read_rows(measured)
     page.write_report(folder / "laws", rows, folder, title=study.config.name, facts=facts)
     some = ", ".join(missing[:6]) + (", ..." if len(missing) > 6 else "")
     print(f"{len(missing)} of {len(shards)} shards are missing{': ' if some else ''}{some}")

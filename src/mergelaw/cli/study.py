@@ -243,15 +243,16 @@ def fit(
     from mergelaw.artifacts.files import file_digest
     from mergelaw.laws import fits
     from mergelaw.laws.points import read_points
+    from mergelaw.laws.summary import study_text
 
-    study = fits.fit_points(*read_points(points))
-    if not study.fits:
-        raise MergelawError(f"{points}: {fits.first_reason(study)}")
-    print(fits.summary(study), end="")
+    study = fits.fit_all(*read_points(points))
+    if not study.fits:  # the law of one base was tried last and needs least
+        raise MergelawError(f"{points}: {study.refused[-1]['reason']}")
+    print(study_text(study.to_dict()), end="")
     if output is None:
         return
     recipe = {"points": file_digest(points)}
     exists = (output / lineage.LINEAGE).exists()
     if exists and lineage.read(output)["recipe"] != recipe:
         raise MergelawError(f"{output}: holds the fits of other points; name another folder")
-    store.make(output, "fit", recipe, {}, lambda folder, state: fits.write(study, folder, []))
+    store.make(output, "fit", recipe, {}, lambda folder, state: fits.write(study, folder))

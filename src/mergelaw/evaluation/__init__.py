@@ -3,6 +3,6 @@
 Subsets come from ``design``, measurements from ``shard``; ``read_rows`` reads them as a table.
 """
 
-from mergelaw.evaluation.table import TABLE, read_rows
+from mergelaw.evaluation.table import TABLE, read_cells, read_rows
 
-__all__ = ["TABLE", "read_rows"]
+__all__ = ["TABLE", "read_cells", "read_rows"]

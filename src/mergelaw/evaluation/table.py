@@ -6,7 +6,7 @@ one cell.
 
 import base64
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -77,6 +77,11 @@ def write_rows(rows: Sequence[Mapping[str, Any]], folder: Path) -> None:
 
     table = pd.DataFrame(rows).astype({"N_nominal": "float64"})
     table.to_parquet(folder / TABLE, index=False)
+
+
+def read_cells(shards: Sequence[Path]) -> "tuple[pd.DataFrame, Iterator[pd.DataFrame]]":
+    """The rows of shards as one table, and again shard by shard with the columns per document."""
+    return read_rows(shards), (read_rows([shard], documents=True) for shard in shards)
 
 
 def read_rows(shards: Sequence[Path], documents: bool = False) -> "pd.DataFrame":

@@ -1,10 +1,10 @@
-"""Covariance of the points: what is known of it, and what only the residuals can tell.
+"""Covariance of the points: known parts plus REML estimates of misfit and scatter.
 
     V = known parts (sampling design, documents) + misfit^2 1 + scatter^2 Z Z'
 
-The misfit is what the law misses at each point; the scatter is what it misses of a base as a whole
-(Z: which point is of which base). Both are estimated by restricted maximum likelihood (REML;
-Patterson and Thompson 1971), and how well is carried into every interval by Satterthwaite's rule.
+The misfit is the law's error at each point, the scatter its error common to all points of a base
+(Z maps points to bases). Both are estimated by restricted maximum likelihood (REML; Patterson and
+Thompson 1971). Satterthwaite's rule carries their uncertainty into every interval.
 """
 
 import math
@@ -13,14 +13,15 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-Array = NDArray[np.float64]
+from mergelaw.laws.law import Array
 
-# A variance whose likelihood grows by less than this has been found.
+# Fisher scoring ends when the log-likelihood grows by less than this.
 ENOUGH = 1e-9
-# What keeps a covariance from being singular, relative to the mean square of what it describes.
+# Added to a covariance to keep it regular, relative to the mean square of the values.
 TINY = 1e-13
+# Maps variances to minus twice the log-likelihood, its gradient and its expected curvature.
+Likelihood = Callable[[Array], tuple[float, Array, Array]]
 
 
 @dataclass(frozen=True)
@@ -29,32 +30,32 @@ class Part:
 
     Attributes:
         matrix: (points, points), in nats^2.
-        freedom: degrees of freedom that its scale was estimated with; infinite if it is exact.
-        weigh: whether points are weighed by it. Documents' errors are nearly one shift of all
-            points: a fit that weighs by them may leave the points, to where other documents would
-            put them. They widen intervals instead.
+        freedom: degrees of freedom with which its scale was estimated; infinite if it is exact.
+        weigh: whether the fit weights points by it. Documents' errors shift nearly all points
+            together: weighted by them, a curve may leave the points for where other documents would
+            put them. They widen the intervals instead.
     """
 
     matrix: Array
     freedom: float = math.inf
     weigh: bool = True
 
-    def of(self, kept: Any) -> "Part":
-        """The part of some of the points, by their indices or a mask."""
-        return replace(self, matrix=self.matrix[np.ix_(kept, kept)])
+    def select(self, chosen: Any) -> "Part":
+        """Part of the covariance for some points, by indices or a mask."""
+        return replace(self, matrix=self.matrix[np.ix_(chosen, chosen)])
 
 
 @dataclass(frozen=True)
 class Noise:
-    """The covariance that a fit was weighed with, and how well it is known.
+    """Noise model of a fit: known covariance plus REML variances, with their uncertainty.
 
     Attributes:
-        misfit, scatter: standard deviations (nats per token), NaN where they are unknown.
-        variance: what a whitened point's variance is; 1 unless the points were not weighed.
-        freedom: degrees of freedom of the residuals if anything was estimated from them, infinite
-            if nothing was, 0 if the noise is unknown.
+        misfit, scatter: standard deviations (nats per token), NaN if unknown.
+        variance: variance of a whitened point; 1 unless the points were not weighted.
+        freedom: degrees of freedom of the residuals if variances were estimated from them; infinite
+            if none was; 0 if the noise is unknown.
         parts: the known parts.
-        shapes, variances: what was estimated and is above 0: matrices, and what multiplies them.
+        shapes, variances: estimated parts above 0: their matrices, and the factors of those.
         uncertainty: covariance of those variances, (shapes, shapes).
     """
 
@@ -67,14 +68,15 @@ class Noise:
     variances: Array = field(default_factory=lambda: np.empty(0))
     uncertainty: Array = field(default_factory=lambda: np.empty((0, 0)))
 
-    def of(self, weights: Array, added: Array | float = 0.0) -> tuple[float, float, float]:
-        """Variance of weights . losses, by what points are weighed by and not, and its freedom.
-
-        The degrees of freedom are Satterthwaite's (1946).
+    def variance_of(self, weights: Array, added: Array | float = 0.0) -> tuple[float, float, float]:
+        """Variance of weights . losses and its degrees of freedom (Satterthwaite 1946).
 
         Args:
-            weights: (points,), how an estimate weighs the losses.
-            added: how many times each of the estimated variances comes on top; of the freedom only.
+            weights: (points,), an estimate's weights of the losses.
+            added: multiple of each estimated variance to add on top; affects the freedom only.
+
+        Returns:
+            The variance from parts that weight the points, that from the others, the freedom.
         """
         slopes = np.array([weights @ shape @ weights for shape in self.shapes])
         weighed, beside, spread = float(slopes @ self.variances), 0.0, 0.0
@@ -89,37 +91,37 @@ class Noise:
 
 
 def weighing(parts: Sequence[Part], whole: bool = False) -> list[Array]:
-    """What points are weighed by: the parts' matrices, but for two kinds.
+    """Matrices by which the points are weighted: the parts', with two changes.
 
-    Those with few degrees of freedom get one scale: weights that follow what three circles happened
-    to differ by at each base would make every estimate look better than it is. Of those that are
-    not to be weighed by, what points do not share on average stays; all of it with ``whole``. How
-    uncertain an estimate is, the parts themselves tell.
+    Parts with few degrees of freedom get a common scale: weights that follow the chance differences
+    of three circles at each base would make every estimate look better than it is. Of parts that do
+    not weight the points only the average independent variance stays, unless ``whole``. The
+    uncertainty of estimates always follows from the parts themselves.
     """
     rough = [part for part in parts if math.isfinite(part.freedom)]
     scale = sum(part.freedom * float(np.trace(part.matrix)) for part in rough)
     scale /= sum(part.freedom for part in rough) or 1.0
-    made = []
+    matrices = []
     for part in parts:
         matrix = part.matrix
         if not part.weigh and not whole:
-            own = float(np.mean(np.diag(matrix)) - np.mean(matrix))
-            matrix = max(own, 0.0) * np.eye(len(matrix))
+            independent = float(np.mean(np.diag(matrix)) - np.mean(matrix))
+            matrix = max(independent, 0.0) * np.eye(len(matrix))
         elif part.weigh and math.isfinite(part.freedom) and matrix.any():
             matrix = matrix * (scale / float(np.trace(matrix)))
-        made.append(matrix)
-    return made
+        matrices.append(matrix)
+    return matrices
 
 
-def of_circles(means: Array, shape: Array) -> Part:
-    """Covariance of the mean over circles, its scale from how much the circles differ.
+def circle_part(means: Array, shape: Array) -> Part:
+    """Covariance of the mean over circles, scaled by the variance between circles.
 
-    The shape over levels is known from the subsets' pairs (``sampling.pair_shape``); a covariance
-    estimated from three circles level by level would have rank two, and weights that trust it.
+    The shape over levels follows from the pairs in the subsets. Estimated level by level from three
+    circles instead, the covariance would have rank two and the weights would trust it.
 
     Args:
         means: (circles, levels), each circle's estimates of E[L|k]; two circles or more.
-        shape: (levels, levels), one circle's covariance up to its scale, tau^2.
+        shape: (levels, levels), covariance of one circle up to its scale tau^2.
     """
     circles = len(means)
     total = float(np.var(means, axis=0, ddof=1).sum())
@@ -139,56 +141,56 @@ def restricted(
 
     Args:
         residuals: (points,) of a fit by any weights.
-        jacobian: (points, parameters), derivatives of the fitted losses by what was free.
+        jacobian: (points, parameters), derivatives of the fitted losses by the free parameters.
         known: (points, points), the rest of the covariance.
-        shapes: (points, points) each; None is the identity, which comes first.
-        above_zero: keep the first variance off 0, by a prior that is as its root (Chung et al.
-            2013), where the likelihood alone would say 0.
+        shapes: (points, points) each; None is the identity and comes first.
+        above_zero: where the likelihood says 0, keep the first variance above it by a prior
+            proportional to its square root (Chung et al. 2013).
 
     Returns:
         Variances, 0 or more; and the inverse of the information on those above 0.
     """
-    # Combinations of the points that no parameter can move: their distribution is the noise's.
+    # Contrasts that no parameter can move have the distribution of the noise alone.
     lengths = np.linalg.norm(jacobian, axis=0)
     left = np.linalg.qr(jacobian / np.where(lengths > 0, lengths, 1), mode="complete").Q
     left = left[:, jacobian.shape[1] :]
     values, rest = left.T @ residuals, left.T @ known @ left
-    seen = [None if shape is None else left.T @ shape @ left for shape in shapes]
-    variances, _, information = _likeliest(values, rest, seen)
+    projected = [None if shape is None else left.T @ shape @ left for shape in shapes]
+    variances, _, information = _likeliest(values, rest, projected)
     if above_zero and variances[0] == 0:
-        variances, _, information = _likeliest(values, rest, seen, above_zero=True)
+        variances, _, information = _likeliest(values, rest, projected, above_zero=True)
     above = variances > 0
     inverse: Array = np.linalg.pinv(information[np.ix_(above, above)]).astype(float)
     return variances, 2 * inverse
 
 
 def deviance(residuals: Array, known: Array, shapes: Sequence[Array | None]) -> float:
-    """Minus twice the log-likelihood at its best variances of ``shapes``, up to a constant."""
+    """Minus twice the log-likelihood, maximised over the shapes' variances, less a constant."""
     return _likeliest(residuals, known, shapes)[1]
 
 
 def _likeliest(
     values: Array, known: Array, shapes: Sequence[Array | None], above_zero: bool = False
 ) -> tuple[Array, float, Array]:
-    """Variances >= 0 that make normal values likeliest, by Fisher's scoring.
+    """Maximum-likelihood variances >= 0 of normal values, by Fisher scoring.
 
     Returns:
         The variances, minus twice the log-likelihood, and its expected second derivatives.
     """
     scale = float(values @ values) / len(values) or 1.0
-    at = _likelihood(values / math.sqrt(scale), known / scale, shapes)
-    variances, value, second = _scored(_off_zero(at) if above_zero else at, len(shapes))
+    likelihood = _likelihood(values / math.sqrt(scale), known / scale, shapes)
+    if above_zero:
+        likelihood = _off_zero(likelihood)
+    variances, value, second = _scored(likelihood, len(shapes))
     return variances * scale, value + len(values) * math.log(scale), second / scale**2
 
 
-def _off_zero(
-    at: Callable[[Array], tuple[float, Array, Array]],
-) -> Callable[[Array], tuple[float, Array, Array]]:
-    """A likelihood times the square root of the first variance."""
+def _off_zero(likelihood: Likelihood) -> Likelihood:
+    """Likelihood times the square root of the first variance."""
 
     def penalised(variances: Array) -> tuple[float, Array, Array]:
         first = max(float(variances[0]), 1e-300)
-        value, slope, second = at(variances)
+        value, slope, second = likelihood(variances)
         slope, second = slope.copy(), second.copy()
         slope[0] -= 1 / first
         second[0, 0] += 1 / first**2
@@ -197,14 +199,12 @@ def _off_zero(
     return penalised
 
 
-def _likelihood(
-    values: Array, known: Array, shapes: Sequence[Array | None]
-) -> Callable[[Array], tuple[float, Array, Array]]:
-    """(variances) to minus twice the log-likelihood, its gradient and expected curvature."""
+def _likelihood(values: Array, known: Array, shapes: Sequence[Array | None]) -> Likelihood:
+    """Minus twice the log-likelihood as a function of the variances."""
     count = len(values)
     others = [shape for shape in (known, *shapes) if shape is not None and shape.any()]
     if len(others) < 2:
-        # Besides identities there is one matrix at most: along its axes the likelihood is a sum.
+        # At most one matrix besides identities: along its eigenvectors the likelihood is a sum.
         spectrum, vectors = np.linalg.eigh(others[0] if others else np.zeros((count, count)))
         spectrum = np.maximum(spectrum, 0)
         squares = (vectors.T @ values) ** 2
@@ -237,11 +237,10 @@ def _likelihood(
     return dense
 
 
-def _scored(
-    at: Callable[[Array], tuple[float, Array, Array]], count: int
-) -> tuple[Array, float, Array]:
+def _scored(likelihood: Likelihood, count: int) -> tuple[Array, float, Array]:
+    """Minimum over variances >= 0: where, its value, the expected curvature."""
     variances = np.full(count, 0.5)
-    value, slope, second = at(variances)
+    value, slope, second = likelihood(variances)
     for _ in range(100):
         free = (variances > 0) | (slope < 0)
         if not free.any():
@@ -251,13 +250,13 @@ def _scored(
         length = 1.0
         while True:
             trial = np.maximum(variances + length * step, 0)
-            found = at(trial)
-            if found[0] <= value or length < 1e-6:
+            result = likelihood(trial)
+            if result[0] <= value or length < 1e-6:
                 break
             length /= 2
-        gain = value - found[0]
+        gain = value - result[0]
         if gain >= 0:
-            variances, (value, slope, second) = trial, found
+            variances, (value, slope, second) = trial, result
         if gain < ENOUGH:
             break
     return variances, value, second

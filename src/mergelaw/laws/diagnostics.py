@@ -1,9 +1,9 @@
-"""What a fit does not show by itself: rivals, forecasts of what was left out, runs, doubts."""
+"""Diagnostics of fits: rivals, hold-out forecasts, residual runs, and warnings."""
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -11,37 +11,38 @@ from numpy.typing import NDArray
 from scipy.special import ndtr
 
 from mergelaw.errors import MergelawError
-from mergelaw.laws.covariance import Noise
-from mergelaw.laws.law import INTERFERENCE, INTERFERENCE_FIXED_N, NESTED, RIVALS
-from mergelaw.laws.projection import ROUNDING, Array, Problem, State
+from mergelaw.laws.law import INTERFERENCE, INTERFERENCE_FIXED_N, NESTED, RIVALS, Array, Law
+from mergelaw.laws.notes import Note
+from mergelaw.laws.projection import ROUNDING, Problem
+from mergelaw.laws.result import Result
+from mergelaw.laws.solve import ROUNDED, Solution
 
-if TYPE_CHECKING:
-    from mergelaw.laws.fit import Fit
-
-# A law is clearly better than another from this difference in AICc on.
+# Difference in AICc from which on one law is clearly better than another.
 CLEARLY = 2
-# The chance below which residuals have too few runs.
+# Chance below which residuals have too few runs.
 FEW_RUNS = 0.05
 # Below this ratio of the largest to the smallest N, exponents follow the bases' training budgets.
 LADDER = 100
-# A nonlinear parameter with a standard error over this share of its box has a flat profile.
+# A nonlinear parameter with a standard error over this share of its bounds' range is undetermined.
 FLAT = 0.1
-# So many levels of a variable are few.
+# Up to this many levels of a variable, a warning lists them.
 FEW_LEVELS = 4
+# Fits a law to a result's points, or to those in a mask.
+Refit = Callable[[Law, NDArray[np.bool_] | None], Result]
 
 
-def rivals(fitted: "Fit") -> tuple[dict[str, Any], ...]:
-    """A law and its rivals on the same points, best first: law, aicc, above, r2, rmse.
+def rivals(fitted: Result, refit: Refit) -> tuple[dict[str, Any], ...]:
+    """Compare a law with its rivals on the same points: law, aicc, above, r2, rmse, best first.
 
-    ``above`` is the AICc over that of the best; both are None where there are too few points. A
-    rival that cannot be fitted is left out, and so is interference if no loss rises with k.
+    ``above`` is the AICc above the best law's; both are None where there are too few points. A
+    rival that cannot be fitted is omitted, and so is interference if no loss rises with k.
     """
     fits = [fitted]
     for law in RIVALS.get(fitted.law.name, ()):
         if law in (INTERFERENCE, INTERFERENCE_FIXED_N) and not _rises(fitted):
             continue
         with suppress(MergelawError):
-            fits.append(fitted.refit(law))
+            fits.append(refit(law, None))
     ordered = sorted(fits, key=lambda other: (math.isnan(other.aicc), other.aicc))
     best = ordered[0].aicc
     return tuple(
@@ -56,176 +57,187 @@ def rivals(fitted: "Fit") -> tuple[dict[str, Any], ...]:
     )
 
 
-def left_out(fitted: "Fit") -> dict[str, dict[str, Any]]:
-    """Forecasts of what was left out, by variable, wherever the rest can be fitted.
+def holdout(fitted: Result, refit: Refit) -> dict[str, dict[str, Any]]:
+    """Forecast the points with a variable's largest value from all others, variable by variable.
 
-    The points with the variable's largest value are predicted from all others. ``error`` is the
-    root mean squared error, ``same`` that of saying "same as the last point", i.e. the loss at the
-    next value below, all else equal (nats per token); ``value`` is what was left out.
+    Returns:
+        By variable, where the rest can be fitted: ``value``, the value held out; ``error``, the
+        root mean squared error of the forecast; ``same``, that of repeating the loss at the next
+        smaller value, all else equal, or None (nats per token).
     """
-    found: dict[str, dict[str, Any]] = {}
+    results: dict[str, dict[str, Any]] = {}
+    variables, loss = fitted.variables, fitted.loss
     for name in fitted.law.levels:
-        values = fitted.variables[name]
+        values = variables[name]
         kept = values < values.max()
         with suppress(MergelawError):
-            rest = fitted.refit(fitted.law, kept)
-            out = {other: column[~kept] for other, column in fitted.variables.items()}
-            errors = fitted.loss[~kept] - rest.predict(**out)
-            repeated = fitted.loss[~kept] - _last(fitted.variables, fitted.loss, name, kept)
-            found[name] = {
+            rest = refit(fitted.law, kept)
+            target = {other: column[~kept] for other, column in variables.items()}
+            errors = loss[~kept] - rest.predict(**target)
+            repeated = loss[~kept] - _last(variables, loss, name, kept)
+            results[name] = {
                 "value": float(values.max()),
                 "error": math.sqrt(np.mean(errors**2)),
                 "same": or_none(math.sqrt(np.mean(repeated**2))),
             }
-    return found
+    return results
 
 
-def runs(fitted: "Fit") -> dict[str, float] | None:
+def runs(fitted: Result) -> dict[str, float] | None:
     """Runs of residuals of one sign along the last variable: found, expected and p.
 
-    p is the chance of so few if signs were random (Wald and Wolfowitz 1940, normal approximation);
-    None if the residuals are rounding errors or all of one sign.
+    p is the probability of so few runs if signs were random (Wald and Wolfowitz 1940, normal
+    approximation); None if the residuals are rounding errors or all of one sign.
     """
-    residuals = fitted.loss - fitted.predict(**fitted.variables)
-    if np.abs(residuals).max() < 1e-12 * np.abs(fitted.loss).max():
+    variables, residuals = fitted.variables, fitted.solution.residuals
+    if np.abs(residuals).max() < ROUNDED * np.abs(fitted.loss).max():
         return None
-    *others, along = fitted.variables
+    *others, along = variables
     groups = np.unique(
-        np.column_stack([fitted.variables[name] for name in others] or [np.zeros(len(residuals))]),
+        np.column_stack([variables[name] for name in others] or [np.zeros(len(residuals))]),
         axis=0,
         return_inverse=True,
     )[1].ravel()
-    found = expected = variance = 0.0
+    count = expected = variance = 0.0
     for group in range(groups.max() + 1):
         chosen = np.flatnonzero(groups == group)
-        signs = residuals[chosen[np.argsort(fitted.variables[along][chosen])]] > 0
+        signs = residuals[chosen[np.argsort(variables[along][chosen])]] > 0
         total, above = len(signs), int(signs.sum())
         pairs = 2 * above * (total - above)
-        found += 1 + np.count_nonzero(signs[1:] != signs[:-1])
+        count += 1 + np.count_nonzero(signs[1:] != signs[:-1])
         expected += 1 + pairs / total
         variance += pairs * (pairs - total) / (total**2 * (total - 1)) if total > 1 else 0
     if variance <= 0:
         return None
-    # half a run: what is counted is whole
-    chance = float(ndtr((found + 0.5 - expected) / math.sqrt(variance)))
-    return {"found": found, "expected": expected, "p": chance}
+    # continuity correction of half a run
+    chance = float(ndtr((count + 0.5 - expected) / math.sqrt(variance)))
+    return {"found": count, "expected": expected, "p": chance}
 
 
-def warnings(problem: Problem, state: State, noise: Noise) -> Iterable[str]:
-    """What somebody who reads the parameters has to know."""
+def warnings(solution: Solution) -> Iterable[Note]:
+    """Warnings on single parameters and on the range of the points."""
+    problem, state = solution.problem, solution.state
     law = problem.law
-    more = " or ".join(law.levels)
     for name, value in zip(law.linear, state.coefficients, strict=True):
         if value == 0 and name not in law.signed:
-            yield f"{name} is on its bound 0: the points ask for less; leave out its term"
+            yield Note(
+                "bound",
+                f"{name} hit its bound 0: the points do not support its term; drop the term",
+            )
     jacobian = problem.jacobian(state)
     lengths = np.linalg.norm(jacobian, axis=0)
     on_bound = (state.theta <= problem.lower) | (state.theta >= problem.upper)
     idle = lengths <= ROUNDING
-    for name, value, bound, no_effect in zip(
-        law.nonlinear, state.theta, on_bound, idle, strict=True
-    ):
-        if no_effect:
-            yield f"{name} has no effect on the fitted losses: do not read its value"
-        elif bound:
-            yield _on_bound(problem, name, float(value))
+    for j, name in enumerate(law.nonlinear):
+        if idle[j]:
+            yield Note(
+                "idle", f"{name} has no effect on the fitted losses: its estimate is meaningless"
+            )
+        elif on_bound[j]:
+            yield Note("bound", _on_bound(problem, name, float(state.theta[j])))
     free = np.flatnonzero(~on_bound & ~idle)
-    if noise.freedom == 0:
-        yield (
-            "as many parameters as points: the fit passes through them and cannot show its error, "
-            f"and without that there are no intervals; measure more levels of {more}, or give the "
-            "points' standard errors"
+    more = " or ".join(law.levels)
+    if solution.noise.freedom == 0:
+        yield Note(
+            "saturated",
+            "as many parameters as points: the fit passes through the points and its error is "
+            f"unknown, so there are no intervals; measure more levels of {more}, or give the "
+            "points' standard errors",
         )
     elif len(free):
         scaled = jacobian[:, free] / lengths[free]
         spread = np.sqrt(np.diag(np.linalg.pinv(scaled.T @ scaled))) / lengths[free]
-        errors = spread * math.sqrt(noise.variance) / problem.size
+        errors = spread * math.sqrt(solution.noise.variance) / problem.size
         for j, error in zip(free, errors, strict=True):
             if error > FLAT * (problem.upper[j] - problem.lower[j]):
-                name = list(law.nonlinear)[j]
-                yield (
-                    f"{name} is hardly determined (standard error about {error:.2g}): many values "
-                    f"fit as well; measure more levels of {more}"
+                yield Note(
+                    "undetermined",
+                    f"{list(law.nonlinear)[j]} is hardly determined (standard error about "
+                    f"{error:.2g}): many values fit as well; measure more levels of {more}",
                 )
     if "N" in law.levels:
-        sizes = np.unique(problem.variables["N"])
-        ratio = sizes[-1] / sizes[0]
-        if ratio < LADDER:
-            yield (
-                f"the ladder spans a factor of {ratio:.3g} in N, less than {LADDER}: its exponents "
-                "reflect the bases' training budgets and are not to be extrapolated"
-            )
-        if len(sizes) == 3 and "L_star" in law.linear:
-            yield (
-                "three sizes fix L_star, B and beta without a check of the floor's form: "
-                "add a size before extrapolating in N"
-            )
+        yield from _on_sizes(law, np.unique(problem.variables["N"]))
+
+
+def _on_sizes(law: Law, sizes: Array) -> Iterable[Note]:
+    ratio = sizes[-1] / sizes[0]
+    if ratio < LADDER:
+        yield Note(
+            "short_ladder",
+            f"the sizes span a factor of {ratio:.3g} in N, less than {LADDER}: the exponents "
+            "reflect the bases' training budgets; do not extrapolate them",
+        )
+    if len(sizes) == 3 and "L_star" in law.linear:
+        yield Note(
+            "three_sizes",
+            "three sizes determine L_star, B and beta without a check of the floor's form: "
+            "add a size before extrapolating in N",
+        )
 
 
 def _on_bound(problem: Problem, name: str, value: float) -> str:
-    """What a parameter on its bound means, and which levels would tell it from the bound."""
-    if value > problem.law.nonlinear[name][0]:
-        return (
-            f"{name} is on its bound {value:g}: the points ask for more; take it as given, not as "
-            "measured"
-        )
+    """Warning on a parameter on its bound, with the levels that would separate it from there."""
+    text = f"{name} hit its bound {value:g}"
     along = "N" if name in ("beta", "gamma") else "k"
-    if "k" in problem.variables and along in problem.variables:
+    at_lower = value <= problem.law.nonlinear[name][0]
+    if at_lower and "k" in problem.variables and along in problem.variables:
         levels = np.unique(problem.variables[along])
         if len(levels) <= FEW_LEVELS:
             listed = ", ".join(f"{level:g}" for level in levels)
-            further = f"k = {levels[-1] + 2:g} or more" if along == "k" else "sizes"
-            return (
-                f"{name} is on its bound {value:g}: with {along} in {{{listed}}} it cannot be told "
-                f"from {value:g}; add {further}"
-            )
-    return (
-        f"{name} is on its bound {value:g}: the points ask for less; take it as given, not as "
-        "measured"
-    )
+            needed = f"k = {levels[-1] + 2:g} or more" if along == "k" else "sizes"
+            return f"{text}: {along} in {{{listed}}} cannot tell it from {value:g}; add {needed}"
+    return f"{text}; its estimate is unreliable"
 
 
-def doubts(fitted: "Fit") -> Iterable[str]:
-    """What a reader has to know that the fit alone does not show."""
+def doubts(
+    fitted: Result,
+    compared: Sequence[Mapping[str, Any]],
+    forecasts: Mapping[str, Mapping[str, Any]],
+    sign_runs: Mapping[str, float] | None,
+) -> Iterable[Note]:
+    """Warnings that follow from intervals, rivals, hold-out forecasts and residual runs."""
     law = fitted.law
     for name, ends in fitted.intervals.items():
-        box = law.nonlinear.get(name)
-        if box is not None and ends[1] >= box[-1] and fitted.parameters[name] < box[-1]:
-            yield (
-                f"the interval of {name} reaches the end of its box, {box[-1]:g}: the points do "
-                "not limit it upwards; measure more levels of " + " or ".join(law.levels)
+        bounds = law.nonlinear.get(name)
+        if bounds is not None and ends[1] >= bounds[-1] and fitted.parameters[name] < bounds[-1]:
+            yield Note(
+                "open_interval",
+                f"the interval of {name} reaches its upper bound {bounds[-1]:g}: the points do not "
+                "limit it upwards; measure more levels of " + " or ".join(law.levels),
             )
-    told = [rival for rival in fitted.rivals if rival["aicc"] is not None]
-    own = min((r["aicc"] for r in told if r["law"] in (law.name, *NESTED)), default=-math.inf)
-    better = [rival for rival in told if rival["aicc"] < own - CLEARLY]
+    scored = [rival for rival in compared if rival["aicc"] is not None]
+    mine = min((r["aicc"] for r in scored if r["law"] in (law.name, *NESTED)), default=-math.inf)
+    better = [rival for rival in scored if rival["aicc"] < mine - CLEARLY]
     if better:
-        yield (
+        yield Note(
+            "better_rival",
             f"law {better[0]['law']} describes the points better (AICc lower by "
-            f"{own - better[0]['aicc']:.1f}): compare its forecasts before you extrapolate"
+            f"{mine - better[0]['aicc']:.1f}): compare its forecasts before extrapolating",
         )
-    for name, forecast in fitted.left_out.items():
-        same = forecast["same"]
-        if same is not None and forecast["error"] > same:
-            yield (
-                f"with {name} = {forecast['value']:g} left out, the law misses it by "
-                f'{forecast["error"]:.2g} nats and "same as the last point" by {same:.2g}: '
-                f"do not forecast larger {name} with it"
+    for name, forecast in forecasts.items():
+        if forecast["same"] is not None and forecast["error"] > forecast["same"]:
+            yield Note(
+                "holdout",
+                f"with {name} = {forecast['value']:g} held out, the law misses it by "
+                f'{forecast["error"]:.2g} nats and "same as the last point" by '
+                f"{forecast['same']:.2g}: do not forecast larger {name} with this law",
             )
-    if fitted.runs is not None and fitted.runs["p"] < FEW_RUNS:
-        yield (
-            f"residuals keep their sign: {fitted.runs['found']:g} runs where about "
-            f"{fitted.runs['expected']:.1f} are expected; the law's form misses something, look at "
-            "its rivals"
+    if sign_runs is not None and sign_runs["p"] < FEW_RUNS:
+        yield Note(
+            "runs",
+            f"residuals keep their sign: {sign_runs['found']:g} runs, about "
+            f"{sign_runs['expected']:.1f} expected; the law's form misses something, compare its "
+            "rivals",
         )
 
 
 def or_none(value: float) -> float | None:
-    """A number that JSON can hold."""
+    """The number, or None where JSON has no number for it."""
     return float(value) if math.isfinite(value) else None
 
 
-def _rises(fitted: "Fit") -> bool:
-    """Whether with all else equal the loss at the largest k is above one at a smaller k."""
+def _rises(fitted: Result) -> bool:
+    """Whether, all else equal, the loss at the largest k exceeds one at a smaller k."""
     table = pd.DataFrame({**fitted.variables, "loss": fitted.loss}).sort_values("k")
     others = [name for name in fitted.variables if name != "k"]
     groups = [group for _, group in table.groupby(others)] if others else [table]
@@ -233,7 +245,7 @@ def _rises(fitted: "Fit") -> bool:
 
 
 def _last(variables: Mapping[str, Array], loss: Array, name: str, kept: NDArray[np.bool_]) -> Array:
-    """For each point left out the loss at the next value of ``name``, all else equal, or NaN."""
+    """Loss at the next smaller value of ``name``, all else equal, per point held out; or NaN."""
     table = pd.DataFrame({**variables, "_loss": loss})
     others = [other for other in variables if other != name]
     last = table[kept].sort_values(name, kind="stable")

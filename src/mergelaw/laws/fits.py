@@ -1,9 +1,9 @@
-"""Fits of a study: every method, base and evaluation domain, and the files they are kept in."""
+"""Fits of a study: every method, base and evaluation domain, and the files that hold them."""
 
 import json
 import math
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,19 +12,19 @@ import numpy as np
 import pandas as pd
 
 from mergelaw.errors import MergelawError
-from mergelaw.evaluation import read_rows
 from mergelaw.laws.covariance import Part
-from mergelaw.laws.fit import EXPERTS, POOL, Fit, fit
+from mergelaw.laws.fit import Fit, fit
 from mergelaw.laws.law import MERGING, MERGING_FIXED_N, VARIANCE, Law
-from mergelaw.laws.noise import GROUP, Tau2, describe, of_one_circle
+from mergelaw.laws.noise import GROUP, describe, of_one_circle
 from mergelaw.laws.points import MACRO, points
 from mergelaw.laws.pooled import Pooled, pool_domains
+from mergelaw.laws.result import EXPERTS, POOL
+from mergelaw.laws.solve import ROUNDED
+from mergelaw.laws.summary import study_text
 from mergelaw.laws.surrogate import tau2_of
 
-# Distances from the floor (nats per token) for which the number of experts is told.
+# Distances from the floor (nats per token) for which the needed number of experts is reported.
 WITHIN = (0.05, 0.02, 0.01)
-# What parameters.parquet says of a fit besides its parameters.
-QUALITY = ["r2", "rmse", "misfit", "scatter", "aicc", "n_points", "warnings", "doubts"]
 
 
 @dataclass(frozen=True)
@@ -33,11 +33,11 @@ class StudyFit:
 
     Attributes:
         method, family, domain: what was fitted.
-        base, N: the base and its size (billions) if the law is for one, else None.
+        base, N: the base and its size (billions) if the law is for one base, else None.
         fit: the fit.
-        floors: per base the pool's size M, the asymptotic floor (k to infinity), and the reachable
-            one, the fitted loss of the merge of all M experts (nats per token); for the macro loss,
-            or where no domain is named, with their 90% intervals.
+        floors: for each base the pool's size M, the asymptotic floor (k to infinity) and the
+            reachable floor, the fitted loss of the merge of all M experts (nats per token); with
+            90% intervals for the macro loss, or where no domain is named.
     """
 
     method: str
@@ -50,23 +50,22 @@ class StudyFit:
 
     def to_dict(self) -> dict[str, Any]:
         """The fit with its place, as values that strict JSON can hold."""
-        place = {
-            "method": self.method,
-            "family": self.family,
-            "domain": self.domain,
-            "base": self.base,
-            "N": self.N,
-        }
-        return {**place, **self.fit.to_dict(), "floors": list(self.floors)}
+        place = ("method", "family", "domain", "base", "N")
+        values = {name: getattr(self, name) for name in place}
+        return {**values, **self.fit.to_dict(), "floors": list(self.floors)}
 
 
 @dataclass(frozen=True)
 class StudyFits:
-    """All fits of a study, the points they rest on, and what could not be fitted, with reasons.
+    """All fits of a study, the points under them, and what could not be fitted, with reasons.
 
     Attributes:
-        fits: of the loss; variances: of its variance over subsets, base by base.
-        pooled: per method and family the joint law of all domains with what they share.
+        points: the table of points.
+        fits: fits of the loss.
+        variances: fits of its variance over subsets, base by base.
+        pooled: per method and family the joint law of all domains with shared parameters.
+        refused: fits that cannot be made: method, family, domain, base, law and reason.
+        warnings: warnings on the points.
     """
 
     points: pd.DataFrame
@@ -76,15 +75,34 @@ class StudyFits:
     refused: tuple[dict[str, Any], ...]
     warnings: tuple[str, ...]
 
+    def to_dict(self, missing: Sequence[str] = ()) -> dict[str, Any]:
+        """The content of laws.json, as values that strict JSON can hold.
 
-def fit_study(
-    rows: pd.DataFrame, documents: Iterable[pd.DataFrame] = (), tau2: Tau2 | None = None
-) -> StudyFits:
-    """Fit the points of evaluation rows, as ``fit_points`` does, weighed by what cells tell.
+        Args:
+            missing: shards of the design that could not be read.
+        """
+        return {
+            "units": {"ce": "nats per token", "N": "billions of non-embedding parameters"},
+            "laws": {law.name: law.equation for law in (MERGING, MERGING_FIXED_N)},
+            "intervals": {"intervals": POOL, "experts_intervals": EXPERTS},
+            "fits": [item.to_dict() for item in self.fits],
+            "pooled": [pooled.to_dict() for pooled in self.pooled],
+            "variances": [item.to_dict() for item in self.variances],
+            "refused": list(self.refused),
+            "warnings": list(map(str, self.warnings)),
+            "missing": list(missing),
+        }
+
+
+def fit_study(rows: pd.DataFrame, documents: Iterable[pd.DataFrame] = ()) -> StudyFits:
+    """Fit the points of evaluation rows, weighted by the errors that the cells show.
+
+    Where a base has one circle, a surrogate that passed its check estimates the circle's error.
 
     Args:
-        rows: evaluation rows, as ``points`` takes them, with the column ``experts``.
-        documents, tau2: as ``sampling_error.describe`` takes them.
+        rows: evaluation rows, as ``points`` takes them, with the column ``experts``; and, for the
+            surrogate, ``weights`` and ``recipe``.
+        documents: the same rows, in any pieces, with the documents' losses (``noise.describe``).
 
     Raises:
         MergelawError: the rows lack a column or hold no merge.
@@ -92,20 +110,19 @@ def fit_study(
     table, warnings = points(rows)
     pools = _pools(rows)
     place = table[["method", "family", "base"]].itertuples(index=False, name=None)
-    table, unknown = describe(table.assign(M=[pools[key] for key in place]), rows, documents, tau2)
-    return fit_points(table, [*warnings, *unknown])
+    table = table.assign(M=[pools[key] for key in place])
+    tau2 = tau2_of(of_one_circle(rows)) if {"recipe", "weights"} <= set(rows) else {}
+    table, unknown = describe(table, rows, documents, tau2)
+    return fit_all(table, [*warnings, *unknown])
 
 
-def fit_points(table: pd.DataFrame, warnings: Iterable[str] = ()) -> StudyFits:
+def fit_all(table: pd.DataFrame, warnings: Iterable[str] = ()) -> StudyFits:
     """Fit every method and family, per evaluation domain and macro: jointly, and base by base.
 
     Args:
         table: points, with the columns method, family, base, N, k, domain, ce and M, the number of
-            experts in the pool; and if wanted ``se`` or what ``sampling_error.describe`` adds.
-        warnings: what was found on the way to the points.
-
-    Returns:
-        The fits. One that cannot be made is no error; it is among ``refused``.
+            experts in the pool; and optionally ``se`` or the columns of ``noise.describe``.
+        warnings: warnings on the points, to keep with the fits.
     """
     fits: list[StudyFit] = []
     variances: list[StudyFit] = []
@@ -115,279 +132,152 @@ def fit_points(table: pd.DataFrame, warnings: Iterable[str] = ()) -> StudyFits:
         first = group.iloc[0]
         place = {"method": first["method"], "family": first["family"], "domain": first["domain"]}
         try:
-            fitted = _variance(law, group) if law is VARIANCE else _fit(law, group)
-        except MergelawError as reason:
+            fitted = _fit_variance(group) if law is VARIANCE else _fit(law, group)
+        except MergelawError as error:
             if law is not VARIANCE:
-                refusal = {**place, "base": base, "law": law.name, "reason": str(reason)}
-                refused.append(refusal)
+                refused.append({**place, "base": base, "law": law.name, "reason": str(error)})
             return
         size = None if base is None else float(first["N"])
         floors = () if law is VARIANCE else tuple(_floors(fitted, group))
-        found = variances if law is VARIANCE else fits
-        found.append(StudyFit(**place, base=base, N=size, fit=fitted, floors=floors))
+        results = variances if law is VARIANCE else fits
+        results.append(StudyFit(**place, base=base, N=size, fit=fitted, floors=floors))
 
     for _, group in table.groupby(GROUP):
         group = group.assign(_place=range(len(group)))
         attempt(MERGING, group, None)
-        for _, own in group.groupby(["N", "base"]):
-            attempt(MERGING_FIXED_N, own, str(own["base"].iloc[0]))
-            if "variance" in own:
-                attempt(VARIANCE, own, str(own["base"].iloc[0]))
+        for (_, base), one_base in group.groupby(["N", "base"]):
+            attempt(MERGING_FIXED_N, one_base, str(base))
+            if "variance" in one_base:
+                attempt(VARIANCE, one_base, str(base))
     return StudyFits(
         table, tuple(fits), tuple(variances), tuple(_pooled(fits)), tuple(refused), tuple(warnings)
     )
 
 
-def _pooled(fits: list[StudyFit]) -> Iterator[Pooled]:
-    """What the domains of each method and family share, where there is more than one."""
-    joint = [item for item in fits if item.base is None and item.domain != MACRO]
-    for method, family in dict.fromkeys((item.method, item.family) for item in joint):
-        own = {i.domain: i.fit for i in joint if (i.method, i.family) == (method, family)}
-        found = pool_domains(method, family, own)
-        if found is not None:
-            yield found
+def _pooled(fits: Sequence[StudyFit]) -> Iterator[Pooled]:
+    """Pooled fits of each method and family with more than one domain."""
+    groups: dict[tuple[str, str], dict[str, Fit]] = {}
+    for item in fits:
+        if item.base is None and item.domain != MACRO:
+            groups.setdefault((item.method, item.family), {})[item.domain] = item.fit
+    for (method, family), domains in groups.items():
+        pooled = pool_domains(method, family, domains)
+        if pooled is not None:
+            yield pooled
 
 
 def _fit(law: Law, group: pd.DataFrame) -> Fit:
-    """A law on the points of a method, family and domain, or of one of its bases."""
+    """Fit a law to the points of a method, family and domain, or to those of one of its bases."""
     parts = None
-    at = group["_place"].to_numpy()
+    chosen = group["_place"].to_numpy()
     if "documents" in group:
         documents, design = (
-            np.vstack(group[name].to_list())[:, at] for name in ("documents", "design")
+            np.vstack(group[name].to_list())[:, chosen] for name in ("documents", "design")
         )
         parts = [Part(documents, weigh=False)]
-        for _, own in group.groupby("base"):
-            # The design's errors of different bases are independent, each known so well.
-            place = group.index.get_indexer(own.index)
+        for _, one_base in group.groupby("base"):
+            # Different bases have independent design errors, each with its own freedom.
+            place = group.index.get_indexer(one_base.index)
             matrix = np.zeros_like(design)
             matrix[np.ix_(place, place)] = design[np.ix_(place, place)]
-            freedom = float(own["freedom"].iloc[0])
+            freedom = float(one_base["freedom"].iloc[0])
             parts.append(Part(matrix, freedom if freedom > 0 else math.inf))
-    without = []
+    tables = []
     if "without" in group:
-        there = group[group["without"].notna()]
-        without = [there.assign(ce=ce) for ce in np.transpose(there["without"].to_list())]
-        few = any(there[name].nunique() < levels for name, levels in law.levels.items())
-        without = [] if few or len(there) < len(law.parameters) else without
-    return fit(law, group, covariance=parts, without=without)
+        rest = group[group["without"].notna()]
+        few = any(rest[name].nunique() < levels for name, levels in law.levels.items())
+        if not few and len(rest) >= len(law.parameters):
+            tables = [rest.assign(ce=ce) for ce in np.transpose(rest["without"].to_list())]
+    return fit(law, group, covariance=parts, jackknife=tables)
 
 
-def _variance(law: Law, group: pd.DataFrame) -> Fit:
-    """The variance law on how the loss varies over the subsets of one base."""
-    # Rounding errors are no variance.
-    table = group[group["variance"] > (1e-12 * group["ce"]) ** 2]
-    # A variance of n values is known within a share of it, and equal weights would fit k = 1 only.
+def _fit_variance(group: pd.DataFrame) -> Fit:
+    """Fit the variance law to the loss's variances over the subsets of one base."""
+    table = group[group["variance"] > (ROUNDED * group["ce"]) ** 2]
+    # A variance of n values is known within a share of it; equal weights would fit k = 1 only.
     error = table["variance"] * np.sqrt(2 / (table["subsets"] - 1).clip(lower=1))
     columns = {name: table[name] for name in ("k", "M", "variance")}
-    return fit(law, {**columns, "se": error})
+    return fit(VARIANCE, {**columns, "se": error})
 
 
 def _floors(fitted: Fit, group: pd.DataFrame) -> Iterator[dict[str, Any]]:
-    """Per base what could be reached, and with how many experts."""
-    # Refits for an interval's ends are spent on what is read first only.
-    whole = group["domain"].iloc[0] in (MACRO, "")
+    """Floors of each base, and the experts needed to come close to them."""
+    # An interval takes refits: only for the losses that are read first.
+    with_intervals = group["domain"].iloc[0] in (MACRO, "")
     bases = group[["base", "N", "M"]].drop_duplicates().sort_values(["N", "base"])
     for name, N, M in bases.itertuples(index=False):
+        size = {"N": N} if "N" in fitted.law.levels else {}
+        needed = {nats: fitted.k_within(nats, **size) for nats in WITHIN}
         yield {
             "base": name,
             "N": float(N),
             "M": int(M),
-            "asymptotic": _at(fitted, N, math.inf),
-            "reachable": _at(fitted, N, M),
-            "asymptotic_interval": _interval_at(fitted, N, math.inf) if whole else None,
-            "reachable_interval": _interval_at(fitted, N, M) if whole else None,
+            "asymptotic": float(fitted.predict(k=math.inf, **size)),
+            "reachable": float(fitted.predict(k=M, **size)),
+            "asymptotic_interval": _interval(fitted, math.inf, size) if with_intervals else None,
+            "reachable_interval": _interval(fitted, M, size) if with_intervals else None,
             "k_within": [
-                {"nats": eps, "k": k, "reachable": k is not None and k <= M}
-                for eps in WITHIN
-                for k in [fitted.k_within(eps, **({"N": N} if "N" in fitted.law.levels else {}))]
+                {"nats": nats, "k": k, "reachable": k is not None and k <= M}
+                for nats, k in needed.items()
             ],
         }
 
 
-def _at(fitted: Fit, N: float, k: float) -> float:
-    """Fitted loss at a size and a number of experts, whether or not the law has N."""
-    values = {"N": N, "k": k}
-    return float(fitted.predict(**{name: values[name] for name in fitted.law.levels}))
-
-
-def _interval_at(fitted: Fit, N: float, k: float) -> list[float] | None:
-    """The same with its interval; None where there is none."""
-    values: dict[str, Any] = {"N": N, "k": k}
-    ends = fitted.predict_interval(**{name: values[name] for name in fitted.law.levels})
-    if ends is None or not all(map(math.isfinite, map(float, ends))):
+def _interval(fitted: Fit, k: float, size: Mapping[str, float]) -> list[float] | None:
+    ends = fitted.predict_interval(k=k, **size)
+    if ends is None or not np.isfinite(ends).all():
         return None
     return [float(end) for end in ends]
 
 
 def _pools(rows: pd.DataFrame) -> dict[tuple[str, str, str], int]:
-    """Number of different experts in a base's merges, by (method, family, base)."""
+    """Number of distinct experts in a base's merges, by (method, family, base)."""
     place = ["method", "family", "base"]
     merges = rows[rows["role"] == "merge"].drop_duplicates([*place, "merge"])
     experts = merges[[*place, "experts"]].explode("experts").drop_duplicates()
     return dict(Counter(experts[place].itertuples(index=False, name=None)))
 
 
-def write_fits(
-    rows: pd.DataFrame,
-    output: Path,
-    missing: list[str],
-    documents: Iterable[pd.DataFrame] = (),
-    tau2: Tau2 | None = None,
-) -> dict[str, Any]:
-    """Fit a study and write it, as ``write`` does.
+def write(study: StudyFits, output: Path, missing: Sequence[str] = ()) -> dict[str, Any]:
+    """Write laws.json, parameters.parquet, points.parquet and summary.txt.
 
     Args:
-        rows, documents, tau2: as ``fit_study`` takes them.
-        output: the folder to write into; made if it is not there.
-        missing: shards of the plan that could not be read, for people to know.
-
-    Returns:
-        Counts of points, fits, refused fits and missing shards.
-
-    Raises:
-        MergelawError: as ``fit_study``.
-    """
-    return write(fit_study(rows, documents, tau2), output, missing)
-
-
-def write_artifacts(evals: Sequence[Path], output: Path, missing: list[str]) -> dict[str, Any]:
-    """Fit the evaluations in folders and write the fits, with all that the cells tell of errors.
-
-    Where a base has one circle, a surrogate that passed its check tells the circle's error.
-
-    Returns and raises as ``write_fits``.
-    """
-    rows = read_rows(evals)
-    documents = (read_rows([path], documents=True) for path in evals)
-    return write_fits(rows, output, missing, documents, tau2_of(of_one_circle(rows)))
-
-
-def write(study: StudyFits, output: Path, missing: list[str]) -> dict[str, Any]:
-    """Write fits: laws.json, parameters.parquet, points.parquet and summary.txt.
+        study: the fits.
+        output: the folder to write into; created if needed.
+        missing: shards of the design that could not be read.
 
     Returns:
         Counts of points, fits, refused fits and missing shards.
     """
     output.mkdir(parents=True, exist_ok=True)
-    laws = {
-        "units": {"ce": "nats per token", "N": "billions of non-embedding parameters"},
-        "laws": {law.name: law.equation for law in (MERGING, MERGING_FIXED_N)},
-        "intervals": {"intervals": POOL, "experts_intervals": EXPERTS},
-        "fits": [fitted.to_dict() for fitted in study.fits],
-        "pooled": [pooled.to_dict() for pooled in study.pooled],
-        "variances": [fitted.to_dict() for fitted in study.variances],
-        "refused": list(study.refused),
-        "warnings": list(study.warnings),
-        "missing": missing,
-    }
+    laws = study.to_dict(missing)
     text = json.dumps(laws, ensure_ascii=False, allow_nan=False, indent=1)
     (output / "laws.json").write_text(text + "\n", encoding="utf-8")
-    _parameters(study).to_parquet(output / "parameters.parquet", index=False)
+    parameter_table(laws["fits"]).to_parquet(output / "parameters.parquet", index=False)
     study.points.to_parquet(output / "points.parquet", index=False)
-    (output / "summary.txt").write_text(summary(study, missing), encoding="utf-8")
-    return {
-        "points": len(study.points),
-        "fits": len(study.fits),
-        "refused": len(study.refused),
-        "missing": len(missing),
-    }
+    (output / "summary.txt").write_text(study_text(laws), encoding="utf-8")
+    counts = {"points": study.points, "fits": study.fits, "refused": study.refused}
+    return {name: len(items) for name, items in (*counts.items(), ("missing", missing))}
 
 
-def _parameters(study: StudyFits) -> pd.DataFrame:
-    """One row per fit, a column per parameter of any law."""
-    columns = ["method", "family", "domain", "law", "base", "N"]
-    names = (*MERGING.parameters, *MERGING_FIXED_N.parameters[:-1])
+def parameter_table(fits: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
+    """One row per fit, with a column per parameter of any law and its intervals' ends.
+
+    Args:
+        fits: the ``fits`` of laws.json.
+    """
+    place = ["method", "family", "domain", "law", "base", "N"]
+    quality = ["r2", "rmse", "misfit", "scatter", "aicc", "n_points"]
+    names = [*MERGING.parameters, *MERGING_FIXED_N.parameters[:-1]]
+    ends = [(kind, side) for kind in ("", "experts_") for side in ("low", "high")]
+    numbers = [*names, *(f"{name}_{kind}{side}" for name in names for kind, side in ends)]
     records = []
-    for fitted in study.fits:
-        values = fitted.to_dict()
-        records.append(
-            {
-                **{column: values[column] for column in columns},
-                **{name: values["parameters"].get(name) for name in names},
-                **{
-                    f"{name}_{of}{end}": values[f"{of}intervals"].get(name, (None, None))[side]
-                    for name in names
-                    for of in ("", "experts_")
-                    for side, end in enumerate(("low", "high"))
-                },
-                **{name: values[name] for name in QUALITY},
-            }
-        )
-    ends = ("low", "high", "experts_low", "experts_high")
-    numbers = [*names, *(f"{name}_{end}" for name in names for end in ends)]
-    table = pd.DataFrame(records, columns=[*columns, *numbers, *QUALITY])
-    return table.astype(dict.fromkeys(["N", *numbers, *QUALITY[:-3]], float))
-
-
-def summary(study: StudyFits, missing: Sequence[str] = ()) -> str:
-    """The study for a terminal: macro first, a paragraph per fit."""
-    lines = [
-        "Losses in nats per token, N in billions of non-embedding parameters. Intervals are 90% "
-        f"profile-likelihood ones, of the mean over subsets of {POOL}; where every subset was "
-        f"measured, the jackknife's of {EXPERTS} stand beside.",
-        "",
-    ]
-    for heading, sentences in (("Missing", missing), ("Warnings", study.warnings)):
-        if sentences:
-            lines += [f"{heading}:", *(f"  {sentence}" for sentence in sentences), ""]
-    for pooled in study.pooled:
-        place = _place(pooled.method, pooled.family, "domains together")
-        lines += [place, f"  {pooled.summary()}", ""]
-    for item in sorted(study.fits, key=lambda f: (f.domain != MACRO, f.domain, f.method)):
-        lines += [_place(item.method, item.family, item.domain, _where(item)), item.fit.summary()]
-        for floor in item.floors:
-            lines.append(
-                f"  {floor['base']}: floor {floor['asymptotic']:.5g}"
-                f"{_told(floor['asymptotic_interval'])}, reachable with these {floor['M']} experts "
-                f"{floor['reachable']:.5g}{_told(floor['reachable_interval'])}"
-            )
-            lines.append(f"    {_within(floor)}")
-        lines.append("")
-    if study.variances:
-        lines += ["Variance over the subsets of this pool", VARIANCE.equation]
-        for item in sorted(study.variances, key=lambda f: (f.domain != MACRO, f.domain, f.method)):
-            values = "  ".join(f"{n} = {v:.3g}" for n, v in item.fit.parameters.items())
-            quality = f"R^2 = {item.fit.r2:.4f}"
-            place = _place(item.method, item.family, item.domain, _where(item))
-            lines.append(f"  {place}: {values}  {quality}")
-        lines.append("")
-    if study.refused:
-        lines.append("Not fitted:")
-        lines += [
-            f"  {_place(r['method'], r['family'], r['domain'], r['base'] or 'all sizes')}: "
-            f"{r['reason']}"
-            for r in study.refused
-        ]
-    return "\n".join(lines).rstrip() + "\n"
-
-
-def _where(item: StudyFit) -> str:
-    where = item.base or "all sizes"
-    if item.base and not item.base.startswith("N="):  # then its name says it
-        where += f" (N = {item.N:g})"
-    return where
-
-
-def _within(floor: dict[str, Any]) -> str:
-    """How many experts come how near to the floor."""
-    told = []
-    for step in floor["k_within"]:
-        needed = "no number" if step["k"] is None else f"{step['k']}"
-        beyond = "" if step["reachable"] else ", not reachable with this pool"
-        told.append(f"{step['nats']:g} nats: {needed}{beyond}")
-    return f"experts to come within {'; '.join(told)}"
-
-
-def first_reason(study: StudyFits) -> str:
-    """Why nothing could be fitted: the reason for the law that asks for least."""
-    return str(study.refused[-1]["reason"])
-
-
-def _told(ends: list[float] | None) -> str:
-    return "" if ends is None else f" ({ends[0]:.5g} to {ends[1]:.5g})"
-
-
-def _place(*names: str) -> str:
-    """Where a fit belongs; a table of one's own need not name everything."""
-    return ", ".join(name for name in names if name)
+    for fitted in fits:
+        record = {name: fitted[name] for name in (*place, *quality, "warnings", "doubts")}
+        record |= fitted["parameters"]
+        for kind in ("", "experts_"):
+            for name, (low, high) in fitted[f"{kind}intervals"].items():
+                record |= {f"{name}_{kind}low": low, f"{name}_{kind}high": high}
+        records.append(record)
+    table = pd.DataFrame(records, columns=[*place, *numbers, *quality, "warnings", "doubts"])
+    return table.astype(dict.fromkeys(["N", *numbers, *quality[:-1]], float))

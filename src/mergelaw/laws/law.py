@@ -1,7 +1,7 @@
-"""Laws: how the expected loss of a merge depends on the base's size and the number of experts.
+"""Laws: the expected loss of a merge as a function of the base's size and the number of experts.
 
-A law is declared by its basis: linear coefficients times functions of the variables with a few
-nonlinear parameters in boxes. How it is fitted is in ``projection``.
+A law is declared by its basis: linear coefficients times functions of the variables, with a few
+nonlinear parameters within bounds. ``projection`` fits them.
 """
 
 from collections.abc import Callable, Mapping
@@ -18,20 +18,21 @@ Array = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Law:
-    """A law as the sum of linear coefficients times basis functions.
+    """A law: the sum of linear coefficients times basis functions.
 
     Attributes:
         name: the law's name in files and on the command line.
-        equation: the law for people to read.
-        levels: the variables, each with the number of different values that a fit needs.
+        equation: the law as text.
+        levels: the variables, each with the number of distinct values that a fit needs.
         linear: the coefficients' names, in the order of the basis; >= 0 unless in ``signed``.
-        nonlinear: the nonlinear parameters' starts, ascending; first and last are its box.
-        basis: (variables and nonlinear parameters by name) to the basis functions, each an array
-            over the points or a number. Written in operations that broadcast, for many parameters
-            are tried at once, and take complex numbers: derivatives are taken by a complex step.
-        fixed: columns that must not vary within a fit's table.
+        nonlinear: the nonlinear parameters' starting values, ascending; the first and the last are
+            its bounds.
+        basis: maps variables and nonlinear parameters, by name, to the basis functions: arrays over
+            the points, or numbers. It must broadcast (many parameters are tried at once) and accept
+            complex numbers (derivatives are taken by complex steps).
+        fixed: columns that must not vary within a table.
         signed: linear coefficients of either sign.
-        response: the column that the law is about; a variance may be 0, a loss may not.
+        response: the column that the law describes; a variance may be 0, a loss may not.
     """
 
     name: str
@@ -53,7 +54,7 @@ class Law:
         """Loss (nats per token) at the variables, broadcast against each other.
 
         Raises:
-            MergelawError: the variables are not the law's.
+            MergelawError: other variables than the law's.
         """
         if set(variables) != set(self.levels):
             raise MergelawError(
@@ -65,8 +66,7 @@ class Law:
         )
         arrays = {name: array.astype(float) for name, array in arrays.items()}
         columns = self.basis(**arrays, **{name: parameters[name] for name in self.nonlinear})
-        shape = next(iter(arrays.values())).shape
-        total = np.zeros(shape)
+        total = np.zeros(next(iter(arrays.values())).shape)
         for name, column in zip(self.linear, columns, strict=True):
             total = total + parameters[name] * column
         return total
@@ -78,42 +78,42 @@ OFFSET = (0.0, 0.3, 1.0, 3.0, 8.0, 20.0)
 
 def _laws_in_k(
     name: str,
-    written: str,
+    text: str,
     terms: Callable[..., tuple[Any, ...]],
     nonlinear: Mapping[str, tuple[float, ...]],
-    further: tuple[str, ...] = (),
+    extra: tuple[str, ...] = (),
 ) -> tuple[Law, Law]:
-    """A way to fall with k as two laws: over all sizes, and of one base.
+    """One dependence on k as two laws: over all sizes, and for one base (name + "_fixed_N").
 
     Args:
-        name: the joint law's; the other's ends in _fixed_N.
-        written: the terms for people, with {A} for the amplitude.
-        terms: (k and nonlinear parameters by name) to what the amplitude multiplies, and to the
-            functions of the further coefficients.
-        nonlinear: starts, as ``Law`` has them.
-        further: coefficients of further terms.
+        name: name of the law over all sizes.
+        text: the terms in k as text, with {A} for the amplitude.
+        terms: maps k and the nonlinear parameters to the amplitude's basis function, and to those
+            of the extra coefficients.
+        nonlinear: starting values, as in ``Law``.
+        extra: coefficients of the extra terms.
     """
 
-    def of_size(N: Any, k: Any, beta: Any, gamma: Any, **own: Any) -> tuple[Any, ...]:
-        tail, *rest = terms(k, **own)
+    def joint_basis(N: Any, k: Any, beta: Any, gamma: Any, **others: Any) -> tuple[Any, ...]:
+        tail, *rest = terms(k, **others)
         return (1.0, N**-beta, N**-gamma * tail, *rest)
 
-    levels = 2 + len(nonlinear) + len(further)
+    levels = 2 + len(nonlinear) + len(extra)
     joint = Law(
         name=name,
-        equation=f"E[L|N,k] = L_star + B N^-beta + {written.format(A='A0 N^-gamma')}",
+        equation=f"E[L|N,k] = L_star + B N^-beta + {text.format(A='A0 N^-gamma')}",
         levels={"N": 3, "k": levels},
-        linear=("L_star", "B", "A0", *further),
+        linear=("L_star", "B", "A0", *extra),
         nonlinear={"beta": EXPONENT, "gamma": EXPONENT, **nonlinear},
-        basis=of_size,
+        basis=joint_basis,
     )
     one_base = Law(
         name=f"{name}_fixed_N",
-        equation=f"E[L|k] = L_inf + {written.format(A='A')}",
+        equation=f"E[L|k] = L_inf + {text.format(A='A')}",
         levels={"k": levels},
-        linear=("L_inf", "A", *further),
+        linear=("L_inf", "A", *extra),
         nonlinear=nonlinear,
-        basis=lambda k, **own: (1.0, *terms(k, **own)),
+        basis=lambda k, **others: (1.0, *terms(k, **others)),
         fixed=("N",),
     )
     return joint, one_base
@@ -123,7 +123,7 @@ def _laws_in_k(
 MERGING, MERGING_FIXED_N = _laws_in_k(
     "merging", "{A} / (k + b)", lambda k, b: (1.0 / (k + b),), {"b": OFFSET}
 )
-# The same with interference, a bounded loss that grows with k (theirs for TIES with lambda = 1).
+# With interference: a bounded loss that grows with k (theirs for TIES with lambda = 1).
 INTERFERENCE, INTERFERENCE_FIXED_N = _laws_in_k(
     "interference",
     "{A} / (k + b) + D k / (k + q)",
@@ -132,7 +132,7 @@ INTERFERENCE, INTERFERENCE_FIXED_N = _laws_in_k(
     {"b": OFFSET, "q": (0.1, 0.5, 2.0, 8.0, 20.0)},
     ("D",),
 )
-# Rivals: other ways to fall with k, which a few points can hardly tell from the merging law's.
+# Rivals: other dependences on k, which a few points can hardly distinguish from the merging law.
 INVERSE, INVERSE_FIXED_N = _laws_in_k("inverse", "{A} / k", lambda k: (1.0 / k,), {})
 POWER, POWER_FIXED_N = _laws_in_k(
     "power", "{A} k^-a", lambda k, a: (k**-a,), {"a": (0.05, 0.3, 0.6, 1.0, 1.6, 2.5, 5.0)}
@@ -147,10 +147,10 @@ LOGARITHMIC, LOGARITHMIC_FIXED_N = _laws_in_k(
     "logarithmic", "{A} (-log k)", lambda k: (-np.log(k),), {}
 )
 
-# How the loss varies over random k-subsets of a pool of M. For a loss that is quadratic along
-# equal-weight means the additive part and the pair part of the experts' effects are uncorrelated,
-# and sampling k of M without replacement gives each its factor; both vanish at k = M. V0 is what is
-# left there: the documents' noise, about 0.
+# Variance of the loss over random k-subsets of a pool of M. For a loss that is quadratic along
+# equal-weight means the additive part and the pair part of the experts' effects are uncorrelated.
+# Sampling k of M without replacement gives each its factor; both vanish at k = M, where only the
+# documents' noise V0, about 0, remains.
 VARIANCE = Law(
     name="variance",
     equation="Var[L|k] = V0 + G (M-k)/(k(M-1)) + P (k-1)(M-k)(M-k-1)/(k^3 (M-1)(M-2)(M-3))",
@@ -174,7 +174,7 @@ LAWS = {
 }
 
 
-# What a law is compared with: all that its points can hardly tell from it.
+# Rival forms: laws that the same points can hardly distinguish from the merging law.
 RIVALS = {
     MERGING.name: (INVERSE, POWER, EXPONENTIAL, LOGARITHMIC, INTERFERENCE),
     MERGING_FIXED_N.name: (
@@ -182,5 +182,5 @@ RIVALS = {
         *(LOGARITHMIC_FIXED_N, INTERFERENCE_FIXED_N),
     ),
 }
-# These are the merging law with b = 0, and speak for it as it does itself.
+# The merging law with b = 0: a lower AICc of these does not speak against the merging law.
 NESTED = (INVERSE.name, INVERSE_FIXED_N.name)

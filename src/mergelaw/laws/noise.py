@@ -1,6 +1,6 @@
-"""What cells tell of the errors of the points: the sampling design's, the documents', the pool's.
+"""Errors of points, estimated from cells: of the sampling design, the documents and the pool.
 
-All of it goes into columns of the table of points, so that a table can be fitted again as it was.
+They become columns of the table of points, so that a written table can be fitted again.
 """
 
 import itertools
@@ -12,15 +12,21 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from mergelaw.laws.covariance import Array, Part, of_circles
+from mergelaw.laws.covariance import Part, circle_part
+from mergelaw.laws.law import Array
+from mergelaw.laws.notes import Note
 from mergelaw.laws.points import CIRCLE, MACRO, POINT
 
 GROUP = ["method", "family", "domain"]
 PLACE = ["method", "family", "base", "domain"]
-# Columns with a list in each place.
+# Columns that hold lists.
 WIDE = ("documents", "design", "without")
-# (method, family, base, domain) to tau^2, the scale of the pair part (``sampling``)
+# Maps (method, family, base, domain) to tau^2, the scale of the pair part.
 Tau2 = Mapping[tuple[str, str, str, str], float]
+# Covariance of one circle's estimates up to tau^2, by (k, k').
+Shape = dict[tuple[int, int], float]
+# By point and circle: [sum over subsets of the documents' NLL, number of subsets, tokens].
+DocumentSums = dict[tuple[Any, ...], dict[Any, list[Any]]]
 
 
 def describe(
@@ -28,84 +34,94 @@ def describe(
     rows: pd.DataFrame,
     documents: Iterable[pd.DataFrame] = (),
     tau2: Tau2 | None = None,
-) -> tuple[pd.DataFrame, list[str]]:
-    """Add what is known of the points' errors to their table.
+) -> tuple[pd.DataFrame, list[Note]]:
+    """Add the points' measurement errors to their table.
 
     Args:
-        table: points, as ``points.points`` gives them.
-        rows: the evaluation rows that they were made from.
+        table: points, as ``points.points`` returns them.
+        rows: the evaluation rows under them.
         documents: the same rows, in any pieces, with the columns document_nll and document_tokens.
-        tau2: scale of the pair part, for bases with one circle, where a surrogate may tell it;
-            without it their sampling error is not known.
+        tau2: scale of the pair part for bases with one circle, from a surrogate; without it their
+            sampling error is unknown.
 
     Returns:
         The table with the columns
 
         - ``documents`` and ``design``: rows of the covariances (nats^2) with the points of the same
-          method, family and domain, in the table's order; 0 where nothing is known;
+          method, family and domain, in the table's order; 0 where unknown;
         - ``freedom``: degrees of freedom of the base's part of the design; NaN if it has none;
-        - ``se``: standard error (nats per token) of the two; NaN where neither is known;
+        - ``se``: standard error (nats per token) from both; NaN where neither is known;
         - ``variance``: of the loss over the subsets of the pool (nats^2); NaN for a single one;
-        - ``without``: the loss without each expert of the pool in its turn, NaN where not all
-          subsets are measured;
+        - ``without``: the loss without each expert of the pool in turn, None where not all subsets
+          are measured;
 
-        and sentences on what is not known.
+        and warnings on unknown errors.
     """
     merges = rows[rows["role"] == "merge"].copy()
     merges["experts"] = merges["experts"].map(tuple)
     merges = _with_macro(merges)
     means = merges.pivot_table(index=[*PLACE, "k"], columns="replicate", values="ce")
-    shapes = {key: _shape(own) for key, own in merges.groupby(["family", "base"])}
-    left_out = _without(merges)
+    shapes = {key: _shape(group) for key, group in merges.groupby(["family", "base"])}
+    jackknife = _jackknife(merges)
     variances = merges.groupby([*PLACE, "k", "merge"])["ce"].mean().groupby([*PLACE, "k"])
     spread = variances.var(ddof=0).where(variances.size() > 1)
     sums = _document_sums(documents)
 
-    warnings: list[str] = []
     single: dict[str, set[str]] = {}
     parts = []
-    for _, own in table.groupby(GROUP, sort=False):
-        method, family, domain = map(str, own[GROUP].iloc[0])
-        count = len(own)
-        design, freedom = np.zeros((count, count)), np.full(count, np.nan)
-        for base in map(str, own["base"].unique()):
-            at = np.flatnonzero(own["base"] == base)
-            place = (method, family, base, domain)
-            circles = pd.DataFrame(means.xs(place)).reindex(own["k"].iloc[at])
-            shape, balanced = shapes[family, base]
-            part = _design(circles, shape, balanced, (tau2 or {}).get(place))
-            if part is None:
-                single.setdefault(method, set()).add(base)
-            else:
-                design[np.ix_(at, at)] = part.matrix
-                freedom[at] = part.freedom
-        shared = _documents(sums, own, (method, family, domain))
+    for _, group in table.groupby(GROUP, sort=False):
+        design, freedom, unknown = _group_design(group, means, shapes, tau2 or {})
+        if unknown:
+            single.setdefault(str(group["method"].iloc[0]), set()).update(unknown)
+        shared = _documents(sums, group, *map(str, group[GROUP].iloc[0]))
         both = np.diag(design) + (0 if shared is None else np.diag(shared))
-        keys = pd.MultiIndex.from_frame(own[[*PLACE, "k"]])
-        parts.append(
-            pd.DataFrame(
-                {
-                    "documents": list(np.zeros((count, count)) if shared is None else shared),
-                    "design": list(design),
-                    "freedom": freedom,
-                    "se": np.where(both > 0, np.sqrt(both), np.nan),
-                    "variance": spread.reindex(keys).to_numpy() + np.diag(design),
-                    "without": [left_out.get(key) for key in keys],
-                },
-                index=own.index,
-            )
+        keys = pd.MultiIndex.from_frame(group[[*PLACE, "k"]])
+        columns = {
+            "documents": list(np.zeros_like(design) if shared is None else shared),
+            "design": list(design),
+            "freedom": freedom,
+            "se": np.where(both > 0, np.sqrt(both), np.nan),
+            "variance": spread.reindex(keys).to_numpy() + np.diag(design),
+            "without": [jackknife.get(key) for key in keys],
+        }
+        parts.append(pd.DataFrame(columns, index=group.index))
+    warnings = [
+        Note(
+            "one_circle",
+            f"{method} on {', '.join(sorted(bases))} was measured on one circle only, so its "
+            "sampling error is unknown and missing from the intervals; set `circles: 3`",
         )
-    for method, bases in single.items():
-        warnings.append(
-            f"one circle only of {method} on {', '.join(sorted(bases))}, and no surrogate that "
-            "holds there: how far its means are from those over all subsets is not known and not "
-            "in the intervals; set circles to 3 or more"
-        )
+        for method, bases in single.items()
+    ]
     return table.join(pd.concat(parts)), warnings
 
 
+def _group_design(
+    group: pd.DataFrame,
+    means: pd.DataFrame,
+    shapes: Mapping[tuple[str, str], tuple[Shape, bool]],
+    tau2: Tau2,
+) -> tuple[Array, Array, list[str]]:
+    """Sampling covariance of a group's points, its freedom, and the bases where it is unknown."""
+    method, family, domain = map(str, group[GROUP].iloc[0])
+    count = len(group)
+    design, freedom, unknown = np.zeros((count, count)), np.full(count, np.nan), []
+    for base in map(str, group["base"].unique()):
+        rows = np.flatnonzero(group["base"] == base)
+        place = (method, family, base, domain)
+        circles = pd.DataFrame(means.xs(place)).reindex(group["k"].iloc[rows])
+        shape, balanced = shapes[family, base]
+        part = _design(circles, shape, balanced, tau2.get(place))
+        if part is None:
+            unknown.append(base)
+        else:
+            design[np.ix_(rows, rows)] = part.matrix
+            freedom[rows] = part.freedom
+    return design, freedom, unknown
+
+
 def of_one_circle(rows: pd.DataFrame) -> pd.DataFrame:
-    """The rows of methods on bases with one circle, whose error only a surrogate can tell."""
+    """Rows of methods on bases with one circle, whose error only a surrogate can estimate."""
     place = ["method", "family", "base"]
     drawn = rows[(rows["role"] == "merge") & (rows["replicate"] >= 0)]
     circles = drawn.groupby(place)["replicate"].nunique()
@@ -115,7 +131,7 @@ def of_one_circle(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def _with_macro(merges: pd.DataFrame) -> pd.DataFrame:
-    """Rows of merges, and of their macro losses where every domain has one."""
+    """Rows of merges, with rows of their macro losses where every domain has a loss."""
     merge = [name for name in POINT if name != "domain"] + [*CIRCLE, "merge"]
     domains = merges.groupby("family")["domain"].nunique()
     macro = merges.groupby(merge).agg(
@@ -127,18 +143,17 @@ def _with_macro(merges: pd.DataFrame) -> pd.DataFrame:
     return pd.concat([merges[columns], macro[columns]], ignore_index=True)
 
 
-def _shape(own: pd.DataFrame) -> tuple[dict[tuple[int, int], float], bool]:
-    """Covariance of one circle's estimates at two k, up to tau^2, from who is with whom.
+def _shape(merges: pd.DataFrame) -> tuple[Shape, bool]:
+    """Covariance of one circle's estimates up to tau^2, from which experts share subsets.
 
-    q_ij is the share of the circle's subsets that hold both i and j, less its mean over all
-    circles; the covariance is the sum over pairs of q q' / (k k')^2. With M rotations of a pattern
-    that is ``sampling.design_variance``.
+    q_ij is the share of the circle's subsets that contain both i and j, less its mean over all
+    circles; the covariance is the sum over pairs of q q' / (k k')^2.
 
     Returns:
-        By (k, k'); and whether every circle holds each expert equally often.
+        By (k, k'); and whether every circle contains each expert equally often.
     """
-    sampled = own[own["replicate"] >= 0]
-    names = sorted(set(itertools.chain.from_iterable(own["experts"])))
+    sampled = merges[merges["replicate"] >= 0]
+    names = sorted(set(itertools.chain.from_iterable(merges["experts"])))
     place = {name: i for i, name in enumerate(names)}
     pool, excess, balanced = len(names), {}, True
     if len(sampled):
@@ -156,10 +171,8 @@ def _shape(own: pd.DataFrame) -> tuple[dict[tuple[int, int], float], bool]:
     return shape, bool(balanced)
 
 
-def _design(
-    circles: pd.DataFrame, shape: dict[tuple[int, int], float], balanced: bool, tau2: float | None
-) -> Part | None:
-    """Sampling covariance of a base's points; None where it cannot be told.
+def _design(circles: pd.DataFrame, shape: Shape, balanced: bool, tau2: float | None) -> Part | None:
+    """Sampling covariance of a base's points; None where it cannot be estimated.
 
     Args:
         circles: estimates by k and replicate; a level measured exhaustively has replicate -1 only.
@@ -173,35 +186,35 @@ def _design(
     if not sampled.any():
         return Part(total)
     means = drawn[sampled].to_numpy().T
-    chosen = [k for k, kept in zip(levels, sampled, strict=True) if kept]
-    own = np.array([[shape.get((a, b), 0.0) for b in chosen] for a in chosen])
-    if balanced and not own.any():
+    chosen = [k for k, is_sampled in zip(levels, sampled, strict=True) if is_sampled]
+    unit = np.array([[shape.get((a, b), 0.0) for b in chosen] for a in chosen])
+    if balanced and not unit.any():
         return Part(total)  # every circle has the same subsets
     if len(means) > 1 and balanced:
-        part = of_circles(means, own)
+        part = circle_part(means, unit)
     elif len(means) > 1:
-        # Independent draws: of another level, other draws.
+        # Independent draws: levels have independent errors.
         part = Part(np.diag(np.var(means, axis=0, ddof=1)) / len(means), len(means) - 1)
     elif len(means) == 1 and balanced and tau2 is not None:
-        part = Part(tau2 * own)
+        part = Part(tau2 * unit)
     else:
         return None
     total[np.ix_(sampled, sampled)] = part.matrix
     return Part(total, part.freedom)
 
 
-def _without(merges: pd.DataFrame) -> dict[tuple[Any, ...], list[float]]:
-    """The loss at each point from the subsets without one expert, for every expert in its turn.
+def _jackknife(merges: pd.DataFrame) -> dict[tuple[Any, ...], list[float]]:
+    """Loss at each point over the subsets without one expert, for every expert in turn.
 
-    Only where all subsets of the pool are measured; the merge of all has nothing without one.
+    Only where all subsets of the pool are measured; the merge of all experts has no such subset.
     """
-    found: dict[tuple[Any, ...], list[float]] = {}
-    for _, own in merges.groupby(["family", "base"]):
-        names = sorted(set(itertools.chain.from_iterable(own["experts"])))
+    means_by_point: dict[tuple[Any, ...], list[float]] = {}
+    for _, group in merges.groupby(["family", "base"]):
+        names = sorted(set(itertools.chain.from_iterable(group["experts"])))
         pool = len(names)
-        counts = Counter(own.drop_duplicates(["k", "merge"])["k"].tolist())
+        counts = Counter(group.drop_duplicates(["k", "merge"])["k"].tolist())
         whole = [k for k, count in counts.items() if k < pool and count == comb(pool, k)]
-        cells = own[own["k"].isin(whole)].groupby([*PLACE, "k", "experts"])["ce"].mean()
+        cells = group[group["k"].isin(whole)].groupby([*PLACE, "k", "experts"])["ce"].mean()
         if not len(cells):
             continue
         frame = cells.reset_index("experts")
@@ -212,58 +225,56 @@ def _without(merges: pd.DataFrame) -> dict[tuple[Any, ...], list[float]]:
             for name in names
         }
         means = pd.DataFrame(columns).groupby(level=[*PLACE, "k"]).mean()
-        found |= {key: list(values) for key, *values in means.itertuples(name=None)}
-    return found
+        means_by_point |= {key: list(values) for key, *values in means.itertuples(name=None)}
+    return means_by_point
 
 
-def _document_sums(pieces: Iterable[pd.DataFrame]) -> dict[tuple[Any, ...], dict[Any, list[Any]]]:
-    """By point and circle: sum over subsets of the documents' NLL, their number, the tokens."""
-    sums: dict[tuple[Any, ...], dict[Any, list[Any]]] = {}
+def _document_sums(pieces: Iterable[pd.DataFrame]) -> DocumentSums:
+    """Sums over subsets of the documents' NLL, by point and circle."""
+    sums: DocumentSums = {}
     columns = [*PLACE, "k", *CIRCLE, "document_nll", "document_tokens"]
     for piece in pieces:
         for *place, seed, replicate, nll, tokens in piece.loc[
             piece["role"] == "merge", columns
         ].itertuples(index=False, name=None):
             circles = sums.setdefault(tuple(place), {})
-            sofar = circles.setdefault((seed, replicate), [0.0, 0, None])
-            sofar[0] = sofar[0] + np.asarray(nll, dtype=float)
-            sofar[1] += 1
-            sofar[2] = np.asarray(tokens, dtype=float)
+            total = circles.setdefault((seed, replicate), [0.0, 0, None])
+            total[0] = total[0] + np.asarray(nll, dtype=float)
+            total[1] += 1
+            total[2] = np.asarray(tokens, dtype=float)
     return sums
 
 
 def _documents(
-    sums: Mapping[tuple[Any, ...], Mapping[Any, list[Any]]],
-    own: pd.DataFrame,
-    group: tuple[str, str, str],
+    sums: DocumentSums, points: pd.DataFrame, method: str, family: str, domain: str
 ) -> Array | None:
-    """Covariance of a group's points over documents like those that were evaluated, or None.
+    """Covariance of a group's points over documents like the evaluated ones; None if unknown.
 
-    A loss is the ratio of sums over documents, NLL over tokens, so its error is the mean of the
-    documents' NLL less what their tokens would cost at that loss; cells share the documents. The
-    domains' documents are independent of each other, of which the macro loss is the mean.
+    A loss is a ratio of sums over documents, NLL over tokens. Its error is the mean over documents
+    of their NLL less the loss times their tokens. Cells share the documents. The macro loss is the
+    mean over domains, whose documents are independent.
     """
-    method, family, domain = group
     if not sums:
         return None
     if domain == MACRO:
         domains = sorted({place[3] for place in sums if place[:2] == (method, family)})
-        parts = [_documents(sums, own, (method, family, name)) for name in domains]
-        total = sum((part for part in parts if part is not None), np.zeros((len(own), len(own))))
+        parts = [_documents(sums, points, method, family, name) for name in domains]
+        start = np.zeros((len(points), len(points)))
+        total = sum((part for part in parts if part is not None), start)
         return total / len(domains) ** 2 if all(p is not None for p in parts) else None
     errors: list[Array] = []
-    for base, k in own[["base", "k"]].itertuples(index=False):
+    for base, k in points[["base", "k"]].itertuples(index=False):
         circles = sums.get((method, family, base, domain, k))
         if circles is None:
             return None
         nll = np.mean([total / count for total, count, _ in circles.values()], axis=0)
         tokens = next(iter(circles.values()))[2]
         errors.append((nll - nll.sum() / tokens.sum() * tokens) / tokens.sum())
-    covariance = np.zeros((len(own), len(own)))
-    # Another tokenizer may have dropped other documents: then they cannot be paired.
+    covariance = np.zeros((len(points), len(points)))
+    # Only bases with the same documents can be paired; another tokenizer may have dropped others.
     for count in {len(error) for error in errors}:
-        at = [i for i, error in enumerate(errors) if len(error) == count]
-        table = np.array([errors[i] for i in at])
+        rows = [i for i, error in enumerate(errors) if len(error) == count]
+        table = np.array([errors[i] for i in rows])
         if count > 1:
-            covariance[np.ix_(at, at)] = table @ table.T * count / (count - 1)
+            covariance[np.ix_(rows, rows)] = table @ table.T * count / (count - 1)
     return covariance

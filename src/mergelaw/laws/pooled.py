@@ -1,23 +1,24 @@
-"""Pooled fits: what the evaluation domains of a method share, chosen by AICc.
+"""Pooled fits: parameters shared by the evaluation domains of a method, chosen by AICc.
 
-Each domain keeps its own floor and amplitude; beta, gamma and b are shared by all domains or their
-own, whichever of the eight ways describes the points best for the parameters it spends.
+Each domain has its own floor and amplitude. Each of beta, gamma and b is either shared by all
+domains or separate; the best of the eight combinations has the lowest AICc.
 """
 
 import itertools
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 from scipy.special import stdtrit
 
 from mergelaw.laws import profile
-from mergelaw.laws.fit import LEVEL, Fit
-from mergelaw.laws.projection import Array, Problem, State
+from mergelaw.laws.law import Array
+from mergelaw.laws.projection import Problem, State
+from mergelaw.laws.result import LEVEL, Result
 
-# A descent's last step takes less than this share off the squares.
+# Descents end when a step reduces the squares by less than this share.
 ENOUGH = 1e-9
 # Residuals below this share of the loss are rounding errors.
 ROUNDED = 1e-9
@@ -28,11 +29,12 @@ class Pooled:
     """The joint law of several domains.
 
     Attributes:
-        method, family: of what.
-        shared: the parameters with one value for all domains; may be none.
-        parameters: their values; intervals: 90% profile-likelihood intervals, of this pool.
+        method, family: what was fitted.
+        shared: the parameters with one value for all domains; may be empty.
+        parameters: their values.
+        intervals: their 90% profile-likelihood intervals, for this pool.
         domains: all parameters of each domain.
-        ways: every way to share with its AICc and that above the best, best first.
+        ways: every combination with its AICc, and that above the best, best first.
     """
 
     method: str
@@ -44,43 +46,24 @@ class Pooled:
     ways: tuple[dict[str, Any], ...]
 
     def to_dict(self) -> dict[str, Any]:
-        """As values that strict JSON can hold."""
-        return {
-            "method": self.method,
-            "family": self.family,
-            "shared": list(self.shared),
-            "parameters": self.parameters,
-            "intervals": {name: list(ends) for name, ends in self.intervals.items()},
-            "domains": self.domains,
-            "ways": list(self.ways),
-        }
-
-    def summary(self) -> str:
-        """One line: what is shared, its values, and by how much that is better than nothing."""
-        none = next(way["above"] for way in self.ways if not way["shared"])
-        if not self.shared:
-            return "the domains share neither beta, gamma nor b (AICc)"
-        told = ", ".join(
-            f"{name} = {value:.4g} ({self.intervals[name][0]:.4g} to {self.intervals[name][1]:.4g})"
-            for name, value in self.parameters.items()
-        )
-        return f"{len(self.domains)} domains share {told}; AICc {none:.1f} lower than with none"
+        """The pooled fit as values that strict JSON can hold."""
+        return asdict(self)
 
 
-def pool_domains(method: str, family: str, fits: Mapping[str, Fit]) -> Pooled | None:
-    """Choose what domains share; None with fewer than two domains or where no error is known.
+def pool_domains(method: str, family: str, fits: Mapping[str, Result]) -> Pooled | None:
+    """Choose the shared parameters; None with fewer than two domains, or an unknown noise.
 
-    Every domain is weighed as its own fit was: by its covariance, with its own noise.
+    Every domain keeps the weights and the noise of its own fit.
 
     Args:
-        fits: of the same law, by domain.
+        fits: by domain, of the same law.
     """
     if len(fits) < 2 or any(fitted.freedom == 0 for fitted in fits.values()):
         return None
     names = list(next(iter(fits.values())).law.nonlinear)
     points = sum(fitted.n_points for fitted in fits.values())
     linear = len(next(iter(fits.values())).law.linear)
-    found: list[tuple[float, tuple[str, ...], _Together, State]] = []
+    ways: list[tuple[float, tuple[str, ...], _Together, State]] = []
     for size in range(len(names) + 1):
         for shared in itertools.combinations(names, size):
             problem = _Together(list(fits.values()), shared)
@@ -90,11 +73,11 @@ def pool_domains(method: str, family: str, fits: Mapping[str, Fit]) -> Pooled | 
                 continue
             deviance = state.squares * problem.size**2
             aicc = deviance + 2 * spent * points / (points - spent - 1)
-            found.append((aicc, shared, problem, state))
-    if all(way[1] for way in found):  # too few points for every domain's own: nothing to compare
+            ways.append((aicc, shared, problem, state))
+    if all(shared for _, shared, _, _ in ways):  # too few points to share nothing
         return None
-    found.sort(key=lambda way: way[0])
-    _, shared, problem, state = found[0]
+    ways.sort(key=lambda way: way[0])
+    best, shared, problem, state = ways[0]
     values = problem.parameters(state)
     quantile = float(stdtrit(points - len(fits) * linear - len(state.theta), (1 + LEVEL) / 2))
     threshold = (quantile / problem.size) ** 2
@@ -104,40 +87,40 @@ def pool_domains(method: str, family: str, fits: Mapping[str, Fit]) -> Pooled | 
         shared=shared,
         parameters={name: values[0][name] for name in shared},
         intervals={
-            name: profile.of_nonlinear(problem, state, j, threshold)
+            name: profile.nonlinear_interval(problem, state, j, threshold)
             for j, name in enumerate(shared)
         },
         domains=dict(zip(fits, values, strict=True)),
         ways=tuple(
-            {"shared": list(names), "aicc": aicc, "above": aicc - found[0][0]}
-            for aicc, names, _, _ in found
+            {"shared": list(names), "aicc": aicc, "above": aicc - best}
+            for aicc, names, _, _ in ways
         ),
     )
 
 
 @dataclass(frozen=True)
 class _States(State):
-    """A state of several problems, and each one's own."""
+    """A state of several problems, with the state of each."""
 
     each: tuple[State, ...]
 
 
 class _Together(Problem):
-    """The problems of several fits as one, with some nonlinear parameters in common.
+    """The problems of several fits as one, with some nonlinear parameters shared.
 
-    Nonlinear parameters are the shared ones, then each fit's own.
+    Its nonlinear parameters are the shared ones, then the separate ones of each fit.
     """
 
-    def __init__(self, fits: Sequence[Fit], shared: tuple[str, ...]) -> None:
+    def __init__(self, fits: Sequence[Result], shared: tuple[str, ...]) -> None:
         self.law = fits[0].law
         names = list(self.law.nonlinear)
-        self.problems = [fitted._solution.problem for fitted in fits]
+        self.problems = [fitted.solution.problem for fitted in fits]
         self.shared = [names.index(name) for name in shared]
-        self.own = [j for j in range(len(names)) if j not in self.shared]
+        self.separate = [j for j in range(len(names)) if j not in self.shared]
         # Every fit's residuals in units of their standard deviation.
         scales = []
         for fitted in fits:
-            problem, noise = fitted._solution.problem, fitted._solution.noise
+            problem, noise = fitted.solution.problem, fitted.solution.noise
             deviation = max(math.sqrt(noise.variance), ROUNDED * problem.size)
             scales.append(problem.size / deviation)
         self.size = float(np.linalg.norm(scales))
@@ -145,30 +128,27 @@ class _Together(Problem):
         self.loss = np.concatenate(
             [s * p.loss for s, p in zip(self.scales, self.problems, strict=True)]
         )
-        each = [fitted._solution.state.theta for fitted in fits]
+        each = [fitted.solution.state.theta for fitted in fits]
         first = self.problems[0]
         self.start = self._joined(np.median(each, axis=0), each)
         self.lower = self._joined(first.lower, [first.lower] * len(fits))
         self.upper = self._joined(first.upper, [first.upper] * len(fits))
 
     def _joined(self, common: Array, each: Sequence[Array]) -> Array:
-        return np.concatenate([common[self.shared], *(theta[self.own] for theta in each)])
+        return np.concatenate([common[self.shared], *(theta[self.separate] for theta in each)])
 
     def _split(self, theta: Array) -> list[Array]:
         """The nonlinear parameters of each fit."""
-        made = []
-        for i in range(len(self.problems)):
-            own = np.empty(len(self.shared) + len(self.own))
-            own[self.shared] = theta[: len(self.shared)]
-            start = len(self.shared) + i * len(self.own)
-            own[self.own] = theta[start : start + len(self.own)]
-            made.append(own)
-        return made
+        each = np.empty((len(self.problems), len(self.shared) + len(self.separate)))
+        each[:, self.shared] = theta[: len(self.shared)]
+        each[:, self.separate] = theta[len(self.shared) :].reshape(len(each), -1)
+        return list(each)
 
     def project(self, theta: Array) -> State:
+        """State of all problems at ``theta``."""
         states = [
-            problem.project(own)
-            for problem, own in zip(self.problems, self._split(theta), strict=True)
+            problem.project(part)
+            for problem, part in zip(self.problems, self._split(theta), strict=True)
         ]
         residuals = np.concatenate(
             [scale * state.residuals for scale, state in zip(self.scales, states, strict=True)]
@@ -183,27 +163,28 @@ class _Together(Problem):
         )
 
     def jacobian(self, state: State) -> Array:
+        """Derivatives of all fitted losses by the nonlinear parameters."""
         assert isinstance(state, _States)
         out = np.zeros((len(self.loss), len(state.theta)))
         row, column = 0, len(self.shared)
-        for problem, scale, own in zip(self.problems, self.scales, state.each, strict=True):
-            block = scale * problem.jacobian(own)
+        for problem, scale, part in zip(self.problems, self.scales, state.each, strict=True):
+            block = scale * problem.jacobian(part)
             rows = slice(row, row + len(block))
             out[rows, : len(self.shared)] = block[:, self.shared]
-            out[rows, column : column + len(self.own)] = block[:, self.own]
-            row, column = row + len(block), column + len(self.own)
+            out[rows, column : column + len(self.separate)] = block[:, self.separate]
+            row, column = row + len(block), column + len(self.separate)
         return out
 
     def parameters(self, state: State) -> list[dict[str, float]]:
-        """All parameters of each fit."""
+        """All parameters of each fit, by name."""
         assert isinstance(state, _States)
         return [
             dict(
                 zip(
                     self.law.parameters,
-                    map(float, [*(own.coefficients * problem.size), *own.theta]),
+                    map(float, [*(part.coefficients * problem.size), *part.theta]),
                     strict=True,
                 )
             )
-            for problem, own in zip(self.problems, state.each, strict=True)
+            for problem, part in zip(self.problems, state.each, strict=True)
         ]

@@ -1,8 +1,8 @@
-"""Profile-likelihood intervals: how far a quantity can be moved before the fit gets too bad.
+"""Profile-likelihood intervals: values of a quantity for which a refit is not much worse.
 
-The law is fitted again with the quantity held at a value, all other parameters free within their
-bounds. The interval holds the values at which the squares exceed the best fit's by no more than a
-threshold. Unlike standard errors it knows that laws are curved and parameters bounded.
+The law is fitted again with the quantity fixed and all other parameters free within their bounds.
+The interval contains the values at which the squares exceed the minimum by no more than a
+threshold. Unlike standard errors it accounts for curved laws and bounded parameters.
 """
 
 import math
@@ -11,31 +11,34 @@ from collections.abc import Callable
 import numpy as np
 from numpy.typing import NDArray
 
-from mergelaw.laws.projection import ROUNDING, STEP, Array, Problem, State
+from mergelaw.laws.law import Array
+from mergelaw.laws.projection import ROUNDING, STEP, Problem, State
 
-# Ends are found to this share of the threshold's root.
+# Tolerance of interval ends, as a share of the threshold's square root.
 TOLERANCE = 1e-3
-# A descent's last step takes less than this share off the squares.
+# Descents end when a step reduces the squares by less than this share.
 ENOUGH = 1e-7
-# A pull so many times as stiff as the fit itself reaches its value within 1/STIFF^2.
+# Stiffness of a pull relative to the fit; it reaches its value within 1/STIFF^2.
 STIFF = 30.0
 
 Vector = Callable[[NDArray[np.inexact]], NDArray[np.inexact]]
-# (value, state to start from) to the value that was reached, the squares and the state
+# Maps a value and a starting state to the value reached, the squares and the state.
 Refit = Callable[[float, State], tuple[float, float, State]]
 
 
-def of_nonlinear(problem: Problem, best: State, j: int, threshold: float) -> tuple[float, float]:
+def nonlinear_interval(
+    problem: Problem, best: State, j: int, threshold: float
+) -> tuple[float, float]:
     """Interval of nonlinear parameter ``j``; ``threshold`` in the problem's scaled squares."""
 
     def refit(value: float, near: State) -> tuple[float, float, State]:
-        held = problem.held(j, value)
+        fixed = problem.with_fixed(j, value)
         theta = near.theta.copy()
         theta[j] = value
-        state = held.descend(held.project(theta), ENOUGH)
+        state = fixed.descend(fixed.project(theta), ENOUGH)
         return value, state.squares, state
 
-    # What is left of its effect when all else is fitted again (Frisch, Waugh and Lovell).
+    # Standard error given that all other parameters are refitted (Frisch, Waugh and Lovell).
     jacobian = problem.jacobian(best)
     lengths = np.linalg.norm(jacobian, axis=0)
     lengths[lengths == 0] = 1
@@ -46,12 +49,12 @@ def of_nonlinear(problem: Problem, best: State, j: int, threshold: float) -> tup
     return _both(best, float(best.theta[j]), step, refit, limits, threshold)
 
 
-def of_linear(
+def linear_interval(
     problem: Problem, best: State, vector: Vector, threshold: float
 ) -> tuple[float, float]:
     """Interval of vector(theta) . coefficients, in units of the problem's size.
 
-    A coefficient has a constant vector, a prediction the basis at its variables.
+    For a coefficient the vector is constant; for a prediction it is the basis at the variables.
     """
     at_best = np.asarray(vector(best.theta), dtype=float)
     value = float(at_best @ best.coefficients)
@@ -70,23 +73,6 @@ def of_linear(
     return _both(best, value, error * math.sqrt(threshold), refit, limits, threshold)
 
 
-def holds(problem: Problem, best: State, vector: Vector, value: float, threshold: float) -> bool:
-    """Whether the interval of vector(theta) . coefficients holds a value, by one refit there."""
-    reached = float(np.real(vector(best.theta)) @ best.coefficients)
-    error = _error(problem, best, gradient_of(best, vector))
-    error = error or max(abs(reached), ROUNDING) / 10
-    near = best
-    asked = value
-    # The pull gives way a little: pull on by as much as it gave.
-    for _ in range(3):
-        pulled = problem.pulled(vector, asked, STIFF / error)
-        near = pulled.descend(pulled.project(near.theta), ENOUGH)
-        reached = float(np.real(vector(near.theta)) @ near.coefficients)
-        asked += value - reached
-    squares = float(near.residuals[:-1] @ near.residuals[:-1])
-    return squares - best.squares <= threshold
-
-
 def gradient_of(best: State, vector: Vector) -> Array:
     """Derivatives of vector(theta) . coefficients by all parameters, linear ones first."""
     slopes = [
@@ -97,7 +83,7 @@ def gradient_of(best: State, vector: Vector) -> Array:
 
 
 def _error(problem: Problem, best: State, gradient: Array) -> float:
-    """Standard error, as if the law were linear, per root of the squares."""
+    """Standard error under linearisation, per square root of the squares."""
     tangent = problem.tangent(best)
     lengths = np.linalg.norm(tangent, axis=0)
     lengths[lengths == 0] = 1
@@ -112,7 +98,7 @@ def _both(
     limits: tuple[float, float],
     threshold: float,
 ) -> tuple[float, float]:
-    if threshold <= ROUNDING**2:  # without noise there is nothing to be uncertain of
+    if threshold <= ROUNDING**2:  # no noise, no uncertainty
         return value, value
     low = _end(best, value, -step, refit, limits[0], math.sqrt(threshold))
     high = _end(best, value, step, refit, limits[1], math.sqrt(threshold))
@@ -122,19 +108,19 @@ def _both(
 def _end(
     best: State, value: float, step: float, refit: Refit, limit: float, wanted: float
 ) -> float:
-    """Where the root of the excess squares, about linear in the quantity, reaches ``wanted``."""
+    """Value at which the root of the excess squares, about linear in it, reaches ``wanted``."""
 
-    def at(asked: float, near: State) -> tuple[tuple[float, float, float], State]:
-        reached, squares, state = refit(asked, near)
-        return (asked, reached, math.sqrt(max(squares - best.squares, 0.0))), state
+    def evaluate(target: float, near: State) -> tuple[tuple[float, float, float], State]:
+        reached, squares, state = refit(target, near)
+        return (target, reached, math.sqrt(max(squares - best.squares, 0.0))), state
 
     inner, near = (value, value, 0.0), best
     for _ in range(30):
         if inner[0] == limit:
             return limit
-        asked = value + step
-        asked = max(asked, limit) if step < 0 else min(asked, limit)
-        outer, state = at(asked, near)
+        target = value + step
+        target = max(target, limit) if step < 0 else min(target, limit)
+        outer, state = evaluate(target, near)
         if outer[2] >= wanted:
             break
         inner, near = outer, state
@@ -147,9 +133,9 @@ def _end(
         if min(wanted - inner[2], outer[2] - wanted) < TOLERANCE * wanted:
             break
         share = (wanted - inner[2]) / (outer[2] - inner[2])
-        # Two ends on one side in a row: the secant is stuck, halve.
+        # Twice in a row on the same side: the secant is stuck, so bisect.
         share = 0.5 if abs(side) > 1 else share
-        middle, state = at(inner[0] + share * (outer[0] - inner[0]), near)
+        middle, state = evaluate(inner[0] + share * (outer[0] - inner[0]), near)
         if middle[2] < wanted:
             inner, near, side = middle, state, max(side, 0) + 1
         else:

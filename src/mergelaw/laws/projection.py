@@ -1,8 +1,8 @@
-"""Variable projection: the least-squares solver under every fit (Golub and Pereyra 1973).
+"""Variable projection: the least-squares solver of every fit (Golub and Pereyra 1973).
 
-For given nonlinear parameters the best coefficients of a law are a non-negative least-squares
-problem with one solution, so only the nonlinear parameters are searched, from a grid of starts that
-the law brings.
+At fixed nonlinear parameters the best coefficients of a law solve a non-negative least-squares
+problem with one solution. So only the nonlinear parameters are searched, from the law's grid of
+starting values.
 """
 
 import itertools
@@ -10,26 +10,23 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy.optimize import nnls
 
-if TYPE_CHECKING:
-    from mergelaw.laws.law import Law
+from mergelaw.laws.law import Array, Law
 
-Array = NDArray[np.float64]
-
-# Of the grid of starts, so many are descended from besides the local minima.
+# Grid points to descend from besides the grid's local minima.
 BEST_STARTS = 4
-# Parameters that differ by less than this share of their boxes lead to one minimum.
+# Parameters closer than this share of their bounds' range lead to the same minimum.
 SAME = 1e-4
-# Columns whose part apart from the others is longer than this are solved for at once.
+# Columns are well posed if the part of each orthogonal to the others is longer than this.
 WELL_POSED = 1e-8
 # Keeps normal equations solvable where two columns of the basis are the same.
 RIDGE = 1e-12
-# Of complex steps, which have no rounding error however small they are.
+# Length of complex steps; they have no rounding error, however short.
 STEP = 1e-30
 # Parts of the loss smaller than this share of it are rounding errors.
 ROUNDING = 1e-14
@@ -37,7 +34,15 @@ ROUNDING = 1e-14
 
 @dataclass(frozen=True)
 class State:
-    """Where a search is: nonlinear parameters, their best coefficients, and what they leave."""
+    """A point of the search: nonlinear parameters, their best coefficients and residuals.
+
+    Attributes:
+        theta: (nonlinear parameters,).
+        coefficients: (linear parameters,), in units of the problem's size.
+        residuals: (points,), whitened and in units of the problem's size.
+        orthonormal: orthonormal basis of the columns in use, (points, columns).
+        squares: sum of the squared residuals.
+    """
 
     theta: Array
     coefficients: Array
@@ -47,16 +52,16 @@ class State:
 
 
 class Problem:
-    """Least squares in the nonlinear parameters of a law, the linear ones projected out.
+    """Least squares in the nonlinear parameters of a law, with the linear ones projected out.
 
-    The loss is scaled to unit length, and so are squares and coefficients; ``size`` leads back.
-    Columns of the basis are scaled to unit length before they are solved for, so neither the unit
-    of N nor its distance from 1 (2.7e-5 billions, say) matters.
+    The loss is scaled to unit length, and squares and coefficients with it; multiply by ``size`` to
+    undo that. Columns of the basis are scaled to unit length too, so neither the unit of N nor its
+    distance from 1 (such as 2.7e-5 billions) matters.
     """
 
     def __init__(
         self,
-        law: "Law",
+        law: Law,
         variables: Mapping[str, Array],
         loss: Array,
         covariance: Array | None = None,
@@ -65,7 +70,7 @@ class Problem:
         self.variables = variables
         self.whitener = None
         if covariance is not None:
-            # Least squares in W y is generalised least squares in y where W V W' = 1.
+            # With W V W' = 1, least squares in W y is generalised least squares in y.
             half = np.linalg.cholesky(covariance)
             self.whitener = np.linalg.inv(half)
             loss = self.whitener @ loss
@@ -77,7 +82,7 @@ class Problem:
         self.pull: tuple[Callable[[NDArray[Any]], NDArray[Any]], float] | None = None
 
     def columns(self, theta: NDArray[Any]) -> NDArray[Any]:
-        """The basis at ``theta``, points by coefficients."""
+        """Basis functions at ``theta``, (points, coefficients)."""
         out = self._columns(theta)
         if self.pull is not None:
             vector, weight = self.pull
@@ -85,7 +90,7 @@ class Problem:
         return out
 
     def _columns(self, theta: NDArray[Any]) -> NDArray[Any]:
-        """The same without a pull; also at many: (..., points, coefficients)."""
+        """Basis without the pull, at one theta or at many: (..., points, coefficients)."""
         points = len(next(iter(self.variables.values())))
         out = np.empty((*theta.shape[:-1], points, len(self.law.linear)), dtype=theta.dtype)
         named = dict(zip(self.law.nonlinear, theta.T[..., None], strict=True))
@@ -94,11 +99,11 @@ class Problem:
         return out if self.whitener is None else self.whitener @ out
 
     def tangent(self, state: State) -> Array:
-        """Derivatives of the fitted losses by all parameters, linear ones first, unit loss."""
+        """Derivatives of the fitted, scaled losses by all parameters, linear ones first."""
         return np.column_stack([self.columns(state.theta), self._slopes(state)])
 
     def _slopes(self, state: State) -> Array:
-        """Derivatives of the fitted losses by the nonlinear parameters, coefficients held."""
+        """Derivatives of the fitted losses by the nonlinear parameters, coefficients fixed."""
         steps = state.theta + 1j * STEP * np.eye(len(state.theta))
         out = (self._columns(steps).imag @ state.coefficients).T / STEP
         if self.pull is not None:
@@ -107,19 +112,19 @@ class Problem:
             out = np.vstack([out, weight * np.array(last) / STEP])
         return out
 
-    def held(self, j: int, value: float) -> "Problem":
-        """The problem with a nonlinear parameter kept at a value."""
-        held = copy(self)
-        held.lower, held.upper = self.lower.copy(), self.upper.copy()
-        held.lower[j] = held.upper[j] = value
-        return held
+    def with_fixed(self, j: int, value: float) -> "Problem":
+        """Copy of the problem with nonlinear parameter ``j`` fixed at a value."""
+        fixed = copy(self)
+        fixed.lower, fixed.upper = self.lower.copy(), self.upper.copy()
+        fixed.lower[j] = fixed.upper[j] = value
+        return fixed
 
     def pulled(
         self, vector: Callable[[NDArray[Any]], NDArray[Any]], value: float, weight: float
     ) -> "Problem":
-        """The problem with one more point, that pulls vector(theta) . coefficients to a value.
+        """Copy of the problem with an extra point that pulls vector(theta) . coefficients to value.
 
-        Whatever the weight, its solution minimises the squares of the true points among all
+        Whatever the weight, its solution minimises the squares of the real points among all
         parameters with the same vector(theta) . coefficients.
         """
         pulled = copy(self)
@@ -128,12 +133,12 @@ class Problem:
         return pulled
 
     def project(self, theta: Array) -> State:
-        """The best coefficients at ``theta``."""
+        """Best coefficients at ``theta``, by non-negative least squares."""
         columns = self.columns(theta)
         lengths = np.sqrt(np.einsum("ij,ij->j", columns, columns))
         lengths[lengths == 0] = 1  # a term that is 0 at every point gets the coefficient 0
         unit = columns / lengths
-        # The plain solution, if nothing in it is below 0; else it has to be found out what is 0.
+        # The plain solution if nothing in it is negative, else that of the active coefficients.
         used = np.ones(len(self.signed), dtype=bool)
         q, r = np.linalg.qr(unit)
         well_posed = len(r) == len(used) and np.abs(np.diag(r)).min(initial=1) > WELL_POSED
@@ -148,7 +153,7 @@ class Problem:
         return State(theta, coefficients, residuals, q, float(residuals @ residuals))
 
     def _used(self, unit: Array) -> NDArray[np.bool_]:
-        """Which coefficients are signed or above 0 at the non-negative least squares."""
+        """Mask of coefficients that are signed, or above 0 at the non-negative solution."""
         used = self.signed.copy()
         if used.any():
             q = np.linalg.qr(unit[:, self.signed]).Q
@@ -161,19 +166,21 @@ class Problem:
     def jacobian(self, state: State) -> Array:
         """Derivatives of the fitted losses by the nonlinear parameters (Kaufman 1975).
 
-        The part that the coefficients take up is projected out, so its product with the residuals
-        is the exact gradient.
+        The part that the coefficients can absorb is projected out, so its product with the
+        residuals is the exact gradient.
         """
         out = self._slopes(state)
         q = state.orthonormal
         return out - q @ (q.T @ out)
 
-    def descend(self, state: State, enough: float = 1e-13, found: Sequence[State] = ()) -> State:
-        """Levenberg-Marquardt on the residual vector, with parameters on their bounds held there.
+    def descend(
+        self, state: State, enough: float = 1e-13, known_minima: Sequence[State] = ()
+    ) -> State:
+        """Minimise by Levenberg-Marquardt with bounds as an active set.
 
-        Bounds are an active set: a step that leaves the box is cut at its side, and a parameter
-        stays there while the gradient points outwards. It ends with a step that takes less than a
-        share ``enough`` off the squares, or near one of the minima that were ``found`` before.
+        A step beyond a bound is cut there, and the parameter stays while the gradient points
+        outwards. The search ends when a step reduces the squares by less than a share ``enough``,
+        or when it comes close to one of the ``known_minima``.
         """
         damping = 1e-3
         rounding = len(self.loss) * np.finfo(float).eps ** 2
@@ -185,7 +192,7 @@ class Problem:
             outwards = ((state.theta <= self.lower) & (ascent <= 0)) | (
                 (state.theta >= self.upper) & (ascent >= 0)
             )
-            # A parameter without any effect (its coefficient is 0) has nowhere to go either.
+            # A parameter without effect (its coefficient is 0) does not move either.
             free = np.flatnonzero(~outwards & (diagonal > 0))
             slope = np.abs(ascent[free]) / np.sqrt(diagonal[free])
             if state.squares <= rounding or not (slope > 1e-14 * math.sqrt(state.squares)).any():
@@ -205,17 +212,17 @@ class Problem:
             state, damping = trial, max(damping / 10, 1e-15)
             if gain < enough:
                 return state
-            for other in found:
+            for other in known_minima:
                 if (np.abs(state.theta - other.theta) <= SAME * (self.upper - self.lower)).all():
                     return other
         return state
 
     def minimum(self, near: Array | None = None, enough: float = 1e-13) -> State:
-        """The best state of descents from the law's grid of starts, and from ``near``.
+        """Best state of descents from the law's grid of starting values, and from ``near``.
 
-        Started from are the grid points that no neighbour improves on, and, in a grid of more than
-        one axis, the best few, for a narrow valley may run across it. With ``near``, a minimum
-        under other weights, those few are not needed.
+        Descents start at the grid's local minima and, in more than one dimension, at its best few
+        points, because a narrow valley may run across the grid. ``near``, a minimum under other
+        weights, makes those few unnecessary.
         """
         if not self.law.nonlinear:
             return self.project(np.empty(0))
@@ -232,15 +239,15 @@ class Problem:
             lowest &= table[inner] <= np.roll(table, -1, axis)[inner]
         starts.update(np.flatnonzero(lowest))
         chosen = [grid[start] for start in sorted(starts, key=lambda start: squares[start])]
-        found: list[State] = []
+        minima: list[State] = []
         for theta in chosen if near is None else [near, *chosen]:
-            found.append(self.descend(self.project(theta), enough, found))
-        return min(found, key=lambda state: state.squares)
+            minima.append(self.descend(self.project(theta), enough, minima))
+        return min(minima, key=lambda state: state.squares)
 
     def _squares(self, grid: Array) -> Array:
-        """What the best coefficients leave of the loss at each of many parameters, roughly.
+        """Approximate residual squares at each theta of a grid, to choose starting values.
 
-        By normal equations, solved for all at once: good enough to choose starts.
+        By normal equations, solved for all grid points at once.
         """
         columns = self._columns(grid)
         lengths = np.sqrt(np.einsum("gij,gij->gj", columns, columns))
@@ -248,7 +255,7 @@ class Problem:
         normal = np.einsum("gij,gik->gjk", unit, unit)
         right = np.einsum("gij,i->gj", unit, self.loss)
         squares = np.full(len(grid), float(self.loss @ self.loss))
-        # Which coefficients are above 0: the best of all choices for which the rest are 0.
+        # Non-negative least squares: the best of all choices of coefficients above 0.
         bounded = np.flatnonzero(~self.signed)
         left = np.ones(len(grid), dtype=bool)
         for size in range(len(bounded), -1, -1):

@@ -29,9 +29,10 @@ from scipy.special import stdtrit
 
 from mergelaw.errors import MergelawError
 from mergelaw.laws.covariance import Part
-from mergelaw.laws.fit import LEVEL, Fit, fit
+from mergelaw.laws.fit import Fit, fit
 from mergelaw.laws.law import INVERSE_FIXED_N, MERGING, MERGING_FIXED_N, Law
 from mergelaw.laws.points import MACRO, TOO_MANY_BILLIONS, read_points
+from mergelaw.laws.result import LEVEL
 
 Array = NDArray[np.float64]
 
@@ -507,7 +508,7 @@ def _basis_of(fitted: Fit, law: Law, sigma: float | None) -> tuple[str, str]:
 
 def _of_points(fitted: Fit) -> Iterable[str]:
     """A fit's warnings, but for the one on as many points as parameters, which the basis tells."""
-    return (told for told in fitted.warnings if not told.startswith("as many parameters"))
+    return (told for told in fitted.warnings if told.code != "saturated")
 
 
 def _table(

@@ -24,8 +24,9 @@ from scipy.special import ndtri, stdtrit
 
 from mergelaw.artifacts import lineage
 from mergelaw.errors import MergelawError
-from mergelaw.laws.fit import LEVEL, fit
+from mergelaw.laws.fit import fit
 from mergelaw.laws.law import LAWS, MERGING, MERGING_FIXED_N, Law
+from mergelaw.laws.result import LEVEL
 from mergelaw.planning.forecast import base_of, beyond, billions, ends_of, fit_points, sampled
 
 Array = NDArray[np.float64]
@@ -172,7 +173,7 @@ class Curve:
         own = self.loss(k)
         told = [self._form(own, k)]
         if not self.measured:
-            left = self.fitted.left_out.get("N")
+            left = self.fitted.holdout.get("N")
             if left is None:
                 told.append((math.inf, "the floor is a power law in N: too few sizes to check it"))
             else:

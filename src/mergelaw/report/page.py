@@ -24,7 +24,7 @@ def write_report(
     """Write report.html, which needs no other file and runs no script.
 
     Args:
-        laws: the folder that ``mergelaw.laws.fits.write_fits`` wrote.
+        laws: the folder that ``mergelaw.laws.fits.write`` wrote.
         rows: the evaluation rows that the laws were fitted to (units as in ``points``).
         output: the folder for report.html, figures/ (SVG and PNG) and tables/ (CSV). It is created
             if it does not exist.

@@ -1,0 +1,392 @@
+"""Results of fits: parameters, predictions and intervals."""
+
+import bisect
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from numpy.typing import ArrayLike, NDArray
+from scipy.special import ndtri, stdtrit
+
+from mergelaw.errors import MergelawError
+from mergelaw.laws import profile
+from mergelaw.laws.covariance import deviance
+from mergelaw.laws.law import Array, Law
+from mergelaw.laws.notes import Note
+from mergelaw.laws.solve import ROUNDED, Solution
+
+# Level of the intervals that are reported.
+LEVEL = 0.9
+# Populations that an interval can refer to: the mean over subsets of the measured experts, or over
+# subsets of another pool of as many experts, drawn as these were.
+POOL, EXPERTS = "this pool", "experts like these"
+# No pool has so many experts.
+MANY = 2**30
+
+
+@dataclass(frozen=True)
+class Result:
+    """A law fitted to a table: its numbers.
+
+    Attributes:
+        law: the law.
+        parameters: its parameters; losses in nats per token, N in the table's unit.
+        residuals: measured minus fitted (nats per token), in the order of the table's rows.
+        warnings: what not to believe, and what to do.
+        solution: the solver's result, with the points in its own order.
+        jackknife: parameters without one expert of the pool, for each expert in turn.
+    """
+
+    law: Law
+    parameters: dict[str, float]
+    residuals: Array
+    warnings: tuple[Note, ...]
+    solution: Solution = field(repr=False, compare=False)
+    jackknife: tuple[dict[str, float], ...] = field(repr=False, compare=False)
+
+    # ---- quality
+
+    @property
+    def n_points(self) -> int:
+        """Number of points."""
+        return len(self.residuals)
+
+    @property
+    def variables(self) -> dict[str, Array]:
+        """The law's variables at the points, in the solver's order."""
+        return dict(self.solution.problem.variables)
+
+    @property
+    def loss(self) -> Array:
+        """Losses (nats per token) of the points, in the solver's order."""
+        return self.solution.loss
+
+    @property
+    def rmse(self) -> float:
+        """Root mean squared residual (nats per token)."""
+        return math.sqrt(float(self.residuals @ self.residuals) / self.n_points)
+
+    @property
+    def r2(self) -> float:
+        """Share of the losses' variance that the fit explains; NaN if they have none."""
+        loss = self.loss
+        variance = float(np.sum((loss - loss.mean()) ** 2))
+        if variance <= (ROUNDED * float(np.linalg.norm(loss))) ** 2:
+            return math.nan
+        return 1 - float(self.residuals @ self.residuals) / variance
+
+    @property
+    def misfit(self) -> float:
+        """Standard deviation (nats per token) of the law's own error at a point.
+
+        It is what neither the law nor the given covariance explains; NaN where it is unknown.
+        """
+        return self.solution.noise.misfit
+
+    @property
+    def scatter(self) -> float:
+        """Standard deviation (nats per token) of the law's error common to a base's points.
+
+        It is 0 where there are too few sizes to estimate it.
+        """
+        return self.solution.noise.scatter
+
+    @property
+    def freedom(self) -> float:
+        """Degrees of freedom of the residuals; of a parameter's interval see ``freedom_of``.
+
+        Infinite where nothing was estimated from them, 0 if the noise is unknown.
+        """
+        return self.solution.noise.freedom
+
+    @cached_property
+    def aicc(self) -> float:
+        """Akaike's criterion, corrected for few points; NaN where there are too few for it.
+
+        Of laws fitted to the same points the lowest is best. A difference below 2 decides nothing.
+        """
+        solution, count = self.solution, len(self.law.parameters)
+        shapes, residuals = solution.estimated, solution.residuals
+        if not shapes and solution.misfit is not None:
+            return deviance(residuals, solution.known, []) + 2 * count
+        spent = count + len(shapes)
+        left = self.n_points - spent - 1
+        if left <= 0 or not shapes:
+            return math.nan
+        least = (1e-13 * float(np.mean(self.loss))) ** 2
+        if float(np.mean(residuals**2)) < least:
+            residuals = np.full_like(residuals, math.sqrt(least))
+        return deviance(residuals, solution.known, shapes) + 2 * spent * self.n_points / left
+
+    # ---- parameters and predictions
+
+    @property
+    def params(self) -> pd.Series:
+        """The parameters as a Series."""
+        return pd.Series(self.parameters, name=self.law.name)
+
+    def conf_int(self, level: float = LEVEL, population: str = POOL) -> pd.DataFrame:
+        """Intervals of all parameters: columns low and high, NaN where there is none."""
+        ends = {name: self.interval(name, level, population) for name in self.parameters}
+        rows = {name: (math.nan, math.nan) if e is None else e for name, e in ends.items()}
+        return pd.DataFrame.from_dict(rows, orient="index", columns=["low", "high"])
+
+    def predict(self, **variables: ArrayLike) -> Array:
+        """Fitted loss (nats per token) at the law's variables, by name."""
+        return self.law.predict(self.parameters, **variables)
+
+    def prediction(
+        self,
+        level: float = LEVEL,
+        population: str = POOL,
+        new: bool = False,
+        **variables: ArrayLike,
+    ) -> pd.DataFrame:
+        """Fitted losses with their intervals: the variables, then ce, low and high.
+
+        Options as in ``predict_interval``; low and high are NaN where there is no interval.
+        """
+        arrays = np.broadcast_arrays(*(np.asarray(v, dtype=float) for v in variables.values()))
+        columns = {n: a.ravel() for n, a in zip(variables, arrays, strict=True)}
+        table = pd.DataFrame({**columns, "ce": self.predict(**columns)})
+        ends = self.predict_interval(level, population, new, **columns)
+        low, high = (math.nan, math.nan) if ends is None else ends
+        return table.assign(low=low, high=high)
+
+    def k_within(self, nats: float, **others: float) -> int | None:
+        """k_eps: experts needed to come this close to the floor; None if no number does.
+
+        Args:
+            nats: distance of the expected loss from its limit for k to infinity, above 0.
+            others: the law's variables besides k.
+
+        Raises:
+            MergelawError: ``nats`` is not above 0, or other variables than the law's.
+        """
+        if not nats > 0:
+            raise MergelawError(f"nats = {nats:g}: give a distance above 0")
+
+        def too_far(k: float) -> bool:
+            return float(self.predict(k=k, **others)) > floor + nats
+
+        with np.errstate(divide="ignore", invalid="ignore"):
+            floor = float(self.predict(k=math.inf, **others))
+        if not math.isfinite(floor):
+            return None
+        above = 1
+        while too_far(above):
+            above *= 2
+            if above > MANY:
+                return None
+        return bisect.bisect_left(range(above), True, lo=1, key=lambda k: not too_far(k))
+
+    # ---- intervals
+
+    def interval(
+        self, name: str, level: float = LEVEL, population: str = POOL
+    ) -> tuple[float, float] | None:
+        """Interval of a parameter; None where the noise is unknown.
+
+        For ``POOL`` it is a profile-likelihood interval; an end on the parameter's bound means that
+        the points do not limit it on that side. For ``EXPERTS`` it is the jackknife's over experts,
+        or None without jackknifed tables.
+
+        Raises:
+            MergelawError: unknown parameter or population, or an impossible level.
+        """
+        if name not in self.parameters:
+            raise MergelawError(
+                f"law {self.law.name} has no parameter {name}: it has {', '.join(self.parameters)}"
+            )
+        _check(level, population)
+        if population == EXPERTS:
+            return self._experts_interval(name, level)
+        value, law = self.parameters[name], self.law
+        unit = np.eye(len(law.parameters))[law.parameters.index(name)]
+        reach = self._reach(level, unit, parameter=True)
+        if reach is None:
+            return None
+        threshold, extra = reach
+        problem, state = self.solution.problem, self.solution.state
+        if name in law.nonlinear:
+            j = list(law.nonlinear).index(name)
+            ends = profile.nonlinear_interval(problem, state, j, threshold)
+            low, high = _widened(ends, value, extra)
+            return max(low, problem.lower[j]), min(high, problem.upper[j])
+        vector = unit[: len(law.linear)]
+        ends = profile.linear_interval(problem, state, lambda _: vector, threshold)
+        ends = ends[0] * problem.size, ends[1] * problem.size
+        if name in law.signed or value <= 0 or ends[0] <= 0:
+            low, high = _widened(ends, value, extra)
+            return (low if name in law.signed else max(low, 0.0)), high
+        # An amplitude is uncertain by a factor: far from N = 1 it varies with an exponent of N.
+        logarithms = math.log(ends[0]), math.log(ends[1])
+        low, high = _widened(logarithms, math.log(value), extra / value)
+        with np.errstate(over="ignore"):
+            return float(np.exp(low)), float(np.exp(high))
+
+    def _experts_interval(self, name: str, level: float) -> tuple[float, float] | None:
+        values = [parameters[name] for parameters in self.jackknife]
+        ends = self._jackknifed(np.array(self.parameters[name]), np.array(values), level)
+        if ends is None:
+            return None
+        least = -math.inf if name in self.law.signed else 0.0
+        bounds = self.law.nonlinear.get(name, (least, math.inf))
+        return max(float(ends[0]), bounds[0]), min(float(ends[1]), bounds[-1])
+
+    @cached_property
+    def intervals(self) -> dict[str, tuple[float, float]]:
+        """90% intervals of all parameters for this pool; empty where the noise is unknown."""
+        ends = {name: self.interval(name) for name in self.parameters}
+        return {name: pair for name, pair in ends.items() if pair is not None}
+
+    @cached_property
+    def experts_intervals(self) -> dict[str, tuple[float, float]]:
+        """90% intervals of all parameters for experts like these; empty without a jackknife."""
+        ends = {name: self.interval(name, population=EXPERTS) for name in self.parameters}
+        return {name: pair for name, pair in ends.items() if pair is not None}
+
+    def predict_interval(
+        self,
+        level: float = LEVEL,
+        population: str = POOL,
+        new: bool = False,
+        **variables: ArrayLike,
+    ) -> tuple[Array, Array] | None:
+        """Intervals of the expected loss (nats per token); None where there are none.
+
+        Args:
+            level: nominal coverage.
+            population: what they refer to, ``POOL`` or ``EXPERTS``; see ``interval``.
+            new: False: the mean that the law describes. True: E[L|N,k] of another base, which the
+                law misses by as much as it missed the measured ones; the errors of its documents
+                and of its sampling are not included.
+            variables: as in ``predict``; k may be infinite.
+        """
+        centre = self.predict(**variables)
+        _check(level, population)
+        if population == EXPERTS:
+            others = [self.law.predict(other, **variables) for other in self.jackknife]
+            return self._jackknifed(centre, np.array(others), level)
+        if self.freedom == 0:
+            return None
+        arrays = np.broadcast_arrays(*(np.asarray(v, dtype=float) for v in variables.values()))
+        low, high = np.empty(centre.shape), np.empty(centre.shape)
+        for place in np.ndindex(centre.shape):
+            values = {name: array[place] for name, array in zip(variables, arrays, strict=True)}
+            low[place], high[place] = self._linear_interval(self._basis_at(values), level, new)
+        return low, high
+
+    def difference(
+        self, first: Mapping[str, float], second: Mapping[str, float], level: float = LEVEL
+    ) -> tuple[float, tuple[float, float] | None]:
+        """Expected loss at the first variables minus that at the second (nats per token).
+
+        The two losses share most of their error, so the difference is known better than either.
+
+        Args:
+            first, second: the law's variables by name; k may be infinite.
+            level: of the interval.
+
+        Returns:
+            The difference and its profile-likelihood interval; None where the noise is unknown.
+        """
+        value = float(self.predict(**first) - self.predict(**second))
+        _check(level, POOL)
+        if self.freedom == 0:
+            return value, None
+        minuend, subtrahend = self._basis_at(first), self._basis_at(second)
+        return value, self._linear_interval(lambda x: minuend(x) - subtrahend(x), level)
+
+    def _linear_interval(
+        self, vector: profile.Vector, level: float, new: bool = False
+    ) -> tuple[float, float]:
+        """Interval of vector(theta) . coefficients; ``new`` as in ``predict_interval``."""
+        problem, state = self.solution.problem, self.solution.state
+        reach = self._reach(level, profile.gradient_of(state, vector), new=new)
+        assert reach is not None
+        threshold, extra = reach
+        low, high = profile.linear_interval(problem, state, vector, threshold)
+        centre = float(np.real(vector(state.theta)) @ state.coefficients)
+        return _widened((low * problem.size, high * problem.size), centre * problem.size, extra)
+
+    def _basis_at(self, values: Mapping[str, Any]) -> profile.Vector:
+        def vector(theta: NDArray[Any]) -> NDArray[Any]:
+            named = dict(zip(self.law.nonlinear, theta, strict=True))
+            return np.array(self.law.basis(**values, **named))
+
+        return vector
+
+    def _jackknifed(self, value: Array, others: Array, level: float) -> tuple[Array, Array] | None:
+        """Value -+ t times the delete-one standard error (Tukey 1958), t on M - 1."""
+        pool = len(self.jackknife)
+        if pool < 2:
+            return None
+        spread = np.sqrt((pool - 1) * np.mean((others - others.mean(axis=0)) ** 2, axis=0))
+        reach = float(stdtrit(pool - 1, (1 + level) / 2)) * spread
+        return value - reach, value + reach
+
+    def freedom_of(self, name: str) -> float:
+        """Degrees of freedom of a parameter's interval (Satterthwaite 1946)."""
+        unit = np.eye(len(self.law.parameters))[self.law.parameters.index(name)]
+        return self._noise_of(unit, parameter=True)[2]
+
+    def _noise_of(
+        self, gradient: Array, parameter: bool = False, new: bool = False
+    ) -> tuple[float, float, float]:
+        """Noise of gradient . parameters.
+
+        Args:
+            gradient: derivatives by all parameters, linear ones first.
+            parameter: the quantity is a parameter, which counts even if it is on its bound.
+            new: add the law's error at a new base.
+
+        Returns:
+            Its variance relative to the weights'; the variance (nats^2) from parts that do not
+            weight the points; and the degrees of freedom of both.
+        """
+        solution, noise, problem = self.solution, self.solution.noise, self.solution.problem
+        missed = float(np.sum(np.nan_to_num([self.misfit, self.scatter]) ** 2)) if new else 0.0
+        if problem.whitener is None:
+            return 1.0, missed, noise.freedom
+        used = solution.free | (gradient != 0) if parameter else solution.free
+        tangent = solution.tangent[:, used]
+        lengths = np.linalg.norm(tangent, axis=0)
+        lengths[lengths == 0] = 1
+        white = np.linalg.pinv(tangent / lengths).T @ (gradient[used] / lengths)
+        if parameter and gradient[len(self.law.linear) :].any():  # nonlinear: per unit loss
+            white = white / problem.size
+        weighed, extra, freedom = noise.variance_of(problem.whitener.T @ white, float(new))
+        assumed = float(white @ white)
+        # Rounding may leave a zero variance slightly negative.
+        ratio = max(weighed, 0.0) / assumed if assumed > 0 else 1.0
+        return ratio, max(extra, 0.0) + missed, freedom
+
+    def _reach(
+        self, level: float, gradient: Array, parameter: bool = False, new: bool = False
+    ) -> tuple[float, float] | None:
+        """Excess of the scaled squares at an interval's ends, and half-width to add to it."""
+        noise, size = self.solution.noise, self.solution.problem.size
+        if noise.freedom == 0:
+            return None
+        inflated, extra, freedom = self._noise_of(gradient, parameter, new)
+        share = (1 + level) / 2
+        quantile = float(ndtri(share) if math.isinf(freedom) else stdtrit(freedom, share))
+        return quantile**2 * inflated * noise.variance / size**2, quantile * math.sqrt(extra)
+
+
+def _widened(ends: tuple[float, float], centre: float, extra: float) -> tuple[float, float]:
+    """An interval around the centre, widened by an independent error."""
+    low, high = ends
+    return centre - math.hypot(centre - low, extra), centre + math.hypot(high - centre, extra)
+
+
+def _check(level: float, population: str) -> None:
+    if population not in (POOL, EXPERTS):
+        raise MergelawError(f"population = {population!r}: give {POOL!r} or {EXPERTS!r}")
+    if not 0 < level < 1:
+        raise MergelawError(f"level {level:g} is not a probability: give one between 0 and 1")

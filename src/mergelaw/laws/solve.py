@@ -1,0 +1,239 @@
+"""Generalised least squares of a law: the minimum, and the noise that weights the points."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mergelaw.laws.covariance import Noise, Part, restricted, weighing
+from mergelaw.laws.law import Array, Law
+from mergelaw.laws.projection import ROUNDING, Problem, State
+
+# With this many sizes, the law's error common to a base can be distinguished from misfit.
+SIZES_FOR_SCATTER = 5
+# Alternations between estimating the variances and refitting with the weights they imply.
+ROUNDS = 2
+# Tolerance of a minimum from which only the first weights follow.
+ROUGHLY = 1e-6
+# Added to a covariance so that it has an inverse, relative to its mean variance.
+SINGULAR = 1e-10
+# Variances of losses below this share of the loss, squared, are rounding errors.
+ROUNDED = 1e-12
+
+
+@dataclass(frozen=True)
+class Solution:
+    """The minimum of a fit, with points in the solver's order.
+
+    Attributes:
+        problem, state: the least-squares problem and its minimum.
+        noise: the noise model that weighted the points.
+        given: the covariance that the caller gave.
+        misfit, scatter: as the caller gave them, or None.
+        estimated: matrices whose variances were to be estimated (None: the identity).
+        loss: the losses.
+    """
+
+    problem: Problem
+    state: State
+    noise: Noise
+    given: tuple[Part, ...]
+    misfit: float | None
+    scatter: float | None
+    estimated: tuple[Array | None, ...]
+    loss: Array
+
+    @cached_property
+    def parameters(self) -> dict[str, float]:
+        """The law's parameters by name."""
+        values = [*(self.state.coefficients * self.problem.size), *self.state.theta]
+        return dict(zip(self.problem.law.parameters, map(float, values), strict=True))
+
+    @cached_property
+    def residuals(self) -> Array:
+        """Measured minus fitted losses."""
+        return self.loss - self.problem.law.predict(self.parameters, **self.problem.variables)
+
+    @cached_property
+    def known(self) -> Array:
+        """Covariance of the points without the parts to be estimated."""
+        count = len(self.loss)
+        total = sum(weighing(self.given), np.zeros((count, count)))
+        if self.misfit:
+            total = total + self.misfit**2 * np.eye(count)
+        base = _same_base(self.problem.variables)
+        if self.scatter and base is not None:
+            total = total + self.scatter**2 * base
+        return total
+
+    @cached_property
+    def tangent(self) -> Array:
+        """Derivatives of the whitened losses by all parameters."""
+        return self.problem.tangent(self.state)
+
+    @cached_property
+    def free(self) -> NDArray[np.bool_]:
+        """Mask of the parameters that are neither on a bound nor without effect."""
+        return _free(self.problem, self.state)
+
+
+def solve(
+    law: Law,
+    variables: Mapping[str, Array],
+    loss: Array,
+    parts: tuple[Part, ...],
+    misfit: float | None,
+    scatter: float | None,
+) -> Solution:
+    """Fit a law to points in the order given; arguments as those of ``fit``, checked."""
+    points = len(loss)
+    plain = Problem(law, variables, loss)
+    enough = points > len(law.parameters)
+    base = _same_base(variables)
+    known = list(parts)
+    if misfit:
+        known.append(Part(misfit**2 * np.eye(points)))
+    if scatter and base is not None:
+        known.append(Part(scatter**2 * base))
+    estimated: tuple[Array | None, ...] = (None,) if misfit is None and enough else ()
+    sizes = len(np.unique(variables.get("N", np.empty(0))))
+    grouped = scatter is None and base is not None and enough and sizes >= SIZES_FOR_SCATTER
+    if grouped:
+        estimated += (base,)
+    even = not parts and not scatter and not grouped
+    state = plain.minimum() if even else plain.minimum(enough=ROUGHLY)
+    least = ROUNDED * float(np.mean(loss))
+    if grouped and not parts and state.squares * plain.size**2 < points * least**2:
+        even, estimated = True, estimated[:-1]  # losses without any noise
+    if even:  # equal errors are no weights
+        problem, noise = plain, _even_noise(plain, state, misfit, enough)
+    else:
+        pinning = misfit is None and enough
+        problem, state, variances, spread = _weighted(
+            plain, state, loss, known, estimated, least, pinning
+        )
+        noise = _noise(problem, state, known, estimated, variances, spread, (misfit, scatter))
+    return Solution(problem, state, noise, parts, misfit, scatter, estimated, loss)
+
+
+def _weighted(
+    plain: Problem,
+    state: State,
+    loss: Array,
+    known: Sequence[Part],
+    estimated: tuple[Array | None, ...],
+    least: float,
+    pinning: bool,
+) -> tuple[Problem, State, Array, Array]:
+    """Weighted minimum, with the estimated variances and their covariance.
+
+    Args:
+        plain, state: the unweighted problem and its minimum.
+        loss: the losses, not scaled.
+        known: known parts of the covariance.
+        estimated: matrices whose variances are to be estimated.
+        least: standard deviation added to every point: one without error would have infinite
+            weight.
+        pinning: whether exact points may make the misfit look like 0. The law can pass through as
+            many of them as it has parameters, which is no evidence that it misses nothing.
+    """
+    law, points = plain.law, len(loss)
+    none = np.zeros((points, points))
+    total, whole = sum(weighing(known), none), sum(weighing(known, whole=True), none)
+    pinned = pinning and int(np.sum(np.diag(whole) == 0)) >= len(law.parameters)
+    little = max(least**2, SINGULAR * float(np.trace(total)) / points) * np.eye(points)
+    total, whole = total + little, whole + little
+    problem = Problem(law, plain.variables, loss, total)
+    variances, spread = np.zeros(0), np.zeros((0, 0))
+    for _ in range(ROUNDS if estimated else 0):
+        near = plain.project(state.theta)
+        tangent = plain.tangent(near)[:, _free(plain, near)]
+        variances, spread = restricted(
+            near.residuals * plain.size, tangent, whole, estimated, pinned
+        )
+        weights = total
+        for shape, variance in zip(estimated, variances, strict=True):
+            weights = weights + variance * (np.eye(points) if shape is None else shape)
+        problem = Problem(law, plain.variables, loss, weights)
+        state = problem.descend(problem.project(state.theta))
+    return problem, problem.minimum(state.theta), variances, spread
+
+
+def _noise(
+    problem: Problem,
+    state: State,
+    known: Sequence[Part],
+    estimated: tuple[Array | None, ...],
+    variances: Array,
+    spread: Array,
+    assumed: tuple[float | None, float | None],
+) -> Noise:
+    """Noise model of weighted points; ``assumed``: misfit and scatter where not estimated."""
+    points = len(problem.loss)
+    deviations = {
+        "misfit" if shape is None else "scatter": math.sqrt(variance)
+        for shape, variance in zip(estimated, variances, strict=True)
+    }
+    above = variances > 0
+    shapes = [np.eye(points) if shape is None else shape for shape in estimated]
+    return Noise(
+        misfit=deviations.get("misfit", assumed[0] or 0.0),
+        scatter=deviations.get("scatter", assumed[1] or 0.0),
+        variance=1.0,
+        freedom=float(points - _free(problem, state).sum()) if above.any() else math.inf,
+        parts=tuple(known),
+        shapes=tuple(shape for shape, positive in zip(shapes, above, strict=True) if positive),
+        variances=variances[above],
+        uncertainty=spread,
+    )
+
+
+def _even_noise(problem: Problem, state: State, misfit: float | None, enough: bool) -> Noise:
+    """Noise model of points with equal weights."""
+    if misfit:
+        return Noise(misfit, 0.0, misfit**2, math.inf)
+    if not enough:
+        return Noise(math.nan, 0.0, math.nan, 0)
+    freedom = float(len(problem.loss) - _free(problem, state).sum())
+    variance = state.squares * problem.size**2 / freedom
+    return Noise(math.sqrt(variance), 0.0, variance, freedom)
+
+
+def _same_base(variables: Mapping[str, Array]) -> Array | None:
+    """Matrix (points, points) of 1 where two points are of one base, else 0; None without bases."""
+    if not {"N", "k"} <= variables.keys():
+        return None
+    return (variables["N"][:, None] == variables["N"]).astype(float)
+
+
+def _free(problem: Problem, state: State) -> NDArray[np.bool_]:
+    """Mask of the parameters that are neither on a bound nor without effect."""
+    idle = np.linalg.norm(problem.jacobian(state), axis=0) <= ROUNDING
+    inside = (state.theta > problem.lower) & (state.theta < problem.upper)
+    return np.concatenate([problem.signed | (state.coefficients > 0), inside & ~idle])
+
+
+def solve_again(solution: Solution, variables: Mapping[str, Array], loss: Array) -> Array:
+    """Parameters of the law fitted to other losses at some of a solution's points.
+
+    The points keep their weights, and the search starts from the solution.
+
+    Args:
+        variables, loss: (chosen points,).
+
+    Returns:
+        (parameters,), linear ones first.
+    """
+    problem, old = solution.problem, solution.problem.variables
+    same = [old[name] == values[:, None] for name, values in variables.items()]
+    places = np.argmax(np.all(same, axis=0), axis=1)
+    covariance = None
+    if problem.whitener is not None:
+        covariance = np.linalg.inv(problem.whitener.T @ problem.whitener)
+        covariance = covariance[np.ix_(places, places)]
+    again = Problem(problem.law, variables, loss, covariance)
+    state = again.descend(again.project(solution.state.theta))
+    return np.concatenate([state.coefficients * again.size, state.theta])

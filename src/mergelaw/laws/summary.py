@@ -1,0 +1,138 @@
+"""Text of fits and studies, from the values that laws.json holds."""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from mergelaw.laws.law import LAWS, VARIANCE
+from mergelaw.laws.points import MACRO
+
+
+def fit_text(fit: Mapping[str, Any], equation: str) -> str:
+    """One fit: parameters, quality, hold-out forecasts, rivals and warnings.
+
+    Args:
+        fit: values of ``Fit.to_dict``.
+        equation: the law's.
+    """
+    width = max(map(len, fit["parameters"]))
+    lines = [equation]
+    for name, value in fit["parameters"].items():
+        ends = [
+            interval(fit[kind][name])
+            for kind in ("intervals", "experts_intervals")
+            if name in fit[kind]
+        ]
+        beside = f"   90%: {'   experts like these: '.join(ends)}" if ends else ""
+        lines.append(f"  {name:<{width}} = {value:<10.5g}{beside}".rstrip())
+    r2 = math.nan if fit["r2"] is None else fit["r2"]
+    noise = "" if fit["misfit"] is None else f"  misfit {fit['misfit']:.2g}"
+    noise += f"  scatter over N {fit['scatter']:.2g}" if fit["scatter"] > 0 else ""
+    lines.append(
+        f"  R^2 = {r2:.5f}  RMSE = {fit['rmse']:.3g} nats  {fit['n_points']} points{noise}"
+    )
+    for name, forecast in fit["left_out"].items():
+        same = forecast["same"]
+        beside = "" if same is None else f'; "same as the last point" misses it by {same:.3g}'
+        lines.append(
+            f"  with {name} = {forecast['value']:g} held out, the law misses it by "
+            f"{forecast['error']:.3g} nats{beside}"
+        )
+    rivals = [rival for rival in fit["rivals"] if rival["above"] is not None]
+    if len(fit["rivals"]) > 1 and fit["aicc"] is not None:
+        ranking = ", ".join(f"{rival['law']} {rival['above']:+.1f}" for rival in rivals)
+        lines.append(f"  AICc above the best: {ranking}")
+    return "\n".join([*lines, *(f"  ! {text}" for text in (*fit["warnings"], *fit["doubts"]))])
+
+
+def pooled_text(pooled: Mapping[str, Any]) -> str:
+    """One line: the parameters that domains share, and the gain in AICc over sharing none.
+
+    Args:
+        pooled: values of ``Pooled.to_dict``.
+    """
+    if not pooled["shared"]:
+        return "the domains share none of beta, gamma and b (AICc)"
+    none = next(way["above"] for way in pooled["ways"] if not way["shared"])
+    values = ", ".join(
+        f"{name} = {value:.4g} ({interval(pooled['intervals'][name], 4)})"
+        for name, value in pooled["parameters"].items()
+    )
+    return f"{len(pooled['domains'])} domains share {values}; AICc {none:.1f} lower than with none"
+
+
+def study_text(laws: Mapping[str, Any]) -> str:
+    """All fits of a study, macro first.
+
+    Args:
+        laws: the content of laws.json.
+    """
+    kinds = laws["intervals"]
+    lines = [
+        "Losses in nats per token, N in billions of non-embedding parameters. Intervals are 90% "
+        f"profile-likelihood intervals of the mean over subsets of {kinds['intervals']}; where "
+        f"every subset was measured, jackknife intervals for {kinds['experts_intervals']} follow.",
+        "",
+    ]
+    for heading, texts in (("Missing", laws["missing"]), ("Warnings", laws["warnings"])):
+        if texts:
+            lines += [f"{heading}:", *(f"  {text}" for text in texts), ""]
+    for pooled in laws["pooled"]:
+        lines += [_place(pooled, "domains together"), f"  {pooled_text(pooled)}", ""]
+    for fit in sorted(laws["fits"], key=_macro_first):
+        lines += [_place(fit, fit["domain"], _base(fit)), fit_text(fit, LAWS[fit["law"]].equation)]
+        lines += [line for floor in fit["floors"] for line in _floor_lines(floor)]
+        lines.append("")
+    if laws["variances"]:
+        lines += ["Variance over the subsets of this pool", VARIANCE.equation]
+        for fit in sorted(laws["variances"], key=_macro_first):
+            values = "  ".join(f"{name} = {v:.3g}" for name, v in fit["parameters"].items())
+            r2 = math.nan if fit["r2"] is None else fit["r2"]
+            lines.append(f"  {_place(fit, fit['domain'], _base(fit))}: {values}  R^2 = {r2:.4f}")
+        lines.append("")
+    if laws["refused"]:
+        lines.append("Not fitted:")
+        for fit in laws["refused"]:
+            place = _place(fit, fit["domain"], fit["base"] or "all sizes")
+            lines.append(f"  {place}: {fit['reason']}")
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def _floor_lines(floor: Mapping[str, Any]) -> tuple[str, str]:
+    steps = []
+    for step in floor["k_within"]:
+        needed = "no number" if step["k"] is None else f"{step['k']}"
+        beyond = "" if step["reachable"] else ", not reachable with this pool"
+        steps.append(f"{step['nats']:g} nats: {needed}{beyond}")
+    ends = {
+        kind: ""
+        if floor[f"{kind}_interval"] is None
+        else f" ({interval(floor[f'{kind}_interval'])})"
+        for kind in ("asymptotic", "reachable")
+    }
+    return (
+        f"  {floor['base']}: floor {floor['asymptotic']:.5g}{ends['asymptotic']}, reachable with "
+        f"these {floor['M']} experts {floor['reachable']:.5g}{ends['reachable']}",
+        f"    experts to come within {'; '.join(steps)}",
+    )
+
+
+def interval(ends: Sequence[float | None], digits: int = 5) -> str:
+    """An interval, as in "0.976 to 0.98"; an end without limit is inf."""
+    low, high = ((-math.inf, math.inf)[i] if end is None else end for i, end in enumerate(ends))
+    return f"{low:.{digits}g} to {high:.{digits}g}"
+
+
+def _macro_first(fit: Mapping[str, Any]) -> tuple[bool, str, str]:
+    return fit["domain"] != MACRO, fit["domain"], fit["method"]
+
+
+def _base(fit: Mapping[str, Any]) -> str:
+    base = fit["base"] or "all sizes"
+    # A base of a points table may be named after its size.
+    return base if not fit["base"] or base.startswith("N=") else f"{base} (N = {fit['N']:g})"
+
+
+def _place(fit: Mapping[str, Any], *others: str) -> str:
+    """Place of a fit in its study; a points table need not name everything."""
+    return ", ".join(name for name in (fit["method"], fit["family"], *others) if name)
