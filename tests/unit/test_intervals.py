@@ -156,7 +156,7 @@ def test_three_points_need_an_error_to_have_intervals():
         ({"covariance": np.eye(3)}, "9 by 9"),
         ({"covariance": -np.eye(9)}, "eigenvalues"),
         ({"misfit": -1.0}, "0 or more"),
-        ({"misfit": 0.0}, "nothing is uncertain"),
+        ({"misfit": 0.0}, "no uncertainty"),
     ],
 )
 def test_impossible_noise_is_one_line(options, message):

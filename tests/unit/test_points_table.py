@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from mergelaw.cli.app import app as cli
+from mergelaw.cli import app as cli
 from mergelaw.errors import MergelawError
 from mergelaw.laws.fits import fit_all
 from mergelaw.laws.law import MERGING
@@ -58,6 +58,23 @@ def test_counted_parameters_are_taken_as_such(tmp_path):
     assert len(warnings) == 1 and "billions" in warnings[0]
 
 
+@pytest.mark.parametrize("sizes", [[70, 160, 410], [500, 1500, 7000], [7000]])
+def test_sizes_that_may_be_millions_are_warned_of(tmp_path, sizes):
+    table, warnings = read_points(saved(grid(sizes).assign(M=9), tmp_path))
+    assert sorted(set(table["N"])) == sizes
+    assert [warning.code for warning in warnings] == ["unit"]
+
+
+@pytest.mark.parametrize("sizes", [[70], [0.5, 72], [7, 1040]])
+def test_sizes_in_billions_are_not_warned_of(tmp_path, sizes):
+    assert read_points(saved(grid(sizes).assign(M=9), tmp_path))[1] == []
+
+
+def test_sizes_that_fit_no_unit_are_refused(tmp_path):
+    with pytest.raises(MergelawError, match=r"N = 13000 .*give N in billions"):
+        read_points(saved(grid([13000, 70000]), tmp_path))
+
+
 def test_repeated_rows_are_dropped_and_told(tmp_path):
     table, warnings = read_points(saved(pd.concat([grid(), grid().head(2)]).assign(M=9), tmp_path))
     assert len(table) == 36
@@ -76,7 +93,7 @@ def changed(row, **values) -> pd.DataFrame:
     [
         (changed(2, loss=-0.1), r"row 3 has ce = -0\.1"),
         (changed(2, loss=np.nan), "row 3 has ce = nan"),
-        (changed(0, N=5e8), "N = 5e.08 stands beside"),
+        (changed(0, N=5e8), "N = 5e.08 beside N = 0.5"),
         (changed(0, N="7B"), "N = 7B: give a number"),
         (changed(1, k=2.5), r"k = 2\.5: give a whole"),
         (changed(1, k=0), "k = 0: give a whole"),

@@ -11,6 +11,17 @@ from mergelaw.laws.points import points, read_points
 from mergelaw.laws.result import EXPERTS, LEVEL, POOL
 
 __all__ = [
-    *("EXPERTS", "LAWS", "LEVEL", "MERGING", "MERGING_FIXED_N", "POOL", "Fit", "Law"),
-    *("fit", "fit_all", "fit_study", "points", "read_points"),
+    "EXPERTS",
+    "LAWS",
+    "LEVEL",
+    "MERGING",
+    "MERGING_FIXED_N",
+    "POOL",
+    "Fit",
+    "Law",
+    "fit",
+    "fit_all",
+    "fit_study",
+    "points",
+    "read_points",
 ]

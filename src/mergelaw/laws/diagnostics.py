@@ -128,13 +128,13 @@ def warnings(solution: Solution) -> Iterable[Note]:
     lengths = np.linalg.norm(jacobian, axis=0)
     on_bound = (state.theta <= problem.lower) | (state.theta >= problem.upper)
     idle = lengths <= ROUNDING
-    for j, name in enumerate(law.nonlinear):
-        if idle[j]:
+    for place, name in enumerate(law.nonlinear):
+        if idle[place]:
             yield Note(
                 "idle", f"{name} has no effect on the fitted losses: its estimate is meaningless"
             )
-        elif on_bound[j]:
-            yield Note("bound", _on_bound(problem, name, float(state.theta[j])))
+        elif on_bound[place]:
+            yield Note("bound", _on_bound(problem, name, float(state.theta[place])))
     free = np.flatnonzero(~on_bound & ~idle)
     more = " or ".join(law.levels)
     if solution.noise.freedom == 0:

@@ -223,7 +223,7 @@ def _floors(fitted: Fit, group: pd.DataFrame) -> Iterator[dict[str, Any]]:
         }
 
 
-def _interval(fitted: Fit, k: float, size: Mapping[str, float]) -> list[float] | None:
+def _interval(fitted: Fit, k: float, size: Mapping[str, Any]) -> list[float] | None:
     ends = fitted.predict_interval(k=k, **size)
     if ends is None or not np.isfinite(ends).all():
         return None
@@ -256,8 +256,12 @@ def write(study: StudyFits, output: Path, missing: Sequence[str] = ()) -> dict[s
     parameter_table(laws["fits"]).to_parquet(output / "parameters.parquet", index=False)
     study.points.to_parquet(output / "points.parquet", index=False)
     (output / "summary.txt").write_text(study_text(laws), encoding="utf-8")
-    counts = {"points": study.points, "fits": study.fits, "refused": study.refused}
-    return {name: len(items) for name, items in (*counts.items(), ("missing", missing))}
+    return {
+        "points": len(study.points),
+        "fits": len(study.fits),
+        "refused": len(study.refused),
+        "missing": len(missing),
+    }
 
 
 def parameter_table(fits: Sequence[Mapping[str, Any]]) -> pd.DataFrame:

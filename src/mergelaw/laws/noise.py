@@ -99,7 +99,7 @@ def describe(
 def _group_design(
     group: pd.DataFrame,
     means: pd.DataFrame,
-    shapes: Mapping[tuple[str, str], tuple[Shape, bool]],
+    shapes: Mapping[Any, tuple[Shape, bool]],
     tau2: Tau2,
 ) -> tuple[Array, Array, list[str]]:
     """Sampling covariance of a group's points, its freedom, and the bases where it is unknown."""

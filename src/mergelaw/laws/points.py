@@ -256,7 +256,7 @@ def _in_billions(path: Path, table: pd.DataFrame) -> list[Note]:
         return [Note("unit", text)]
     if least < TOO_MANY_BILLIONS:
         raise MergelawError(
-            f"{path}: has N = {most:g} and N = {least:g}: give all in billions of parameters"
+            f"{path}: has N = {most:g} beside N = {least:g}: give all in billions of parameters"
         )
     if least < TOO_FEW_PARAMETERS:
         raise MergelawError(
@@ -264,4 +264,5 @@ def _in_billions(path: Path, table: pd.DataFrame) -> list[Note]:
             "count of them (millions?): give N in billions"
         )
     table["N"] /= 1e9
-    return [Note("unit", "N was read as a count of parameters and divided by 1e9")]
+    text = "N was read as a count of parameters and divided by 1e9; give it in billions"
+    return [Note("unit", text)]

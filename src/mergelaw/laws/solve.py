@@ -206,7 +206,8 @@ def _same_base(variables: Mapping[str, Array]) -> Array | None:
     """Matrix (points, points) of 1 where two points are of one base, else 0; None without bases."""
     if not {"N", "k"} <= variables.keys():
         return None
-    return (variables["N"][:, None] == variables["N"]).astype(float)
+    same: Array = (variables["N"][:, None] == variables["N"]).astype(float)
+    return same
 
 
 def _free(problem: Problem, state: State) -> NDArray[np.bool_]:

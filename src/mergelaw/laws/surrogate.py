@@ -96,7 +96,8 @@ class Surrogate:
                 + ", ".join(self.experts)
             )
         _check_sums(w)
-        return ((w @ self.Q) * w).sum(axis=-1)
+        losses: Array = ((w @ self.Q) * w).sum(axis=-1)
+        return losses
 
     def pool_mean(self, k: ArrayLike) -> Array:
         """E[L|k] over all k-subsets with equal weights (nats per token), in closed form.
@@ -209,7 +210,8 @@ class _Ridge:
     def _factors(self, shrinkage: float) -> Array:
         if not len(self.s):
             return np.empty(0)
-        return self.s**2 / (self.s**2 + shrinkage * self.s[0] ** 2)
+        factors: Array = self.s**2 / (self.s**2 + shrinkage * self.s[0] ** 2)
+        return factors
 
     def leave_one_out(self, shrinkage: float) -> Array | None:
         """Error of each cell predicted from all others; None where undefined."""
@@ -220,7 +222,8 @@ class _Ridge:
         if not defined.any() or (shrinkage == 0 and not defined.all()):
             return None
         residuals = self.rest - self.u @ (factors[:, None] * self.projected)
-        return residuals[defined] / (1 - leverage[defined, None])
+        errors: Array = residuals[defined] / (1 - leverage[defined, None])
+        return errors
 
     def choose(self) -> NDArray[np.intp]:
         """Index into ``SHRINKAGE`` with the least leave-one-out error, for each loss."""

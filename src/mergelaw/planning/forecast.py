@@ -153,7 +153,7 @@ def read(source: Path) -> tuple[pd.DataFrame, list[str]]:
     inside = source.is_dir() or source.name in ("laws.json", "points.parquet")
     if not inside:
         table, told = read_points(source)
-        return _of_design(table), told
+        return _of_design(table), list(told)
     file = folder / "points.parquet"
     if not file.is_file():
         raise MergelawError(
