@@ -106,7 +106,7 @@ def test_figures_and_tables_are_files_too(report):
 def test_a_base_far_above_its_merges_is_marked_with_its_loss(tmp_path):
     rows = study_rows(methods=("average",), domains=("code",), sizes={"w32": 2.7e-5})
     rows.loc[rows["role"] == "base", "ce"] = 11.7
-    write_fits(rows, tmp_path / "laws", missing=[])
+    write(fit_study(rows), tmp_path / "laws")
     write_report(tmp_path / "laws", rows, tmp_path / "report", title="Far", facts={})
     assert ">11.7</text>" in (tmp_path / "report/figures/curves.svg").read_text()
 
