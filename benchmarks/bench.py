@@ -41,9 +41,9 @@ from mergelaw.cli.app import app as cli
 from mergelaw.data.tokenize import Window
 from mergelaw.evaluation import cross_entropy
 from mergelaw.evaluation import shard as evaluate
-from mergelaw.merging import engine as merge
 from mergelaw.merging import task_vector
 from mergelaw.merging.engine import Merger
+from mergelaw.merging.export import mergekit_recipe
 from mergelaw.merging.methods import method_of
 from mergelaw.merging.methods.ties import magnitude_threshold
 from mergelaw.merging.task_vector import TaskVector
@@ -348,10 +348,10 @@ def peers(
             rule = method_of(METHODS[method])
             for k in asked.k:
                 chosen = {name: str(experts[name]) for name in list(experts)[:k]}
-                recipe = merge.mergekit_recipe(str(base), chosen, rule, None, "bfloat16")
+                recipe = mergekit_recipe(str(base), chosen, rule, None, "bfloat16")
                 if recipe is None:  # DARE: its own masks and scale, for the time alone
                     plain = method_of({"method": "ties"})
-                    recipe = merge.mergekit_recipe(str(base), chosen, plain, None, "bfloat16")
+                    recipe = mergekit_recipe(str(base), chosen, plain, None, "bfloat16")
                     recipe["merge_method"] = method
                     recipe["parameters"] = {"density": 1 - METHODS[method]["drop_rate"]}
                 (folder / "mergekit.yaml").write_text(yaml.safe_dump(recipe))

@@ -116,9 +116,9 @@ def write_model(folder: Path, config: dict, layout: dict, base: Path | None, see
 
 def artifact(folder: Path, stage: str, source: Path) -> Path:
     from mergelaw.artifacts import store
-    from mergelaw.models import checkpoint
+    from mergelaw.models import hub
 
-    store.make(folder, stage, {}, {}, lambda work, state: checkpoint.link(source, work))
+    store.make(folder, stage, {}, {}, lambda work, state: hub.link(source, work))
     return folder
 
 
@@ -154,7 +154,7 @@ def step(folder: Path, what: str, storage: str, recipe: dict[str, Any]) -> dict[
     pool = {name: task_vector.TaskVector(folder / storage / name) for name in experts}
     if what == "written out":
         with tempfile.TemporaryDirectory(dir=folder) as out, Peak() as peak:
-            merge.write(base, pool, method, None, Path(out))
+            merge.write_merge(base, pool, method, None, Path(out))
         return {"bytes": peak.bytes, "seconds": peak.seconds}
     model = causal_lm.load(base, "bfloat16")
     with Peak() as peak, merge.Merger(model, base, pool, method, memory=0) as merger:

@@ -19,7 +19,7 @@ from mergelaw.artifacts import store
 from mergelaw.data.documents import Document
 from mergelaw.merging import task_vector
 from mergelaw.merging.task_vector import TaskVector
-from mergelaw.models import checkpoint
+from mergelaw.models import checkpoint, hub
 from mergelaw.models.checkpoint import COMPANIONS, INDEX, WEIGHTS, Tensors
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -95,7 +95,7 @@ def write_expert(
 def as_artifact(source: Path, stage: str) -> Path:
     """The artifact that the pipeline makes of a checkpoint or adapter from outside."""
     folder = source.with_name(f"{source.name}@artifact")
-    store.make(folder, stage, {}, {}, lambda work, state: checkpoint.link(source, work))
+    store.make(folder, stage, {}, {}, lambda work, state: hub.link(source, work))
     return folder
 
 

@@ -22,6 +22,7 @@ from typer.testing import CliRunner
 import jobs
 from mergelaw.artifacts import store
 from mergelaw.cli.app import app
+from mergelaw.merging.engine import sparse
 from mergelaw.merging.methods import method_of
 from mergelaw.merging.methods.dare import keep_mask
 from mergelaw.merging.methods.ties import kept
@@ -131,8 +132,8 @@ class Study:
         rule, made = method_of(method), []
         for folder in self.vectors.values():
             vector = TaskVector(folder)
-            prepared = rule.prepare(lambda v=vector: [(name, v[name])])
-            values = rule.transform(vector[name], prepared, vector.digest, name, 0)
+            prepared = rule.thresholds(lambda v=vector: [(name, v[name])])
+            values = sparse(rule, prepared, vector[name], vector.digest, name, 0)
             made.append(values.dense().double())
         return made
 

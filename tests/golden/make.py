@@ -27,8 +27,7 @@ from mergelaw.data.documents import build as build_corpus
 from mergelaw.data.documents import read as read_documents
 from mergelaw.evaluation.design import sample
 from mergelaw.evaluation.shard import cells_of as cells_of_shard
-from mergelaw.merging.engine import Merger
-from mergelaw.merging.engine import write as write_merge
+from mergelaw.merging.engine import Merger, write_merge
 from mergelaw.merging.methods import method_of
 from mergelaw.merging.task_vector import TaskVector
 from mergelaw.workflow.study import Study, design_rows

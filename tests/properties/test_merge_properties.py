@@ -8,6 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mergelaw.merging.engine import sparse as dropped
 from mergelaw.merging.kernels import combine
 from mergelaw.merging.methods import method_of
 from mergelaw.merging.methods.dare import keep_mask
@@ -89,8 +90,8 @@ def combined(recipe, vectors, weights) -> torch.Tensor:
     tensors = [torch.tensor(v, dtype=torch.float32) for v in vectors]
     parts = []
     for i, tensor in enumerate(tensors):
-        prepared = method.prepare(lambda tensor=tensor: [("w", tensor)])
-        parts.append(method.transform(tensor, prepared, f"e{i}", "w", 0))
+        prepared = method.thresholds(lambda tensor=tensor: [("w", tensor)])
+        parts.append(dropped(method, prepared, tensor, f"e{i}", "w", 0))
     return combine(parts, method.rule(weights))
 
 
@@ -112,11 +113,11 @@ def test_methods_work_element_by_element(recipe, merge, cut):
     vectors, weights = merge
     method = method_of(recipe)
     tensors = [torch.tensor(v, dtype=torch.float32) for v in vectors]
-    prepared = [method.prepare(lambda t=tensor: [("w", t)]) for tensor in tensors]
+    prepared = [method.thresholds(lambda t=tensor: [("w", t)]) for tensor in tensors]
 
     def part(start, stop):
         transformed = [
-            method.transform(t[start:stop], p, f"e{i}", "w", start)
+            dropped(method, p, t[start:stop], f"e{i}", "w", start)
             for i, (t, p) in enumerate(zip(tensors, prepared, strict=True))
         ]
         return combine(transformed, method.rule(weights))
@@ -161,8 +162,8 @@ def test_ties_keeps_the_count_it_says_of_distinct_magnitudes(size, density, trim
     distinct = torch.from_numpy((rng.permutation(size) + 1).astype(np.float32))
     values = distinct * torch.from_numpy(rng.choice([-1, 1], size).astype(np.float32))
     method = method_of({"method": "ties", "density": density, "trim": trim})
-    prepared = method.prepare(lambda: [("w", values)])
-    out = method.transform(values, prepared, "e", "w", 0).dense()
+    prepared = method.thresholds(lambda: [("w", values)])
+    out = dropped(method, prepared, values, "e", "w", 0).dense()
     assert int((out != 0).sum()) == max(int(density * size), 1)
     assert math.isclose(out.abs().sum().item(), distinct.sort(descending=True).values[: int((out != 0).sum())].sum().item())  # fmt: skip
 

@@ -11,8 +11,9 @@ import yaml
 from mergelaw.errors import MergelawError
 from mergelaw.evaluation import shard as evaluate
 from mergelaw.merging import engine as merge
-from mergelaw.merging.engine import Merger, prepare
-from mergelaw.merging.methods import method_of
+from mergelaw.merging.engine import Merger, thresholds
+from mergelaw.merging.export import mergekit_recipe
+from mergelaw.merging.methods import dare, method_of
 from mergelaw.merging.task_vector import EXCEPTIONS, TaskVector
 from mergelaw.models.checkpoint import Tensors
 from models import (
@@ -119,7 +120,7 @@ def test_a_written_merge_of_one_is_that_expert_bit_for_bit(extreme, tmp_path):
     for number, recipe in enumerate(SINGLE):
         folder = tmp_path / str(number)
         folder.mkdir()
-        merge.write(base, {"e": vector}, method_of(recipe), None, folder)
+        merge.write_merge(base, {"e": vector}, method_of(recipe), None, folder)
         assert {n: bits(t) for n, t in read_tensors(folder).items()} == wanted, recipe
 
 
@@ -188,7 +189,7 @@ def test_a_written_merge_is_the_resident_one_rounded_once(base, pool, recipe, we
     method = method_of(recipe)
     with Merger(model, base, pool, method, ROOMY) as merger:
         merger.merge(subset, weights)
-    merge.write(base, {name: pool[name] for name in subset}, method, weights, tmp_path)
+    merge.write_merge(base, {name: pool[name] for name in subset}, method, weights, tmp_path)
     values = dict(model.named_parameters())
     written = read_tensors(tmp_path)
     assert written.keys() == values.keys()
@@ -200,7 +201,7 @@ def test_a_written_merge_is_the_resident_one_rounded_once(base, pool, recipe, we
 def test_a_written_merge_is_a_checkpoint(base, pool, tmp_path):
     from transformers import AutoTokenizer
 
-    merge.write(base, pool, method_of({"method": "average"}), None, tmp_path)
+    merge.write_merge(base, pool, method_of({"method": "average"}), None, tmp_path)
     tokenizer = AutoTokenizer.from_pretrained(tmp_path)
     chat = [{"role": "user", "content": "x"}]
     assert tokenizer.apply_chat_template(chat, tokenize=False) == "<|user|>x"
@@ -214,7 +215,7 @@ def test_the_same_merge_whatever_the_shards(base, pool, tmp_path):
     )
     for folder, start in ((tmp_path / "a", base), (tmp_path / "b", whole)):
         folder.mkdir()
-        merge.write(start, pool, method_of(METHODS["dare_ties"]), None, folder)
+        merge.write_merge(start, pool, method_of(METHODS["dare_ties"]), None, folder)
     first, second = (read_tensors(tmp_path / name) for name in "ab")
     assert {n: bits(t) for n, t in first.items()} == {n: bits(t) for n, t in second.items()}
 
@@ -301,7 +302,7 @@ def test_every_architecture_is_merged_in_place(tmp_path, model_type, tied):
     assert (head.weight is embedding.weight) == tied
     assert {n: p.shape for n, p in model.named_parameters()} == shapes
     (tmp_path / "written").mkdir()
-    merge.write(base, pool, method, None, tmp_path / "written")
+    merge.write_merge(base, pool, method, None, tmp_path / "written")
     with torch.no_grad():
         outside = load(tmp_path / "written")(ids).logits
     # The same weights in other places of memory: matrix products may round otherwise.
@@ -358,25 +359,25 @@ def test_a_model_that_is_not_the_base_is_refused(base, tmp_path):
 def test_prepared_values_are_remembered_and_remade_when_damaged(pool, tmp_path, monkeypatch):
     method = method_of(METHODS["ties"])
     vector = pool["expert0"]
-    wanted = prepare(method, vector, tmp_path)
+    wanted = thresholds(method, vector, tmp_path)
     (file,) = tmp_path.iterdir()
     calls = []
-    plain = type(method).prepare
+    plain = type(method).thresholds
     monkeypatch.setattr(
-        type(method), "prepare", lambda self, tensors: calls.append(1) or plain(self, tensors)
+        type(method), "thresholds", lambda self, tensors: calls.append(1) or plain(self, tensors)
     )
-    assert prepare(method, vector, tmp_path) == wanted
+    assert thresholds(method, vector, tmp_path) == wanted
     assert not calls
     whole = file.read_text()
     for damage in ("", whole[: len(whole) // 2], "[]", "{}", whole.replace("0.3", "0.4")):
         file.write_text(damage)
-        assert prepare(method, vector, tmp_path) == wanted
+        assert thresholds(method, vector, tmp_path) == wanted
         assert calls.pop()
         assert file.read_text() == whole
     for other in (METHODS["ties_global_count"], {"method": "ties", "density": 0.31}):
-        assert prepare(method_of(other), vector, tmp_path) != wanted
-    assert prepare(method, pool["expert1"], tmp_path) != wanted
-    assert prepare(method_of({"method": "average"}), vector, tmp_path) == {}
+        assert thresholds(method_of(other), vector, tmp_path) != wanted
+    assert thresholds(method, pool["expert1"], tmp_path) != wanted
+    assert thresholds(method_of({"method": "average"}), vector, tmp_path) == {}
     assert len(list(tmp_path.iterdir())) == 4
 
 
@@ -397,13 +398,13 @@ def test_masks_are_remembered_and_remade_when_damaged(base, pool, tmp_path, name
     assert [path.suffix for path in files] == [".safetensors", ".sha256"] * len(pool)
     content = {path: path.read_bytes() for path in files}
     made = []
-    plain = type(method_of(recipe)).mask
+    plain = dare.keep_mask
 
-    def counted(self, *arguments):
+    def counted(*arguments):
         made.append(arguments)
-        return plain(self, *arguments)
+        return plain(*arguments)
 
-    monkeypatch.setattr(type(method_of(recipe)), "mask", counted)
+    monkeypatch.setattr(dare, "keep_mask", counted)
     assert streamed() == held and not made
     for place in (0, 1, 2):
         path, whole = files[place], content[files[place]]
@@ -432,7 +433,7 @@ def test_masks_do_not_depend_on_what_the_vector_is_called(base, pool, tmp_path):
 
 def test_a_recipe_for_mergekit():
     experts = {"a": "x/a", "b": "x/b"}
-    recipe = merge.mergekit_recipe(
+    recipe = mergekit_recipe(
         "base", experts, method_of({"method": "average"}), [1.0, 3.0], "float32"
     )
     assert recipe["merge_method"] == "linear"
@@ -442,11 +443,11 @@ def test_a_recipe_for_mergekit():
         "model": {"model": {"path": "x/b"}},
         "parameters": {"weight": 3.0},
     }
-    ties = merge.mergekit_recipe("base", experts, method_of({"method": "ties"}), None, "float32")
+    ties = mergekit_recipe("base", experts, method_of({"method": "ties"}), None, "float32")
     assert ties["base_model"] == {"model": {"path": "base"}}
     assert ties["parameters"] == {"density": 0.2, "lambda": 1.0, "normalize": True}
     assert (
-        merge.mergekit_recipe("base", experts, method_of({"method": "dare_ties"}), None, "float32")
+        mergekit_recipe("base", experts, method_of({"method": "dare_ties"}), None, "float32")
         is None
     )
 
@@ -480,7 +481,7 @@ def test_a_written_merge_that_overflows_its_dtype_is_refused(tmp_path):
     vector = write_task_vector(base, expert, tmp_path / "vector")
     (tmp_path / "out").mkdir()
     with pytest.raises(MergelawError, match=r"overflows torch\.float16 in tensor 'w'"):
-        merge.write(
+        merge.write_merge(
             base,
             {"e": vector},
             method_of({"method": "task_arithmetic", "lambda": 2.0}),
@@ -492,7 +493,7 @@ def test_a_written_merge_that_overflows_its_dtype_is_refused(tmp_path):
 def test_a_recipe_for_mergekit_says_which_expert_is_an_adapter():
     experts = {"a": "experts/a", "b": "experts/b"}
     average = method_of({"method": "average"})
-    recipe = merge.mergekit_recipe("base", experts, average, None, "bfloat16", ["b"])
+    recipe = mergekit_recipe("base", experts, average, None, "bfloat16", ["b"])
     assert [model["model"] for model in recipe["models"]] == [
         {"model": {"path": "experts/a"}},
         {"model": {"path": "base"}, "lora": {"path": "experts/b"}},

@@ -11,6 +11,7 @@ import torch
 from pydantic import ValidationError
 
 from mergelaw.merging import kernels
+from mergelaw.merging.engine import sparse as dropped
 from mergelaw.merging.kernels import Rule, Sparse, combine
 from mergelaw.merging.methods import method_of, registry
 from mergelaw.merging.methods.dare import keep_mask
@@ -32,8 +33,8 @@ def ties(**parameters):
 
 
 def trimmed(method, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    prepared = method.prepare(lambda: tensors.items())
-    return {n: method.transform(t, prepared, "digest", n, 0).dense() for n, t in tensors.items()}
+    least = method.thresholds(lambda: tensors.items())
+    return {n: dropped(method, least, t, "digest", n, 0).dense() for n, t in tensors.items()}
 
 
 def test_the_registry_knows_each_method_by_its_name():
@@ -180,6 +181,23 @@ def test_the_compiled_sums_have_the_bits_of_torch(dropped, k, threads):
                 torch.set_num_threads(1)
 
 
+@pytest.mark.parametrize("elect", ["", "sum", "count"])
+def test_lengths_that_do_not_fit_are_refused_before_compiled_code(elect):
+    three = sparse([normal(1000, seed=i) for i in range(3)])
+    out = torch.empty(1000)
+    with pytest.raises(ValueError, match="2 vectors but 3 weights"):
+        combine(three[:2], Rule(elect, [1.0, 2.0, 3.0]))
+    with pytest.raises(ValueError, match="1000 fp32 values"):
+        combine([*three, Sparse(normal(999))], Rule(elect, [1.0] * 4))
+    with pytest.raises(ValueError, match="1000 fp32 values"):
+        kernels.merge(normal(999), three, Rule(elect, [1.0] * 3), out)
+    with pytest.raises(ValueError, match="1000 fp32 values"):
+        combine([Sparse(normal(1000).double()), *three], Rule(elect, [1.0] * 4))
+    mask = kernels.pack(normal(400).numpy() > 0)
+    with pytest.raises(ValueError, match="mask of 1000 values has 128 bytes"):
+        combine([Sparse(normal(1000), mask=mask)], Rule(elect, [1.0]))
+
+
 def same_bits(left: torch.Tensor, right: torch.Tensor) -> bool:
     return torch.equal(left.view(torch.int32), right.view(torch.int32))
 
@@ -203,8 +221,8 @@ def test_no_method_writes_to_the_vectors_it_is_given():
         for weights in ([1.0], [1.0, 1.0, 1.0], [1.0, 2.0, 3.0]):
             given = vectors[: len(weights)]
             combine(sparse(given), method.rule(weights))
-            prepared = method.prepare(lambda given=given: [("w", given[0])])
-            method.transform(given[0], prepared, "digest", "w", 0)
+            least = method.thresholds(lambda given=given: [("w", given[0])])
+            dropped(method, least, given[0], "digest", "w", 0).dense()
         assert all(torch.equal(*pair) for pair in zip(vectors, before, strict=True))
 
 
@@ -266,37 +284,12 @@ def test_a_mask_keeps_its_share_everywhere(drop_rate):
 def test_dare_rescales_what_it_keeps(name):
     method = method_of({"method": name, "drop_rate": 0.75})
     values = normal(1000)
-    out = method.transform(values, {}, "expert", "w", 0).dense()
+    out = dropped(method, {}, values, "expert", "w", 0).dense()
     mask = torch.from_numpy(keep_mask(0, "expert", "w", 0, 1000, 0.75))
     assert torch.equal(out, torch.where(mask, values * 4, 0.0))
 
 
-# Merges of one, and in mergekit's words
-
-
-def test_who_gives_one_expert_back():
-    keeps = {name: method_of({"method": name}).keeps_single(1.0) for name in registry()}
-    assert keeps == {
-        "average": True,
-        "task_arithmetic": True,
-        "ties": False,
-        "dare_linear": False,
-        "dare_ties": False,
-    }
-    assert ties(density=1.0).keeps_single(1.0)
-    assert not ties(density=1.0, **{"lambda": 0.5}).keeps_single(1.0)
-    for name in ("dare_linear", "dare_ties"):
-        assert method_of({"method": name, "drop_rate": 0}).keeps_single(1.0)
-    assert not method_of({"method": "task_arithmetic", "lambda": 0.5}).keeps_single(1.0)
-
-
-@pytest.mark.parametrize("name", ["task_arithmetic", "dare_linear"])
-def test_a_plain_sum_scales_one_expert_by_its_weight(name):
-    drop = {"drop_rate": 0} if name == "dare_linear" else {}
-    plain = method_of({"method": name, "normalize": False, **drop})
-    assert plain.keeps_single(1.0)
-    assert not plain.keeps_single(2.0)
-    assert method_of({"method": name, **drop}).keeps_single(2.0)
+# In mergekit's words
 
 
 def test_mergekit_has_the_same_rule_or_none():

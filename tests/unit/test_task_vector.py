@@ -228,7 +228,7 @@ def test_what_a_derived_vector_is_derived_from_has_to_stay(tmp_path, both, which
     TaskVector(both[0].folder)
     other = write_expert(tmp_path / "base", tmp_path / "other", seed=9)
     models.as_artifact(other, which).rename(folder)
-    with pytest.raises(MergelawError, match=rf"{which}@artifact: is not what .* run again"):
+    with pytest.raises(MergelawError, match=rf"{which}@artifact: is not what .* rerun"):
         TaskVector(both[1].folder)
 
 

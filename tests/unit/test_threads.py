@@ -55,7 +55,7 @@ def run(folder, base, experts) -> tuple[dict[str, bytes], dict[str, np.ndarray]]
         close[name] = nll(model, batches(windows, 4096, "cpu"), len(items))
         written = folder / name
         written.mkdir()
-        merge.write(base, pool, method, None, written)
+        merge.write_merge(base, pool, method, None, written)
         exact[f"written {name}"] = (written / "model.safetensors").read_bytes()
     return exact, close
 

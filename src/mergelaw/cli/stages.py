@@ -8,7 +8,6 @@ from typing import Annotated, Any
 import typer
 
 from mergelaw.artifacts import keys, store
-from mergelaw.cli.merges import write_merge
 from mergelaw.cli.process import prepare_torch
 from mergelaw.errors import MergelawError
 from mergelaw.workflow.job import Job, read_job
@@ -64,9 +63,9 @@ def model(job: Job, train: store.Work, threads: int) -> None:
 
     def work(folder: Path, state: Path) -> dict[str, Any] | None:
         if "checkpoint" in job.recipe:
-            from mergelaw.models.checkpoint import link_known
+            from mergelaw.models.hub import link_verified
 
-            return link_known(job.recipe["checkpoint"], job.sources or {}, folder)
+            return link_verified(job.recipe["checkpoint"], job.sources or {}, folder)
         prepare_torch(threads)
         return train(folder, state)
 
@@ -200,11 +199,13 @@ def report(file: JobFile) -> None:
 @stages.command()
 def merge(file: JobFile) -> None:
     """Write a merge as a checkpoint, and as mergekit's YAML where mergekit merges the same way."""
+    from mergelaw.merging.export import export
+
     job = read_job(file, "merge")
 
     def work(folder: Path, state: Path) -> dict[str, Any]:
         vectors = job.all("task_vectors")
-        return write_merge(job.recipe, job.one("base"), vectors, folder, job.output)
+        return export(job.recipe, job.one("base"), vectors, folder, job.output)
 
     run(job, work)
 

@@ -204,8 +204,8 @@ def merge(
 
     Example: mergelaw merge ours.yaml --method ties --expert law --expert medicine --output merged
     """
-    from mergelaw.cli.merges import write_merge
     from mergelaw.config import parse
+    from mergelaw.merging.export import export
     from mergelaw.workflow.study import Study
 
     study = load_study(file)
@@ -226,7 +226,7 @@ def merge(
     vectors = {name: places[f"task_vectors:{name}"] for name in artifact.names("task_vectors")}
 
     def work(folder: Path, state: Path) -> dict[str, Any]:
-        return write_merge(artifact.recipe, places["base"], vectors, folder, output)
+        return export(artifact.recipe, places["base"], vectors, folder, output)
 
     made = store.make(output, "merge", artifact.recipe, places, work)
     print(f"{output}: {'written' if made else 'exists already'}")

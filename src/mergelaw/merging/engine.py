@@ -1,13 +1,13 @@
-"""The merge engine: theta_0 + combine(transform(v_1), ..., transform(v_k)), written once.
+"""The merge engine: theta_0 + rule(sparse(v_1), ..., sparse(v_k)).
 
 :class:`Merger` overwrites the parameters of a resident model, so that a merge that is only
-evaluated never becomes a file; :func:`write` makes one a checkpoint. Both accumulate in fp32, in
-the order of the configuration, and round once to the dtype they write; methods work element by
+evaluated never becomes a file; :func:`write_merge` writes a checkpoint. Both compute in fp32, in
+the order of the configuration, and round once to the dtype they write. Methods work element by
 element, so both give the same values.
 """
 
 import json
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,105 +17,144 @@ from mergelaw.artifacts.keys import digest
 from mergelaw.errors import MergelawError
 from mergelaw.merging.methods import Method
 from mergelaw.merging.task_vector import TaskVector, pieces
-from mergelaw.models.checkpoint import (
-    COMPANIONS,
-    COMPUTED,
-    FLOATS,
-    WEIGHTS,
-    Tensors,
-    Writer,
-    open_mapped,
-)
+from mergelaw.models.checkpoint import COMPANIONS, INDEX, Tensors, Writer, open_mapped
+from mergelaw.models.parameters import parameters_by_tensor
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from mergelaw.merging.kernels import Sparse
+    from mergelaw.merging.kernels import Rule, Sparse
 
-# Elements worked on at a time where there are temporaries; no bit depends on it. On a processor
-# they stay in each core's cache, a GPU is to have more to do than kernels to launch. Multiples of
-# what masks are packed by.
+# Elements merged at a time; no bit depends on it. On a processor temporaries stay in each core's
+# cache, on a GPU there is more to compute than kernels to launch. Multiples of a mask's block.
 SLICE = 1 << 18
 GPU_SLICE = 1 << 24
+SHARD = "5GB"  # the largest file of a written merge
 
 
-def prepare(method: Method, vector: TaskVector, cache: Path | None = None) -> dict[str, float]:
-    """``method.prepare`` of one expert, remembered in the folder ``cache``."""
-    recipe = {"method": method.model_dump(by_alias=True), **_known_by(vector)}
+def thresholds(method: Method, vector: TaskVector, cache: Path | None = None) -> dict[str, float]:
+    """``method.thresholds`` of one expert, remembered in the folder ``cache``."""
+    recipe = {"method": method.model_dump(by_alias=True), "vector": vector.digest}
     path = cache / f"{digest(recipe)[:32]}.json" if cache else None
     if path and path.exists():
         try:
             entry = json.loads(path.read_text(encoding="utf-8"))
-            if entry["recipe"] == recipe and entry["checksum"] == digest(entry["prepared"]):
-                return entry["prepared"]
+            if entry["recipe"] == recipe and entry["checksum"] == digest(entry["thresholds"]):
+                return entry["thresholds"]
         except (OSError, ValueError, KeyError, TypeError):
-            pass  # damaged: it is made again
-    prepared = method.prepare(vector.tensors)
-    if path and prepared:
+            pass  # damaged: computed again
+    least = method.thresholds(vector.tensors)
+    if path and least:
         path.parent.mkdir(parents=True, exist_ok=True)
-        entry = {"recipe": recipe, "prepared": prepared, "checksum": digest(prepared)}
+        entry = {"recipe": recipe, "thresholds": least, "checksum": digest(least)}
         files.write_json(path, entry)
-    return prepared
+    return least
 
 
-def _known_by(vector: TaskVector) -> dict[str, str]:
-    """What is prepared depends on; an adapter's digest is not of the tensors it leaves alone."""
-    sizes = {name: vector.size(name) for name in vector.names}
-    return {"vector": vector.digest, "sizes": digest(sizes)}
+def sparse(
+    method: Method,
+    least: Mapping[str, float],
+    values: "Tensor",
+    expert: str,
+    name: str,
+    start: int,
+    mask: "Tensor | None" = None,
+) -> "Sparse":
+    """Values of one expert with what a method drops of them.
 
-
-def masks(
-    method: Method, vector: TaskVector, cache: Path | None, stack: ExitStack
-) -> "Callable[[str], Tensor | None]":
-    """``method.mask`` of one expert by tensor name, remembered in the folder ``cache``.
-
-    There it is a file, an eighth of a byte for each parameter, that is mapped until ``stack`` is
-    closed; without a ``cache`` the masks are in memory.
+    ``values``: fp32, elements ``start`` onwards of the flattened tensor ``name`` of the expert with
+    digest ``expert``; ``least``: its thresholds; ``mask``: its packed mask, if it was drawn before.
     """
-    import torch
+    from mergelaw.merging.kernels import Sparse, pack
 
-    from mergelaw.merging.kernels import packed_size
+    masks = method.masks()
+    if masks is None:
+        return Sparse(values, least.get(name, 0.0))
+    if mask is None:
+        mask = pack(masks.kept(expert, name, start, values.numel()))
+    return Sparse(values, least.get(name, 0.0), mask, masks.scale)
 
-    drawn = method.drawn()
-    if drawn is None:
-        return lambda name: None
 
-    def of(name: str) -> "Iterator[Tensor]":
-        for start, stop in pieces(vector.size(name)):
-            mask = method.mask(vector.digest, name, start, stop - start)
-            assert mask is not None
-            yield mask
+class Prepared:
+    """A task vector with the values that a method drops, read slice by slice."""
 
-    if cache is None:
-        held = {n: torch.cat([torch.empty(0, dtype=torch.uint8), *of(n)]) for n in vector.names}
-        return held.get
-    recipe = {"masks": drawn, **_known_by(vector)}
-    path = cache / f"{digest(recipe)[:32]}.safetensors"
-    known = path.with_suffix(".sha256")
-    if not (
-        path.exists() and known.exists() and known.read_bytes() == files.file_digest(path).encode()
-    ):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        scratch = path.with_suffix(f".{files.unique()}")
-        layout = {name: ("U8", (packed_size(vector.size(name)),)) for name in vector.names}
-        try:
-            with Writer(scratch, layout) as writer:
-                for name in vector.names:
-                    writer.write_pieces(name, of(name))
-            known.write_text(files.file_digest(scratch))
-            scratch.replace(path)
-        finally:
-            scratch.unlink(missing_ok=True)
-    return open_mapped(path, stack).get_tensor
+    def __init__(self, method: Method, vector: TaskVector, cache: Path | None = None):
+        self.vector, self._method = vector, method
+        self._least = thresholds(method, vector, cache)
+        self._file: Any = None
+
+    @property
+    def whole(self) -> bool:
+        """Whether no value is dropped."""
+        return not self._least and self._method.masks() is None
+
+    def store_masks(self, cache: Path, stack: ExitStack) -> None:
+        """Draw masks once for all processes, into a file of a bit a value, mapped until stack
+        closes."""
+        from mergelaw.merging.kernels import pack, packed_size
+
+        masks, vector = self._method.masks(), self.vector
+        if masks is None:
+            return
+        recipe = {"masks": masks.identity, "vector": vector.digest}
+        path = cache / f"{digest(recipe)[:32]}.safetensors"
+        seal = path.with_suffix(".sha256")
+        whole = path.exists() and seal.exists()
+        if not (whole and seal.read_bytes() == files.file_digest(path).encode()):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            scratch = path.with_suffix(f".{files.unique()}")
+            sizes = {name: vector.size(name) for name in vector.names}
+            layout = {name: ("U8", (packed_size(size),)) for name, size in sizes.items()}
+            try:
+                with Writer(scratch, layout) as writer:
+                    for name, size in sizes.items():
+                        drawn = (masks.kept(vector.digest, name, a, b - a) for a, b in pieces(size))
+                        writer.write_pieces(name, map(pack, drawn))
+                seal.write_text(files.file_digest(scratch))
+                scratch.replace(path)
+            finally:
+                scratch.unlink(missing_ok=True)
+        self._file = open_mapped(path, stack)
+
+    def part(self, name: str, start: int, stop: int, device: Any = None) -> "Sparse":
+        """Elements ``start`` (a multiple of a mask's block) to ``stop`` of a tensor."""
+        from mergelaw.merging.kernels import packed_size
+
+        mask = None
+        if self._file is not None:
+            place = slice(start // 8, start // 8 + packed_size(stop - start))
+            mask = self._file.get_tensor(name)[place]
+        values = self.vector.part(name, start, stop, device)
+        return sparse(self._method, self._least, values, self.vector.digest, name, start, mask)
+
+
+def prepare(
+    method: Method, vectors: Mapping[str, TaskVector], cache: Path | None = None
+) -> dict[str, Prepared]:
+    """Prepare the task vectors of a pool. Raises MergelawError where they are of several bases."""
+    names = {name: vector.names for name, vector in vectors.items()}
+    first = next(iter(names), None)
+    for name in names:
+        if names[name] != names[first]:  # type: ignore[index]
+            raise MergelawError(
+                f"{vectors[name].folder}: has other tensors than the task vector of {first}; give "
+                "task vectors of the same base"
+            )
+    return {name: Prepared(method, vector, cache) for name, vector in vectors.items()}
+
+
+def keeps_expert(rule: "Rule", vectors: Sequence[Prepared]) -> bool:
+    """Whether the merge of one expert is that expert: nothing is dropped or scaled."""
+    return len(vectors) == 1 and vectors[0].whole and rule.plain().scale == 1
 
 
 class Merger:
     """Writes merges of ``vectors`` by ``method`` into the parameters of ``model``.
 
     ``model`` is the base, loaded from the checkpoint ``base``; ``vectors`` are the pool by expert
-    name. Where base and prepared vectors fit ``memory`` bytes on the parameters' device, they are
-    held there and the parameters become views of one flat buffer; otherwise they are streamed from
-    their mapped files, slice by slice.
+    name; ``cache`` is a folder for thresholds and masks. Where base and vectors fit ``memory``
+    bytes on the parameters' device, they are held there and the parameters become views of one flat
+    buffer; otherwise they are streamed from their mapped files, slice by slice.
     """
 
     def __init__(
@@ -127,11 +166,7 @@ class Merger:
         memory: int,
         cache: Path | None = None,
     ):
-        import torch
-
-        self.vectors, self.method = vectors, method
-        self._prepared = {name: prepare(method, vector, cache) for name, vector in vectors.items()}
-        self._masks: dict[str, Callable[[str], Tensor | None]] = {}
+        self._method, self._prepared = method, prepare(method, vectors, cache)
         self._stack = ExitStack()
         self._base = self._stack.enter_context(Tensors(base))
         self._parameters = parameters_by_tensor(model, self._base)
@@ -142,31 +177,36 @@ class Merger:
                         f"{vector.folder}: {expert} changes tensor {name!r}, which is no parameter "
                         "of the base as transformers loads it; such a model cannot be merged"
                     )
-        sizes = {name: p.numel() for name, p in self._parameters.items()}
-        devices = {(p.device, p.dtype) for p in self._parameters.values()}
-        self.resident = len(devices) == 1 and 4 * sum(sizes.values()) * (len(vectors) + 3) <= memory
-        if not self.resident:
-            for name, vector in vectors.items():
-                self._masks[name] = masks(method, vector, cache, self._stack)
-            return
-        (device, dtype), starts, end = next(iter(devices)), {}, 0
-        for name, size in sizes.items():
-            starts[name], end = end, end + size
-        self._out = torch.empty(end, dtype=dtype, device=device)
-        self._flat_base = torch.empty(end, dtype=torch.float32, device=device)
-        self._flat = {
-            name: torch.zeros(end, dtype=torch.float32, device=device) for name in vectors
-        }
+        names = next((set(vector.names) for vector in vectors.values()), set())
+        self._parameters = {n: p for n, p in self._parameters.items() if n in names}
+        size = sum(parameter.numel() for parameter in self._parameters.values())
+        kinds = {(p.device, p.dtype) for p in self._parameters.values()}
+        self.resident = len(kinds) == 1 and 4 * size * (len(vectors) + 3) <= memory
+        if self.resident:
+            self._hold(*kinds.pop(), size)
+        elif cache:
+            for prepared in self._prepared.values():
+                prepared.store_masks(cache, self._stack)
+
+    def _hold(self, device: Any, dtype: Any, size: int) -> None:
+        """Load base and vectors into flat buffers, and make the parameters views of one more."""
+        import torch
+
+        def buffer(kind: Any) -> "Tensor":
+            return torch.empty(size, dtype=kind, device=device)
+
+        self._out, self._flat_base = buffer(dtype), buffer(torch.float32)
+        self._flat = {expert: buffer(torch.float32) for expert in self._prepared}
+        start = 0
         for name, parameter in self._parameters.items():
-            place = slice(starts[name], starts[name] + sizes[name])
+            count = parameter.numel()
+            place = slice(start, start + count)
+            start += count
             self._flat_base[place] = self._base[name].view(-1).float().to(device)
             self._out[place] = parameter.data.view(-1)
             parameter.data = self._out[place].view(parameter.shape)
-            for expert in vectors:
-                if name in vectors[expert].names:
-                    values = self._transformed(expert, name, 0, sizes[name])
-                    self._flat[expert][place] = values.dense()
-        self._starts = starts
+            for expert, prepared in self._prepared.items():
+                self._flat[expert][place] = prepared.part(name, 0, count, device).dense()
 
     def __enter__(self) -> "Merger":
         return self
@@ -174,125 +214,55 @@ class Merger:
     def __exit__(self, *exc: object) -> None:
         self._stack.close()
 
-    def _transformed(
-        self, expert: str, name: str, start: int, stop: int, mask: "Tensor | None" = None
-    ) -> "Sparse":
-        vector = self.vectors[expert]
-        values = vector.part(name, start, stop, self._parameters[name].device)
-        prepared = self._prepared[expert]
-        return self.method.transform(values, prepared, vector.digest, name, start, mask)
-
     def _slices(
         self, experts: Sequence[str]
     ) -> Iterator[tuple["Tensor", "Tensor", list["Sparse"]]]:
-        """(part of the result, base, vectors), flat, that cover every parameter once."""
-        from mergelaw.merging.kernels import Sparse, packed_size
+        """(slice of the result, base, vectors), flat, that cover every parameter once."""
+        from mergelaw.merging.kernels import Sparse
 
         if self.resident:
-            size = slice_size(self._out, True)
-            for start in range(0, len(self._out), size):
-                place = slice(start, start + size)
-                vectors = [Sparse(self._flat[expert][place]) for expert in experts]
-                yield self._out[place], self._flat_base[place], vectors
+            for start, stop in slices(self._out):
+                vectors = [Sparse(self._flat[expert][start:stop]) for expert in experts]
+                yield self._out[start:stop], self._flat_base[start:stop], vectors
             return
         for name, parameter in self._parameters.items():
             base, out = self._base[name].view(-1), parameter.data.view(-1)
-            holders = [expert for expert in experts if name in self.vectors[expert].names]
-            kept = {expert: self._masks[expert](name) for expert in holders}
-            size = slice_size(out, all(self.vectors[expert].mapped for expert in holders))
-            for start in range(0, len(out), size):
-                stop = min(start + size, len(out))
-                place = slice(start // 8, start // 8 + packed_size(stop - start))
-                vectors = [
-                    self._transformed(
-                        expert, name, start, stop, None if mask is None else mask[place]
-                    )
-                    for expert, mask in kept.items()
-                ]
-                yield out[start:stop], base[start:stop].to(out.device), vectors
+            for start, stop in slices(out):
+                parts = [self._prepared[e].part(name, start, stop, out.device) for e in experts]
+                yield out[start:stop], base[start:stop].to(out.device), parts
 
     def merge(self, experts: Sequence[str], weights: Sequence[float] | None = None) -> None:
         """Make the model the merge of ``experts`` (in canonical order); none: the base."""
         from mergelaw.merging import kernels
 
-        weights = weights or [1.0] * len(experts)
-        rule = self.method.rule(weights) if experts else None
+        rule = self._method.rule(weights or [1.0] * len(experts)) if experts else None
         for out, base, vectors in self._slices(experts):
-            if not vectors or not rule:
+            if rule is None:
                 out.copy_(base)
-            elif in_one_pass(out):
-                kernels.merge(base, vectors, rule, out)
             else:
-                out.copy_(base.float() + kernels.combine(vectors, rule))
-        if len(experts) == 1 and self.method.keeps_single(weights[0]):
-            self._restore(experts[0])
-
-    def _restore(self, expert: str) -> None:
-        """Put in what the difference does not carry: one expert alone is that expert."""
-        for name in self.vectors[expert].changed:
-            index, value = self.vectors[expert].exceptions(name)  # type: ignore[misc]
-            flat = self._parameters[name].data.view(-1)
-            flat[index.to(flat.device)] = value.to(flat)
+                kernels.merge(base, vectors, rule, out)
+        if rule and keeps_expert(rule, [self._prepared[expert] for expert in experts]):
+            alone = self._prepared[experts[0]].vector
+            for name in alone.changed:
+                put_exceptions(alone, name, self._parameters[name].data.view(-1))
 
 
-def in_one_pass(out: "Tensor") -> bool:
-    """Whether a merge into ``out`` is compiled, and needs no temporaries."""
+def slices(out: "Tensor") -> Iterator[tuple[int, int]]:
     import torch
 
-    return out.device.type == "cpu" and out.dtype == torch.float32
+    size = SLICE * torch.get_num_threads() if out.device.type == "cpu" else GPU_SLICE
+    for start in range(0, len(out), size):
+        yield start, min(start + size, len(out))
 
 
-def slice_size(out: "Tensor", mapped: bool) -> int:
-    """Elements worked on at a time; ``mapped``: vectors lie in memory as they are."""
-    import torch
-
-    if out.device.type != "cpu":
-        return GPU_SLICE
-    if mapped and in_one_pass(out):
-        return max(len(out), 1)
-    return SLICE * torch.get_num_threads()
+def put_exceptions(vector: TaskVector, name: str, out: "Tensor") -> None:
+    """Put into an expert's flat tensor the values that base + difference does not give."""
+    if exceptions := vector.exceptions(name):
+        index, value = exceptions
+        out[index.to(out.device)] = value.to(out)
 
 
-def parameters_by_tensor(model: "nn.Module", base: Tensors) -> dict[str, "nn.Parameter"]:
-    """The parameters of a model by the name of their tensor in the checkpoint.
-
-    Tied parameters stand once. Raises MergelawError where transformers loads the checkpoint into
-    other tensors than its files hold.
-    """
-    import torch
-
-    aliases: dict[int, list[str]] = {}
-    by_id = {}
-    for alias, parameter in model.named_parameters(remove_duplicate=False):
-        aliases.setdefault(id(parameter), []).append(alias)
-        by_id[id(parameter)] = parameter
-    prefix = f"{getattr(model, 'base_model_prefix', '')}."
-    found: dict[str, nn.Parameter] = {}
-    for key, names in aliases.items():
-        candidates = [c for n in names for c in (n, n.removeprefix(prefix), prefix + n)]
-        name = next((c for c in candidates if c in base), None)
-        parameter = by_id[key]
-        if name is not None and COMPUTED.search(name):
-            raise MergelawError(
-                f"{base.folder}: parameter {name!r} has the name of a table that other models "
-                "compute; such a model cannot be merged"
-            )
-        if name is None or tuple(parameter.shape) != base.shape(name):
-            raise MergelawError(
-                f"{base.folder}: parameter {names[0]!r} is not stored as such (transformers "
-                "converts this architecture when it loads it); such a model cannot be merged"
-            )
-        stored = base[name].to(parameter.dtype).to(parameter.device)
-        if not torch.equal(stored, parameter.data):
-            raise MergelawError(
-                f"{base.folder}: transformers loads tensor {name!r} with other values than the "
-                "file holds; such a model cannot be merged"
-            )
-        found[name] = parameter
-    return found
-
-
-def write(
+def write_merge(
     base: Path,
     vectors: Mapping[str, TaskVector],
     method: Method,
@@ -301,88 +271,47 @@ def write(
 ) -> None:
     """Write the merge of ``vectors`` (in canonical order) into ``folder`` as a checkpoint.
 
-    In the base's dtypes, rounded once; config, tokenizer and chat template are the base's. One
-    tensor at a time is in memory.
+    In the base's dtypes, in files of at most 5 GB; config, tokenizer and chat template are the
+    base's. One tensor at a time is in memory. Raises MergelawError where a value overflows.
     """
-    import torch
-
-    from mergelaw.merging.kernels import combine
+    from huggingface_hub import split_torch_state_dict_into_shards
 
     rule = method.rule(weights or [1.0] * len(vectors))
-    prepared = {name: prepare(method, vector) for name, vector in vectors.items()}
+    prepared = prepare(method, vectors)
     with Tensors(base) as tensors:
-        layout = {name: (tensors.dtype(name), tensors.shape(name)) for name in tensors.names()}
-        with Writer(folder / WEIGHTS, layout) as writer:
-            for name in tensors.names():
-                before = tensors[name]
-                holders = {e: v for e, v in vectors.items() if name in v.names}
-                if tensors.dtype(name) not in FLOATS or not holders:
-                    writer.write(name, before)
-                    continue
-                out = torch.empty_like(before).view(-1)
-                flat = before.view(-1)
-                for start in range(0, len(out), SLICE):
-                    stop = min(start + SLICE, len(out))
-                    parts = [
-                        method.transform(
-                            vector.part(name, start, stop),
-                            prepared[expert],
-                            vector.digest,
-                            name,
-                            start,
-                        )
-                        for expert, vector in holders.items()
-                    ]
-                    out[start:stop] = flat[start:stop].float() + combine(parts, rule)
-                if len(vectors) == 1 and method.keeps_single(weights[0] if weights else 1.0):
-                    (vector,) = vectors.values()
-                    if name in vector.changed:
-                        index, value = vector.exceptions(name)  # type: ignore[misc]
-                        out[index] = value.to(out.dtype)
-                if not torch.isfinite(out).all():
-                    raise MergelawError(
-                        f"the merge overflows {out.dtype} in tensor {name!r}; lower lambda or the "
-                        "weights, or use a base in bfloat16 or float32"
-                    )
-                writer.write(name, out.view(before.shape))
+        shapes = {name: tensors[name].to("meta") for name in tensors.names()}
+        split = split_torch_state_dict_into_shards(shapes, max_shard_size=SHARD)
+        for file, names in split.filename_to_tensors.items():
+            layout = {name: (tensors.dtype(name), tensors.shape(name)) for name in names}
+            with Writer(folder / file, layout) as writer:
+                for name in names:
+                    writer.write(name, merged_tensor(tensors, list(prepared.values()), rule, name))
+    if split.is_sharded:
+        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+        files.write_json(folder / INDEX, index)
     for name in COMPANIONS:
         if (base / name).exists():
             (folder / name).write_bytes((base / name).read_bytes())
 
 
-def mergekit_recipe(
-    base: str,
-    experts: Mapping[str, str],
-    method: Method,
-    weights: Sequence[float] | None,
-    dtype: str,
-    adapters: Collection[str] = (),
-) -> dict[str, Any] | None:
-    """The merge as mergekit's YAML would say it, None where mergekit has no such rule.
+def merged_tensor(base: Tensors, vectors: Sequence[Prepared], rule: "Rule", name: str) -> "Tensor":
+    """One tensor of a merge, in the base's dtype. Raises MergelawError where it overflows."""
+    import torch
 
-    ``base`` and ``experts`` (by name) are paths or hub ids, ``dtype`` is that of the result;
-    ``adapters`` names the experts that are LoRA adapters.
-    """
-    rule = method.mergekit()
-    if rule is None:
-        return None
-    weights = weights or [1.0] * len(experts)
+    from mergelaw.merging import kernels
 
-    def reference(path: str) -> dict[str, Any]:
-        # Spelled out: in a plain string mergekit takes what follows an @ for a revision.
-        return {"model": {"path": path}}
-
-    models: list[dict[str, Any]] = []
-    for (name, path), weight in zip(experts.items(), weights, strict=True):
-        model = reference(base) | {"lora": {"path": path}} if name in adapters else reference(path)
-        models.append({"model": model, "parameters": {"weight": weight}})
-    recipe = {
-        "merge_method": rule["merge_method"],
-        "models": models,
-        "parameters": rule["parameters"],
-        "dtype": "float32",
-        "out_dtype": dtype,
-    }
-    if rule["merge_method"] != "linear":
-        recipe["base_model"] = reference(base)
-    return recipe
+    before = base[name]
+    if name not in vectors[0].vector.names:
+        return before
+    out, flat = torch.empty_like(before).view(-1), before.view(-1)
+    for start, stop in slices(out):
+        parts = [vector.part(name, start, stop) for vector in vectors]
+        kernels.merge(flat[start:stop], parts, rule, out[start:stop])
+    if keeps_expert(rule, vectors):
+        put_exceptions(vectors[0].vector, name, out)
+    if not torch.isfinite(out).all():
+        raise MergelawError(
+            f"the merge overflows {out.dtype} in tensor {name!r}; lower lambda or the weights, or "
+            "use a base in bfloat16 or float32"
+        )
+    return out.view(before.shape)

@@ -1,4 +1,4 @@
-"""Hugging Face checkpoints as tensors in mapped safetensors files, whole or sharded."""
+"""Hugging Face checkpoints: tensors of memory-mapped safetensors files, whole or sharded."""
 
 import hashlib
 import json
@@ -9,8 +9,6 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mergelaw.artifacts.files import file_digest
-from mergelaw.artifacts.keys import canonical_json
 from mergelaw.errors import MergelawError
 
 if TYPE_CHECKING:
@@ -19,16 +17,16 @@ if TYPE_CHECKING:
 INDEX = "model.safetensors.index.json"
 WEIGHTS = "model.safetensors"
 HEAD = "lm_head.weight"
-# What peft writes of an adapter, in the place of config and weights.
+# Files of a peft adapter.
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
-# Tables that models compute of their configuration, and that only older libraries wrote into
-# checkpoints. Nothing is learned in them, and transformers does not read them back.
+# Tables that models compute from their configuration. Only older libraries wrote them into
+# checkpoints, and transformers does not read them back.
 COMPUTED = re.compile(
     r"(^|\.)(rotary_emb\.(inv_freq|cos_cached|sin_cached)|attn\.(bias|masked_bias)"
     r"|attention\.(bias|masked_bias))$"
 )
-# Everything else that makes a folder usable as a model.
+# The other files of a usable model folder.
 COMPANIONS = (
     "config.json",
     "generation_config.json",
@@ -46,10 +44,10 @@ COMPANIONS = (
 
 
 class Tensors:
-    """The tensors of a checkpoint folder by name, mapped, not read.
+    """The tensors of a checkpoint folder by name, memory-mapped. A context manager.
 
-    Names are those of the files. A context manager; raises MergelawError for a folder without
-    safetensors weights, or with a corrupt or half-copied file (named).
+    Raises MergelawError for a folder without safetensors weights, a quantised checkpoint, or a
+    corrupt or half-copied file (named).
     """
 
     def __init__(self, folder: Path):
@@ -60,24 +58,24 @@ class Tensors:
                 f"{self.folder}: is quantised; give the checkpoint before quantisation"
             )
         self._stack = ExitStack()
-        self._where: dict[str, Any] = {}
+        self._files: dict[str, tuple[Any, str]] = {}  # mapped file and its name for each tensor
         self._open()
+        if self.ties and HEAD in self:
+            # Some trainers save the tied head a second time.
+            shape = self.shape(HEAD)
+            twins = [n for n in self._files if n != HEAD and self.shape(n) == shape]
+            if any(same_bits(self[HEAD], self[n]) for n in twins):
+                del self._files[HEAD]
+
+    @property
+    def ties(self) -> bool:
+        """Whether head and embedding may be one tensor; without the setting the model decides."""
+        return bool(self.config.get("tie_word_embeddings", True))
 
     def _open(self) -> None:
         index = self.folder / INDEX
-        listed: dict[str, str] | None = None
-        if index.exists():
-            try:
-                listed = dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
-                outside = [file for file in listed.values() if Path(file).name != file]
-            except (OSError, ValueError, KeyError, TypeError, RecursionError):
-                raise MergelawError(f"{index}: not an index of weights; copy it again") from None
-            if outside:
-                raise MergelawError(f"{index}: {outside[0]!r} leaves the folder; mend the index")
-            files = sorted(set(listed.values()))
-        else:
-            files = [WEIGHTS]
-        for file in files:
+        listed = read_index(index) if index.exists() else None
+        for file in sorted(set(listed.values())) if listed is not None else [WEIGHTS]:
             path = self.folder / file
             if not path.is_file():
                 raise MergelawError(f"{path}: no such file{pickled(self.folder)}")
@@ -88,17 +86,10 @@ class Tensors:
                         f"{path}: has tensor {name!r}, which {index.name} lists in "
                         f"{listed[name]}; copy the checkpoint again"
                     )
-                self._where[name] = opened
-        if listed is not None and listed.keys() - self._where.keys():
-            missing = min(listed.keys() - self._where.keys())
+                self._files[name] = opened, name
+        if listed is not None and listed.keys() - self._files.keys():
+            missing = min(listed.keys() - self._files.keys())
             raise MergelawError(f"{index}: lists tensor {missing!r}, no file has it; copy it again")
-        if self.config.get("tie_word_embeddings", True) and HEAD in self._where:
-            # Some trainers save the tied head a second time. A configuration that does not say
-            # whether it is tied leaves that to the architecture.
-            shape = self.shape(HEAD)
-            twins = [n for n in self._where if n != HEAD and self.shape(n) == shape]
-            if any(same_bits(self[HEAD], self[n]) for n in twins):
-                del self._where[HEAD]
 
     def __enter__(self) -> "Tensors":
         return self
@@ -107,37 +98,62 @@ class Tensors:
         self._stack.close()
 
     def names(self) -> list[str]:
-        return sorted(self._where)
+        return sorted(self._files)
 
     def __contains__(self, name: str) -> bool:
-        return name in self._where
+        return name in self._files
 
     def __getitem__(self, name: str) -> "Tensor":
         from safetensors import SafetensorError
 
+        file, stored = self._files[name]
         try:
-            return self._where[name].get_tensor(name)
+            return file.get_tensor(stored)
         except (SafetensorError, AttributeError, TypeError, ValueError, RuntimeError) as error:
             reason = str(error).splitlines()[0]
             raise MergelawError(
                 f"{self.folder}: tensor {name!r} cannot be read ({reason}); copy it again"
             ) from None
 
+    def _slice(self, name: str) -> Any:
+        file, stored = self._files[name]
+        return file.get_slice(stored)
+
     def shape(self, name: str) -> tuple[int, ...]:
-        return tuple(self._where[name].get_slice(name).get_shape())
+        return tuple(self._slice(name).get_shape())
+
+    def dtype(self, name: str) -> str:
+        """The dtype in the file's words: F32, BF16, F16, I64, ..."""
+        return self._slice(name).get_dtype()
 
     def float_dtype(self) -> str:
         """The dtype of the floating tensors in torch's words; float32 where they differ."""
         kinds = {self.dtype(name) for name in self.names()} & FLOATS.keys()
         return FLOATS[kinds.pop()] if len(kinds) == 1 else "float32"
 
-    def dtype(self, name: str) -> str:
-        """As the file spells it: F32, BF16, F16, I64, ..."""
-        return self._where[name].get_slice(name).get_dtype()
+    def rename_tied(self, base: "Tensors") -> None:
+        """Give a tied embedding the name that ``base`` stores it under (its own or the head's)."""
+        missing = [name for name in base.names() if name not in self]
+        extra = [name for name in self.names() if name not in base]
+        renamed = len(missing) == len(extra) == 1 and HEAD in missing + extra
+        if renamed and self.ties and base.ties and base.shape(*missing) == self.shape(*extra):
+            self._files[missing[0]] = self._files.pop(extra[0])
+
+
+def read_index(path: Path) -> dict[str, str]:
+    """Read which file of a sharded checkpoint holds each tensor."""
+    try:
+        listed = dict(json.loads(path.read_text(encoding="utf-8"))["weight_map"])
+        outside = [file for file in listed.values() if Path(file).name != file]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        raise MergelawError(f"{path}: not an index of weights; copy it again") from None
+    if outside:
+        raise MergelawError(f"{path}: {outside[0]!r} leaves the folder; fix the index")
+    return listed
 
 
 def open_mapped(path: Path, stack: ExitStack) -> Any:
-    """A safetensors file, mapped, until ``stack`` is closed. Names a damaged one."""
+    """Map a safetensors file until ``stack`` closes. MergelawError names a damaged file."""
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -148,7 +164,7 @@ def open_mapped(path: Path, stack: ExitStack) -> Any:
 
 
 def pickled(folder: Path) -> str:
-    """What to do where there are no safetensors, as the end of a message."""
+    """The end of a message about missing safetensors: what to do."""
     others = [p.name for kind in ("*.bin", "*.pth", "*.pt") for p in sorted(folder.glob(kind))]
     if others:
         return (
@@ -159,16 +175,13 @@ def pickled(folder: Path) -> str:
 
 
 def is_adapter(folder: Path) -> bool:
-    """Whether a folder holds an adapter of peft's, and no whole model."""
+    """Whether a folder holds a peft adapter and no whole model."""
     has = {file: (Path(folder) / file).exists() for file in (ADAPTER_CONFIG, WEIGHTS, INDEX)}
     return has[ADAPTER_CONFIG] and not has[WEIGHTS] and not has[INDEX]
 
 
 def files(folder: Path) -> list[str]:
-    """The names of the files that make up a checkpoint or an adapter.
-
-    A trainer leaves more in its folders: optimizer states, pickles, logs.
-    """
+    """The names of a checkpoint's or adapter's files, without a trainer's states and logs."""
     ours = {*COMPANIONS, ADAPTER_CONFIG, INDEX}
     return sorted(
         path.name
@@ -178,10 +191,10 @@ def files(folder: Path) -> list[str]:
 
 
 class Writer:
-    """One safetensors file written piece by piece, so that only one piece need be in memory.
+    """Writes one safetensors file piece by piece, so that one piece at a time is in memory.
 
-    ``layout`` gives dtype (as the file spells it) and shape by name; tensors come in its order.
-    Without a ``file`` nothing is written, and ``digest`` is the SHA-256 that the file would have.
+    ``layout`` has dtype (in the file's words) and shape by name; tensors are written in its order.
+    Without a ``file`` only ``digest`` is computed, the SHA-256 of the file's bytes.
     """
 
     def __init__(self, file: Path | None, layout: Mapping[str, tuple[str, tuple[int, ...]]]):
@@ -208,7 +221,7 @@ class Writer:
         self.write_pieces(name, [tensor])
 
     def write_pieces(self, name: str, pieces: "Iterable[Tensor]") -> None:
-        """The next tensor, piece by piece of its flat values."""
+        """Write the next tensor as pieces of its flat values."""
         import torch
 
         assert name == next(self._names), f"{name} is out of order"
@@ -261,10 +274,10 @@ def same_bits(left: "Tensor", right: "Tensor") -> bool:
 
 
 def pairs(base: Tensors, expert: Tensors, where: str, vocabulary: str = "refuse") -> Iterator[str]:
-    """The names of the floating tensors of an expert, after it was found to fit its base.
+    """Check that an expert fits its base, then yield the names of its floating tensors.
 
-    An expert whose vocabulary has another size is refused, or, with ``common_rows``, taken as far
-    as both have rows. Raises MergelawError that names the first tensor that does not fit.
+    With ``vocabulary`` ``common_rows`` an expert may have another vocabulary size. Raises
+    MergelawError that begins with ``where`` and names the first tensor that does not fit.
     """
     ours, theirs = base.config["model_type"], expert.config["model_type"]
     if ours != theirs:
@@ -273,19 +286,15 @@ def pairs(base: Tensors, expert: Tensors, where: str, vocabulary: str = "refuse"
             "an expert must be a fine-tune of its base"
         )
     rows = vocabulary_size(base.config), vocabulary_size(expert.config)
-    if rows[0] != rows[1] and vocabulary == "refuse":
-        raise MergelawError(
-            f"{where}: vocab_size is {rows[1]}, the base's is {rows[0]}; give an expert that kept "
-            "the vocabulary, or set vocabulary: common_rows to merge the rows that both have"
-        )
     if rows[0] != rows[1]:
-        same_tokens(base.folder, expert.folder, min(filter(None, rows), default=0), where)
-    found = [{n for n in side.names() if not COMPUTED.search(n)} for side in (base, expert)]
-    for name in sorted(found[0] - found[1]):
-        raise MergelawError(f"{where}: has no tensor {name!r}; the base has it")
-    for name in sorted(found[1] - found[0]):
-        raise MergelawError(f"{where}: has a tensor {name!r} that the base has not")
-    for name in sorted(found[0]):
+        check_vocabulary(base.folder, expert.folder, rows, where, vocabulary)
+    expert.rename_tied(base)
+    names, others = ({n for n in side.names() if not COMPUTED.search(n)} for side in (base, expert))
+    if names - others:
+        raise MergelawError(f"{where}: has no tensor {min(names - others)!r}; the base has it")
+    if others - names:
+        raise MergelawError(f"{where}: has a tensor {min(others - names)!r} that the base has not")
+    for name in sorted(names):
         shapes = base.shape(name), expert.shape(name)
         resized = rows[0] != rows[1] and tuple(s[:1] for s in shapes) == ((rows[0],), (rows[1],))
         if shapes[0] != shapes[1] and not (resized and shapes[0][1:] == shapes[1][1:]):
@@ -293,7 +302,7 @@ def pairs(base: Tensors, expert: Tensors, where: str, vocabulary: str = "refuse"
                 f"{where}: tensor {name!r} has shape {list(shapes[1])}, "
                 f"the base's has {list(shapes[0])}"
             )
-    for name in sorted(found[0]):
+    for name in sorted(names):
         kinds = base.dtype(name), expert.dtype(name)
         if all(kind in FLOATS for kind in kinds):
             yield name
@@ -305,36 +314,31 @@ def pairs(base: Tensors, expert: Tensors, where: str, vocabulary: str = "refuse"
 
 
 def mergeable(base: Tensors) -> list[str]:
-    """The floating tensors of a base that hold what was learned."""
+    """The names of a base's learned floating tensors."""
     return [n for n in base.names() if base.dtype(n) in FLOATS and not COMPUTED.search(n)]
 
 
 def vocabulary_size(config: Mapping[str, Any]) -> int | None:
-    """Models of several modalities keep it with their text's configuration."""
+    """The size of the vocabulary; multimodal models keep it in their text configuration."""
     text = config.get("text_config") or {}
     return config.get("vocab_size", text.get("vocab_size"))
 
 
-def same_tokens(base: Path, expert: Path, common: int, where: str) -> None:
-    """Raise MergelawError where the first ``common`` rows are not of the same tokens.
+def check_vocabulary(
+    base: Path, expert: Path, rows: tuple[int | None, int | None], where: str, vocabulary: str
+) -> None:
+    """Refuse an expert with another vocabulary size, or with other tokens in the common rows.
 
-    Added tokens may be renamed: a chat format puts its own in reserved places.
+    ``rows``: the two sizes, the base's first. Added tokens may have other names: a chat format puts
+    its own in reserved rows.
     """
-    found = []
-    for folder in (base, expert):
-        path = folder / "tokenizer.json"
-        if not path.exists():
-            return  # nothing to compare
-        try:
-            vocabulary = json.loads(path.read_text(encoding="utf-8"))["model"]["vocab"]
-        except (OSError, ValueError, KeyError, TypeError, RecursionError):
-            raise MergelawError(f"{path}: not a tokenizer; copy the checkpoint again") from None
-        if isinstance(vocabulary, dict):
-            tokens = vocabulary
-        else:  # a unigram model: pairs of token and score
-            tokens = {entry[0]: row for row, entry in enumerate(vocabulary)}
-        found.append({i: token for token, i in tokens.items() if i < common})
-    ours, theirs = found
+    if vocabulary == "refuse":
+        raise MergelawError(
+            f"{where}: vocab_size is {rows[1]}, the base's is {rows[0]}; give an expert that kept "
+            "the vocabulary, or set vocabulary: common_rows to merge the rows that both have"
+        )
+    common = min(filter(None, rows), default=0)
+    ours, theirs = (read_tokens(folder, common) for folder in (base, expert))
     for row in sorted(ours.keys() & theirs.keys()):
         if ours[row] != theirs[row]:
             raise MergelawError(
@@ -343,85 +347,16 @@ def same_tokens(base: Path, expert: Path, common: int, where: str) -> None:
             )
 
 
-# -- from outside ------------------------------------------------------------------------------
-
-# Of a hub's repository: nothing in subfolders (pickles, other formats), and the weights once.
-WANTED = ("*.safetensors", "*.safetensors.index.json", *COMPANIONS, ADAPTER_CONFIG)
-UNWANTED = ("*/*", "consolidated*.safetensors")
-
-
-def link_known(
-    known: Mapping[str, Any], sources: Mapping[str, Any], folder: Path
-) -> dict[str, Any]:
-    """Link a checkpoint that is found to be the one meant into ``folder``; what to remember of it.
-
-    ``known``: the SHA-256 of its files, or the hub's commit; ``sources``: where it lies.
-    """
-    source = locate(sources)
-    link(source, folder)
-    for name, digest in known.get("files", {}).items():
-        path = folder / name
-        if path.exists() and file_digest(path) != digest:
-            raise MergelawError(f"{source / name}: changed since the run began; run again")
-    commit = {"commit": source.name} if "hub" in sources else {}  # the revision may be a branch
-    return {"sources": [canonical_json({**sources, **commit})]}
-
-
-def link(source: Path, folder: Path) -> None:
-    """Make ``folder`` a checkpoint, or an adapter, by links to the files of ``source``."""
-    if is_adapter(source):
-        from mergelaw.models.lora import read_adapter_config
-
-        read_adapter_config(source)
-    else:
-        Tensors(source).__exit__()  # whole, and of a kind that we read
-    for name in files(source):
-        (folder / name).symlink_to((source / name).resolve())
-
-
-def locate(checkpoint: Mapping[str, Any]) -> Path:
-    """The local folder of a checkpoint; a hub id is fetched, or found in the hub's cache.
-
-    Of a hub id the folder's name is the commit.
-    """
-    if checkpoint.get("path") is not None:
-        folder = Path(checkpoint["path"])
-        if not folder.is_dir():
-            raise MergelawError(f"{folder}: no such folder; give a local Hugging Face checkpoint")
-        return folder
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import (
-        GatedRepoError,
-        HfHubHTTPError,
-        LocalEntryNotFoundError,
-        RepositoryNotFoundError,
-        RevisionNotFoundError,
-    )
-
-    hub, revision = checkpoint["hub"], checkpoint["revision"]
+def read_tokens(folder: Path, limit: int) -> dict[int, str]:
+    """The first ``limit`` tokens by row; none where the folder has no tokenizer.json."""
+    path = folder / "tokenizer.json"
+    if not path.exists():
+        return {}
     try:
-        return Path(
-            snapshot_download(
-                hub,
-                revision=revision,
-                allow_patterns=list(WANTED),
-                ignore_patterns=list(UNWANTED),
-            )
-        )
-    except GatedRepoError:
-        raise MergelawError(
-            f"{hub}: is gated; accept its licence on its page and log in with 'hf auth login'"
-        ) from None
-    except RevisionNotFoundError:
-        raise MergelawError(f"{hub}: has no revision {revision!r}; name a commit of it") from None
-    except RepositoryNotFoundError:
-        raise MergelawError(
-            f"{hub}: no such model on the hub, or a private one; check the id, or log in with "
-            "'hf auth login'"
-        ) from None
-    except (LocalEntryNotFoundError, HfHubHTTPError, OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise MergelawError(
-            f"{hub} at {revision}: not in the hub's cache and cannot be fetched ({reason}); "
-            "check id, revision and network, or download it before"
-        ) from None
+        vocabulary = json.loads(path.read_text(encoding="utf-8"))["model"]["vocab"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        raise MergelawError(f"{path}: not a tokenizer; copy the checkpoint again") from None
+    if isinstance(vocabulary, dict):
+        return {row: token for token, row in vocabulary.items() if row < limit}
+    # A unigram model: pairs of token and score.
+    return {row: entry[0] for row, entry in enumerate(vocabulary[:limit])}

@@ -229,7 +229,7 @@ def work_of(study: Study, artifact: Artifact, rates: Rates) -> Work:
     resident = 4 * size.total * (members + 3) <= gpus * rates.gpu_memory_gb * 1e9 / 2 or not gpus
     passed = members if resident else sum(row[0] for row in rows)
     # Masks, a bit a value, are made by the first shard for all.
-    drawn = not resident and method_of(recipe["method"]).drawn() is not None
+    drawn = not resident and method_of(recipe["method"]).masks() is not None
     masks = members * size.total / 8 if drawn and artifact.shard == 0 else 0
     return Work(
         tokens,

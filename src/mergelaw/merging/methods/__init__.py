@@ -1,22 +1,28 @@
 """Merge methods, one small file each, registered by name.
 
 A method is a frozen pydantic model: its fields are its parameters, its ``method`` literal is its
-name. To add one, put a file with a subclass of :class:`Method` into this folder. Configurations are
+name. To add one, put a file with a subclass of :class:`Method` into this folder, or name such a
+module of another package as an entry point of the group ``mergelaw.methods``. Configurations are
 read without torch, so a method's file imports torch inside the functions that need it.
 """
 
 import importlib
 import pkgutil
+from collections.abc import Mapping
 from functools import cache
+from importlib.metadata import entry_points
+from typing import Any
 
 from mergelaw.merging.methods.base import Method as Method
 
 
 @cache
 def registry() -> dict[str, type[Method]]:
-    """Every known method by name, in alphabetical order."""
+    """Every method by name, in alphabetical order."""
     for module in pkgutil.iter_modules(__path__):
         importlib.import_module(f"{__name__}.{module.name}")
+    for entry in entry_points(group="mergelaw.methods"):
+        entry.load()
     found: dict[str, type[Method]] = {}
     pending = list(Method.__subclasses__())
     while pending:
@@ -27,6 +33,6 @@ def registry() -> dict[str, type[Method]]:
     return dict(sorted(found.items()))
 
 
-def method_of(recipe: dict) -> Method:
+def method_of(recipe: Mapping[str, Any]) -> Method:
     """The method that a recipe (``{"method": name, parameter: value, ...}``) describes."""
     return registry()[recipe["method"]].model_validate(recipe)

@@ -24,8 +24,5 @@ class Average(Method):
 
         return Rule("", normalized(weights))
 
-    def keeps_single(self, weight: float) -> bool:
-        return True
-
     def mergekit(self) -> dict[str, Any]:
         return {"merge_method": "linear", "parameters": {"normalize": True}}

@@ -1,85 +1,56 @@
-"""What a merge method has to say about itself."""
+"""The interface of a merge method."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pydantic import BaseModel, ConfigDict
 
 if TYPE_CHECKING:
+    import numpy as np
     from torch import Tensor
 
-    from mergelaw.merging.kernels import Rule, Sparse
+    from mergelaw.merging.kernels import Rule
 
-# A task vector's tensors, to be walked through as often as needed: (name, flat fp32 values).
+# A task vector's tensors, iterable as often as needed: (name, flat fp32 values).
 Tensors = Callable[[], Iterable[tuple[str, "Tensor"]]]
 
 
-class Method(BaseModel):
-    """A merge rule: theta = theta_0 + combine(transform(v_1), ..., transform(v_k)).
+class Masks(NamedTuple):
+    """Random masks of an expert's values, and the factor of the values they keep."""
 
-    ``prepare`` looks at one expert's whole task vector once; ``transform`` says which of its values
-    are dropped, ``rule`` how those of several experts are combined. Both work element by element,
-    so the engine may take any slice of any tensor and gets the same bits: in
-    :mod:`merging.kernels` additions and multiplications are rounded one by one, experts in the
-    configuration's order, on every device.
+    identity: dict[str, Any]  # the parameters that the masks depend on
+    scale: float
+    # (expert's digest, tensor, start, size) -> bool, (size,): kept elements from ``start`` onwards
+    kept: Callable[[str, str, int, int], np.ndarray]
+
+
+class Method(BaseModel):
+    """A merge rule: theta = theta_0 + rule(sparse(v_1), ..., sparse(v_k)).
+
+    ``thresholds`` and ``masks`` say which values of one expert are dropped, ``rule`` how those of
+    several experts become one. All of it is elementwise: the engine may take any slice of any
+    tensor and gets the same bits, since :mod:`mergelaw.merging.kernels` rounds additions and
+    multiplications one by one, experts in the configuration's order, on every device.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    def prepare(self, tensors: Tensors) -> dict[str, float]:
-        """The smallest magnitude of one expert that is kept, by tensor name; none: all are."""
+    def thresholds(self, tensors: Tensors) -> dict[str, float]:
+        """The smallest magnitude of one expert that is kept, by tensor; empty: all are kept."""
         return {}
 
-    def drawn(self) -> dict[str, Any] | None:
-        """The parameters that masks depend on; None: there are no masks."""
+    def masks(self) -> Masks | None:
+        """The random masks of experts; None: no value is dropped at random."""
         return None
-
-    def mask(self, expert: str, name: str, start: int, size: int) -> Tensor | None:
-        """What is kept, whatever its value, packed (:func:`kernels.pack`); None: all.
-
-        Of elements ``start`` onwards of the flattened tensor ``name`` of the expert with digest
-        ``expert``.
-        """
-        return None
-
-    @property
-    def scale(self) -> float:
-        """What the values that a mask keeps are multiplied by."""
-        return 1.0
-
-    def transform(
-        self,
-        values: Tensor,
-        prepared: dict[str, float],
-        expert: str,
-        name: str,
-        start: int,
-        mask: Tensor | None = None,
-    ) -> Sparse:
-        """One expert's values with what is dropped of them.
-
-        ``values``: fp32, elements ``start`` onwards of the flattened tensor ``name`` of the expert
-        with digest ``expert``; never written to. ``mask``: what :meth:`mask` says of them, where it
-        is at hand.
-        """
-        from mergelaw.merging.kernels import Sparse
-
-        if mask is None:
-            mask = self.mask(expert, name, start, values.numel())
-        return Sparse(values, prepared.get(name, 0.0), mask, self.scale)
 
     def rule(self, weights: Sequence[float]) -> Rule:
-        """How the prepared values of experts with these weights become one."""
+        """How values of experts with these weights become one."""
         raise NotImplementedError
 
-    def keeps_single(self, weight: float) -> bool:
-        """Whether a merge of one expert, with this weight, is that expert, bit for bit."""
-        return False
-
     def mergekit(self) -> dict[str, Any] | None:
-        """The same rule in mergekit's words ({merge_method, parameters}), or None without one."""
+        """The same rule for mergekit ({merge_method, parameters}); None where it has no such."""
         return None
 
 

@@ -1,28 +1,30 @@
 """DARE (Yu et al. 2024): drop values at random, rescale the rest by 1/(1-p), then merge.
 
-mergekit's ``dare_*`` rescale to the tensor's own L1 norm instead, and draw the mask from one global
-generator, so that an expert's mask there depends on its companions. Here a mask is a function of
-(seed, expert, tensor, place in the tensor): the same in every subset, process and device.
+A mask is a function of (seed, expert, tensor, place in the tensor): the same in every subset,
+process and device. mergekit's ``dare_*`` rescale to the tensor's own L1 norm instead, and draw
+masks from one global generator, so that an expert's mask depends on what else is merged.
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
-from mergelaw.merging.methods.base import Method, normalized
+from mergelaw.merging.methods.base import Masks, Method, normalized
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    import numpy as np
 
     from mergelaw.merging.kernels import Rule
 
 
-def keep_mask(seed: int, expert: str, name: str, start: int, size: int, drop_rate: float):
-    """Which of the elements ``start`` to ``start + size`` of a tensor are kept: bool, (size,).
+def keep_mask(
+    seed: int, expert: str, name: str, start: int, size: int, drop_rate: float
+) -> np.ndarray:
+    """Draw which of the elements ``start`` to ``start + size`` of a tensor are kept: bool, (size,).
 
     Element i is dropped where u_i < drop_rate; u_i is the fp32 uniform made of the upper 24 bits of
     the i-th 32-bit word of a Philox stream keyed by SHA-256 of (seed, expert, tensor name).
@@ -43,19 +45,17 @@ class _Dare(Method):
     lambda_: float = Field(1.0, alias="lambda", gt=0, description="scale of the merged difference")
     seed: int = Field(0, ge=0, description="seed of the masks")
 
-    def drawn(self) -> dict[str, Any] | None:
-        return {"seed": self.seed, "drop_rate": self.drop_rate} if self.drop_rate else None
-
-    def mask(self, expert: str, name: str, start: int, size: int) -> Tensor | None:
-        from mergelaw.merging.kernels import pack
-
+    def masks(self) -> Masks | None:
         if not self.drop_rate:
             return None
-        return pack(keep_mask(self.seed, expert, name, start, size, self.drop_rate))
-
-    @property
-    def scale(self) -> float:
-        return 1 / (1 - self.drop_rate)
+        identity = {"seed": self.seed, "drop_rate": self.drop_rate}
+        return Masks(
+            identity,
+            1 / (1 - self.drop_rate),
+            lambda expert, name, start, size: keep_mask(
+                self.seed, expert, name, start, size, self.drop_rate
+            ),
+        )
 
 
 class DareLinear(_Dare):
@@ -71,10 +71,6 @@ class DareLinear(_Dare):
             weights = normalized(weights)
         return Rule("", [self.lambda_ * weight for weight in weights])
 
-    def keeps_single(self, weight: float) -> bool:
-        whole = self.drop_rate == 0 and self.lambda_ == 1
-        return whole and (self.normalize or weight == 1)
-
 
 class DareTies(_Dare):
     """theta = theta_0 + lambda * mean of the masked, rescaled v_i that agree in sign."""
@@ -88,6 +84,3 @@ class DareTies(_Dare):
         from mergelaw.merging.kernels import Rule
 
         return Rule(self.elect, weights, self.lambda_)
-
-    def keeps_single(self, weight: float) -> bool:
-        return self.drop_rate == 0 and self.lambda_ == 1

@@ -31,9 +31,6 @@ class TaskArithmetic(Method):
             weights = normalized(weights)
         return Rule("", [self.lambda_ * weight for weight in weights])
 
-    def keeps_single(self, weight: float) -> bool:
-        return self.lambda_ == 1 and (self.normalize or weight == 1)
-
     def mergekit(self) -> dict[str, Any]:
         parameters = {"lambda": self.lambda_, "normalize": self.normalize}
         return {"merge_method": "task_arithmetic", "parameters": parameters}

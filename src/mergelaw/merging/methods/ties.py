@@ -1,14 +1,15 @@
-"""TIES (Yadav et al. 2023): trim small values, elect a sign per element, average who agrees.
+"""TIES (Yadav et al. 2023): trim small values, elect a sign per element, average what agrees.
 
-As mergekit's ``ties`` where ``trim: tensor`` and ``elect: sum``, but for elements whose magnitude
-equals the threshold: all of them are kept here, an arbitrary part of them there. The authors'
-code trims over the whole expert (``trim: global``) and so do some of its descendants.
+With ``trim: tensor`` and ``elect: sum`` the rule is mergekit's ``ties``, except for elements whose
+magnitude equals the threshold: all of them are kept here, an arbitrary part of them there. The
+authors' code trims over the whole expert (``trim: global``).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
@@ -16,6 +17,9 @@ from pydantic import Field
 from mergelaw.merging.methods.base import Method, Tensors
 
 if TYPE_CHECKING:
+    import numpy as np
+    from torch import Tensor
+
     from mergelaw.merging.kernels import Rule
 
 
@@ -32,14 +36,14 @@ class Ties(Method):
         "sum", description="sign of the summed values, or of the majority"
     )
 
-    def prepare(self, tensors: Tensors) -> dict[str, float]:
-        """The smallest magnitude kept, per tensor; a ``global`` one repeated for each."""
+    def thresholds(self, tensors: Tensors) -> dict[str, float]:
+        """The smallest magnitude that is kept, by tensor; with ``global`` the same for all."""
         if self.density == 1:
             return {}
         if self.trim == "tensor":
             return {
-                name: magnitude_threshold(lambda v=values: [v], kept(values.numel(), self.density))
-                for name, values in tensors()
+                name: magnitude_threshold(partial(iter, [v]), kept(v.numel(), self.density))
+                for name, v in tensors()
             }
         size = sum(values.numel() for _, values in tensors())
         threshold = magnitude_threshold(
@@ -52,9 +56,6 @@ class Ties(Method):
 
         return Rule(self.elect, weights, self.lambda_)
 
-    def keeps_single(self, weight: float) -> bool:
-        return self.density == 1 and self.lambda_ == 1
-
     def mergekit(self) -> dict[str, Any] | None:
         if self.trim == "global" or self.elect == "count":
             return None
@@ -65,40 +66,41 @@ class Ties(Method):
 
 
 def kept(size: int, density: float) -> int:
-    """How many of ``size`` values are kept: int(density * size), one at least (as mergekit)."""
+    """The number of values kept of ``size``: int(density * size), at least one (as mergekit)."""
     return min(max(int(density * size), 1), size)
 
 
-def magnitude_threshold(chunks, keep: int) -> float:
+def magnitude_threshold(chunks: Callable[[], Iterable[Tensor]], keep: int) -> float:
     """The ``keep``-th largest magnitude of all chunks, exactly.
 
     ``chunks`` is called twice and gives flat fp32 tensors. Non-negative floats are ordered as their
     bit patterns are, so two histograms, of the upper and then of the lower 16 bits, find the value
-    without sorting anything.
+    without a sort.
     """
     import numpy as np
 
     if keep == 0:  # a tensor without elements
         return 0.0
 
-    def histogram(pick):
+    def histogram(high: int | None) -> np.ndarray:
+        """Counts of the upper 16 bits, or of the lower ones of values with these upper bits."""
         counts = np.zeros(1 << 16, dtype=np.int64)
         for values in chunks():
             bits = values.detach().cpu().contiguous().view(-1).numpy().view(np.uint32)
             for start in range(0, len(bits), 1 << 20):
                 part = bits[start : start + (1 << 20)] & np.uint32(0x7FFFFFFF)
-                counts += np.bincount(pick(part), minlength=1 << 16)
+                digits = part >> 16 if high is None else part[(part >> 16) == high] & 0xFFFF
+                counts += np.bincount(digits.astype(np.uint16), minlength=1 << 16)
         return counts
 
-    def locate(counts, rank):
+    def locate(counts: np.ndarray, rank: int) -> tuple[int, int]:
+        """The bin of the ``rank``-th largest value, and its rank within the bin."""
         above = np.cumsum(counts[::-1])
         index = int(np.searchsorted(above, rank))
         return len(counts) - 1 - index, rank - (int(above[index - 1]) if index else 0)
 
-    high, rest = locate(histogram(lambda part: (part >> 16).astype(np.uint16)), keep)
-    low, _ = locate(
-        histogram(lambda part: (part[(part >> 16) == high] & 0xFFFF).astype(np.uint16)), rest
-    )
+    high, rest = locate(histogram(None), keep)
+    low, _ = locate(histogram(high), rest)
     threshold = float(np.array([(high << 16) | low], dtype=np.uint32).view(np.float32)[0])
-    assert math.isfinite(threshold), "task vectors are checked for NaN and Inf when they are made"
+    assert math.isfinite(threshold), "task vectors are checked for NaN and Inf when written"
     return threshold

@@ -1,0 +1,83 @@
+"""Merges as checkpoints on disk, with the recipe that makes mergekit merge the same way."""
+
+import os
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from mergelaw.artifacts import lineage
+from mergelaw.merging.engine import write_merge
+from mergelaw.merging.methods import Method, method_of
+from mergelaw.merging.task_vector import TaskVector
+from mergelaw.models.checkpoint import Tensors, is_adapter
+
+HEADER = "# The same merge by mergekit, from this folder: mergekit-yaml mergekit.yaml OUT\n"
+
+
+def export(
+    recipe: Mapping[str, Any], base: Path, vectors: Mapping[str, Path], folder: Path, output: Path
+) -> dict[str, Any]:
+    """Write a merge into ``folder``, and ``mergekit.yaml`` where mergekit has the same rule.
+
+    Args:
+        recipe: method, experts in canonical order, weights.
+        base: folder of the base.
+        vectors: folders of the experts' task vectors, by expert.
+        output: where ``folder`` will be moved to; paths in the YAML are relative to it.
+
+    Returns:
+        Facts for the lineage.
+    """
+    import yaml
+
+    method, weights, names = method_of(recipe["method"]), recipe["weights"], recipe["experts"]
+    write_merge(base, {n: TaskVector(vectors[n]) for n in names}, method, weights, folder)
+    paths = {n: vectors[n] / lineage.read(vectors[n])["inputs"]["expert"]["path"] for n in names}
+    adapters = [name for name, path in paths.items() if is_adapter(path)]
+    with Tensors(base) as tensors:
+        dtype = tensors.float_dtype()
+    start, *places = (os.path.relpath(path, output) for path in (base, *paths.values()))
+    experts = dict(zip(names, places, strict=True))
+    same = mergekit_recipe(start, experts, method, weights, dtype, adapters)
+    if same is not None:
+        text = HEADER + yaml.safe_dump(same, sort_keys=False)
+        (folder / "mergekit.yaml").write_text(text, encoding="utf-8")
+    return {"mergekit": same is not None}
+
+
+def mergekit_recipe(
+    base: str,
+    experts: Mapping[str, str],
+    method: Method,
+    weights: Sequence[float] | None,
+    dtype: str,
+    adapters: Collection[str] = (),
+) -> dict[str, Any] | None:
+    """The merge as mergekit's configuration; None where mergekit has no such rule.
+
+    ``base`` and ``experts`` (by name) are paths or hub ids, ``dtype`` is that of the result;
+    ``adapters`` names the experts that are adapters.
+    """
+    rule = method.mergekit()
+    if rule is None:
+        return None
+    weights = weights or [1.0] * len(experts)
+
+    def reference(path: str) -> dict[str, Any]:
+        # As a mapping: in a plain string mergekit takes what follows an @ for a revision.
+        return {"model": {"path": path}}
+
+    models: list[dict[str, Any]] = []
+    for (name, path), weight in zip(experts.items(), weights, strict=True):
+        model = reference(base) | {"lora": {"path": path}} if name in adapters else reference(path)
+        models.append({"model": model, "parameters": {"weight": weight}})
+    recipe = {
+        "merge_method": rule["merge_method"],
+        "models": models,
+        "parameters": rule["parameters"],
+        "dtype": "float32",
+        "out_dtype": dtype,
+    }
+    if rule["merge_method"] != "linear":
+        recipe["base_model"] = reference(base)
+    return recipe

@@ -1,0 +1,92 @@
+"""Checkpoints and adapters from outside: find them, check them, link them into an artifact."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from mergelaw.artifacts.files import file_digest
+from mergelaw.artifacts.keys import canonical_json
+from mergelaw.errors import MergelawError
+from mergelaw.models.checkpoint import ADAPTER_CONFIG, COMPANIONS, Tensors, files, is_adapter
+from mergelaw.models.lora import read_adapter_config
+
+# Files fetched from a hub repository: none in subfolders (pickles, other formats), weights once.
+WANTED = ("*.safetensors", "*.safetensors.index.json", *COMPANIONS, ADAPTER_CONFIG)
+UNWANTED = ("*/*", "consolidated*.safetensors")
+
+
+def link_verified(
+    identity: Mapping[str, Any], source: Mapping[str, Any], folder: Path
+) -> dict[str, Any]:
+    """Link a checkpoint into ``folder``, check its digests, return facts for the lineage.
+
+    ``identity``: SHA-256 of its files by name, or the hub's commit; ``source``: path or hub id.
+    Raises MergelawError where a file differs from its digest.
+    """
+    place = locate(source)
+    link(place, folder)
+    for name, digest in identity.get("files", {}).items():
+        path = folder / name
+        if path.exists() and file_digest(path) != digest:
+            raise MergelawError(f"{place / name}: changed since the run began; rerun")
+    commit = {"commit": place.name} if "hub" in source else {}  # the revision may be a branch
+    return {"sources": [canonical_json({**source, **commit})]}
+
+
+def link(source: Path, folder: Path) -> None:
+    """Link the files of the checkpoint or adapter ``source`` into ``folder``.
+
+    Raises MergelawError for one that is incomplete or of an unsupported kind.
+    """
+    if is_adapter(source):
+        read_adapter_config(source)
+    else:
+        Tensors(source).__exit__()
+    for name in files(source):
+        (folder / name).symlink_to((source / name).resolve())
+
+
+def locate(checkpoint: Mapping[str, Any]) -> Path:
+    """Return the local folder of a checkpoint; a hub id is read from the hub's cache or fetched.
+
+    The folder of a hub id is named by its commit.
+    """
+    if checkpoint.get("path") is not None:
+        folder = Path(checkpoint["path"])
+        if not folder.is_dir():
+            raise MergelawError(f"{folder}: no such folder; give a local Hugging Face checkpoint")
+        return folder
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    hub, revision = checkpoint["hub"], checkpoint["revision"]
+    try:
+        wanted, unwanted = list(WANTED), list(UNWANTED)
+        return Path(
+            snapshot_download(
+                hub, revision=revision, allow_patterns=wanted, ignore_patterns=unwanted
+            )
+        )
+    except GatedRepoError:
+        raise MergelawError(
+            f"{hub}: is gated; accept its licence on its page and log in with 'hf auth login'"
+        ) from None
+    except RevisionNotFoundError:
+        raise MergelawError(f"{hub}: has no revision {revision!r}; name a commit of it") from None
+    except RepositoryNotFoundError:
+        raise MergelawError(
+            f"{hub}: no such model on the hub, or a private one; check the id, or log in with "
+            "'hf auth login'"
+        ) from None
+    except (LocalEntryNotFoundError, HfHubHTTPError, OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise MergelawError(
+            f"{hub} at {revision}: not in the hub's cache and cannot be fetched ({reason}); "
+            "check id, revision and network, or download it before"
+        ) from None
