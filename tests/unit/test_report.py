@@ -10,6 +10,8 @@ import pytest
 from mergelaw.errors import MergelawError
 from mergelaw.laws.fits import fit_study, write
 from mergelaw.laws.law import MERGING
+from mergelaw.laws.points import points
+from mergelaw.report.figures import draw, figures
 from mergelaw.report.page import write_report
 
 DOMAINS = [
@@ -109,6 +111,13 @@ def test_a_base_far_above_its_merges_is_marked_with_its_loss(tmp_path):
     write(fit_study(rows), tmp_path / "laws")
     write_report(tmp_path / "laws", rows, tmp_path / "report", title="Far", facts={})
     assert ">11.7</text>" in (tmp_path / "report/figures/curves.svg").read_text()
+
+
+def test_a_figure_draws_thousands_of_subsets(tmp_path):
+    rows = study_rows(methods=tuple(METHODS), domains=("code",), replicates=5)
+    rows = pd.concat([rows, rows.assign(method=rows["method"] + "-2")], ignore_index=True)
+    charts = figures(pd.DataFrame(), points(rows)[0], rows)
+    assert draw(charts["curves"], tmp_path / "curves").count("<path") > 5000
 
 
 def test_the_floors_table_counts_the_experts_within_each_distance(report):

@@ -20,7 +20,8 @@ from mergelaw.report.tables import base_label, mean_loss
 # The version of Vega-Lite that altair writes, such as v6.4.1, in the form that vl_convert wants.
 VEGALITE = ".".join(alt.SCHEMA_VERSION.lstrip("v").split(".")[:2])
 STYLE = json.loads((resources.files(__package__) / "templates/figures.json").read_text("utf-8"))
-SIZE = (330, 260)
+# Width and height of a panel in pixels, by the number of panels in a row.
+SIZES = {2: (330, 260), 3: (205, 150)}
 # A panel shows at most this many single subsets at one k: more look the same and slow the page.
 SUBSETS = 40
 # Viridis without its lightest colours, which are faint on paper.
@@ -70,8 +71,7 @@ def figures(
         drawn["floors"] = _floors(fits[fits["domain"] == MACRO])
     for method in sorted(set(points["method"])):
         table = few[(few["method"] == method) & (few["domain"] != MACRO)]
-        chart = _against_k(table, "domain", "label", columns=3, size=(205, 150))
-        drawn[f"domains_{method}"] = chart
+        drawn[f"domains_{method}"] = _against_k(table, "domain", "label", columns=3)
     return drawn
 
 
@@ -115,13 +115,7 @@ def _curves(table: pd.DataFrame) -> alt.FacetChart:
 
 
 def _against_k(
-    table: pd.DataFrame,
-    panel: str,
-    colour: str,
-    *,
-    scale: list[float] | None = None,
-    columns: int = 2,
-    size: tuple[int, int] = SIZE,
+    table: pd.DataFrame, panel: str, colour: str, columns: int = 2, scale: list[float] | None = None
 ) -> alt.FacetChart:
     """Loss against k, a panel per value of the column ``panel``, on one scale if it is given."""
     first = 0 if table["kind"].isin(["base", "far base"]).any() else 1
@@ -134,13 +128,12 @@ def _against_k(
         axis=alt.Axis(values=ticks, format="d", grid=False),
     )
     losses = alt.Scale(zero=False, nice=False, padding=8)
-    if scale:
-        losses = alt.Scale(domain=scale, nice=False)
+    losses = alt.Scale(domain=scale, nice=False) if scale else losses
     # A label that juts out of its panel would shift the panel's title.
     y = alt.Y("ce:Q", title=None, scale=losses, axis=alt.Axis(labelFlush=8, labelBound=2))
     panels = _order(table, panel)
     facet = alt.Facet(f"{panel}:N", title="cross-entropy (nats per token)", sort=panels)
-    chart = _layers(table, x, y, colour, size).facet(facet, columns=columns)
+    chart = _layers(table, x, y, colour, columns).facet(facet, columns=columns)
     if len(panels) % columns:  # otherwise Vega draws axes below panels that do not exist
         chart = chart.resolve_axis(x="independent")
     return chart if scale else chart.resolve_scale(y="independent")
@@ -168,7 +161,7 @@ def _floors(fits: pd.DataFrame) -> alt.TopLevelMixin:
     for quantity, title in titles.items():
         part = table[table["quantity"] == quantity]
         if (part["kind"] == "mean").any():
-            chart = _layers(part, *_logarithmic(part), "method", SIZE)
+            chart = _layers(part, *_logarithmic(part), "method", columns=2)
             charts.append(chart.properties(title=title))
     figure: alt.TopLevelMixin = alt.HConcatChart(hconcat=charts).resolve_scale(color="shared")
     return figure
@@ -179,11 +172,9 @@ def _logarithmic(table: pd.DataFrame) -> tuple[alt.X, alt.Y]:
     # Vega's labels leave gaps on a wide logarithmic axis; on a short one they are good.
     wide = table["value"].max() > 4 * table["value"].min()
     ticks = [m * 10.0**power for power in range(-9, 9) for m in (1, 2, 5)]
-    values = alt.Axis(
-        values=ticks if wide else alt.Undefined,
-        tickCount=6,
-        labelExpr="format(datum.value, '~g')",
-    )
+    values = alt.Axis(tickCount=6, labelExpr="format(datum.value, '~g')")
+    if wide:
+        values = alt.Axis(values=ticks, format="~g")
     sizes = alt.Axis(
         values=sorted(set(table.loc[table["kind"] == "mean", "N"])),
         grid=False,
@@ -198,9 +189,7 @@ def _logarithmic(table: pd.DataFrame) -> tuple[alt.X, alt.Y]:
     )
 
 
-def _layers(
-    table: pd.DataFrame, x: alt.X, y: alt.Y, colour: str, size: tuple[int, int]
-) -> alt.LayerChart:
+def _layers(table: pd.DataFrame, x: alt.X, y: alt.Y, colour: str, columns: int) -> alt.LayerChart:
     """One panel, with a layer per kind of mark and a colour per value of a column."""
     names = _order(table, colour)
     scale, title = alt.Scale(domain=names, range=METHOD_COLOURS), colour
@@ -214,7 +203,10 @@ def _layers(
         # A rule without x spans the panel.
         layer = layer if kind == "baseline" else layer.encode(x=x)
         layers.append(layer.encode(text="text:N") if kind == "far loss" else layer)
-    return alt.LayerChart(layer=layers, data=table).properties(width=size[0], height=size[1])
+    # Altair refuses data frames of more than 5,000 rows.
+    data = alt.InlineData(values=json.loads(table.to_json(orient="records")))
+    width, height = SIZES[columns]
+    return alt.LayerChart(layer=layers, data=data).properties(width=width, height=height)
 
 
 def _order(table: pd.DataFrame, column: str) -> list[str]:

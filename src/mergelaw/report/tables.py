@@ -68,17 +68,15 @@ def measured(rows: pd.DataFrame, points: pd.DataFrame) -> dict[str, str]:
     pool = sorted(set(merges["experts"].explode()))
     domains = sorted(rows["domain"].unique())
     held_out = rows.loc[rows["held_out"].astype(bool), "domain"].nunique()
-    subsets = points.loc[points["domain"] == MACRO, "subsets"]
+    counts = sorted(set(points.loc[points["domain"] == MACRO, "subsets"]))
     circles = int(points["replicates"].max())
-    sampling = "subsets of the pool for each k and base"
-    if len(subsets):
-        low, high = subsets.min(), subsets.max()
-        sampling = f"{low if low == high else f'{low} to {high}'} {sampling}"
     return {
         "Methods": ", ".join(sorted(points["method"].unique())),
         "Experts in the pool": f"{len(pool)}: {', '.join(pool)}",
         "Experts merged, k": ", ".join(map(str, sorted(points["k"].unique()))),
-        "Sampling": sampling + (f", on {circles} circles" if circles > 1 else ""),
+        "Sampling": " to ".join(map(str, dict.fromkeys((counts[0], counts[-1]))))
+        + " subsets of the pool for each k and base"
+        + (f", on {circles} circles" if circles > 1 else ""),
         "Evaluation domains": f"{len(domains)}: {', '.join(domains)}"
         + (f"; {held_out} of them without an expert" if held_out else ""),
         "Merges measured": f"{len(merges.drop_duplicates(merge)):,}",
@@ -88,12 +86,12 @@ def measured(rows: pd.DataFrame, points: pd.DataFrame) -> dict[str, str]:
 
 def bases(rows: pd.DataFrame) -> Table:
     """Each base's size, its loss, and the loss of its multitask baseline."""
-    place = ["family", "N", "base", "N_total"]
-    losses = mean_loss(rows, [*place, "role"]).set_index([*place, "role"])["ce"]
+    losses = mean_loss(rows, ["N", "base", "role"]).set_index(["N", "base", "role"])["ce"]
+    distinct = rows.drop_duplicates(["N", "base"]).sort_values(["N", "base"])
     records = []
-    for family, N, base, total in rows[place].drop_duplicates().sort_values("N").to_numpy():
-        loss = [losses.get((family, N, base, total, role)) for role in ("base", "baseline")]
-        texts = [NONE if value is None else f"{value:.4f}" for value in loss]
+    for N, base, family, total in distinct[["N", "base", "family", "N_total"]].to_numpy():
+        values = [losses.get((N, base, role)) for role in ("base", "baseline")]
+        texts = [NONE if value is None else f"{value:.4f}" for value in values]
         records.append([base, family, size_label(N), size_label(total), *texts])
     headings = ["base", "family", "N, non-embedding", "all parameters", "base, k = 0", "multitask"]
     return Table(headings, records)
@@ -110,7 +108,10 @@ def short_ladders(points: pd.DataFrame) -> dict[str, str]:
 
 
 def floors(fits: pd.DataFrame) -> Table:
-    """Asymptotic and reachable floors (nats per token) of fits of single bases."""
+    """Asymptotic and reachable floors (nats per token), and the experts needed to come close.
+
+    A number of experts in brackets is more than the pool has.
+    """
     records = []
     for fit in _ordered(fits):
         (floor,) = fit["floors"]
@@ -120,18 +121,14 @@ def floors(fits: pd.DataFrame) -> Table:
             )
             for name in ("asymptotic", "reachable")
         ]
-        steps = [_experts_needed(step) for step in floor["k_within"]]
+        steps = [
+            "none" if s["k"] is None else f"{s['k']}" if s["reachable"] else f"({s['k']})"
+            for s in floor["k_within"]
+        ]
         records.append([fit["method"], fit["base"], f"{floor['M']}", *cells, " / ".join(steps)])
     within = f"experts within {' / '.join(f'{nats:g}' for nats in WITHIN)}"
     headings = ["method", "base", "M", "asymptotic floor, L_inf", "reachable floor, L(M)", within]
     return Table(headings, records)
-
-
-def _experts_needed(step: Mapping[str, Any]) -> str:
-    """A number of experts, in brackets if the pool has fewer."""
-    if step["k"] is None:
-        return "none"
-    return f"{step['k']}" if step["reachable"] else f"({step['k']})"
 
 
 def parameters(fits: pd.DataFrame, law: Law, of: str) -> Table:
