@@ -11,8 +11,8 @@ import sys
 from collections import defaultdict
 from pathlib import Path
 
+from mergelaw import config
 from mergelaw.artifacts import lineage
-from mergelaw.config import schema as config
 from mergelaw.workflow.estimate import STAGES, Rates, StageRate, measured, work_of, working
 from mergelaw.workflow.study import Study
 

@@ -21,8 +21,8 @@ import pandas as pd
 from scipy.stats import norm, spearmanr, t
 
 from circles import design_variance
+from mergelaw import config
 from mergelaw.artifacts import lineage
-from mergelaw.config import schema as config
 from mergelaw.evaluation import read_rows
 from mergelaw.evaluation.design import pattern, rotations
 from mergelaw.laws import surrogate

@@ -3,16 +3,15 @@
 import copy
 from pathlib import Path
 
-import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mergelaw.config import schema as config
+from mergelaw import config
 from mergelaw.errors import MergelawError
 from mergelaw.workflow.study import Study
 
 ROOT = Path(__file__).resolve().parents[2]
-DEMO = yaml.safe_load((ROOT / "config" / "config.yaml").read_text())
+DEMO = config.read(ROOT / "config" / "config.yaml")
 DEMO |= {
     "experts": {"algebra": {}, "code": {"domains": ["code", "physics"]}, "physics": None},
     "baselines": {"multitask": {"training": {"epochs": 1}}},

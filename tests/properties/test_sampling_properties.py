@@ -19,7 +19,6 @@ def plan(experts, design, seed, *, exhaustive_up_to=0, circles=2, k=None):
         k=k,
         circles=circles,
         exhaustive_up_to=exhaustive_up_to,
-        subsets_per_k=5,
         seed=seed,
         base="base",
     )

@@ -5,22 +5,25 @@ import json
 import re
 import subprocess
 import sys
+from datetime import date
 from pathlib import Path
 
 import jsonschema
 import pytest
 import yaml
+from ruamel.yaml import YAML
 
+from mergelaw import config
 from mergelaw.config import reference as config_reference
-from mergelaw.config import schema as config
+from mergelaw.config.pool import Expert
 from mergelaw.errors import MergelawError
-from mergelaw.models.recipe import numbers
 from mergelaw.workflow.study import Study
 
 ROOT = Path(__file__).resolve().parents[2]
 README = ROOT / "config" / "README.md"
 BLOCKS = re.findall(r"```yaml\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
-SMALL = yaml.load(BLOCKS[0], Loader=config._Loader)
+YAML_1_2 = YAML(typ="safe", pure=True)
+SMALL = YAML_1_2.load(BLOCKS[0])
 
 
 def small(**changes):
@@ -74,17 +77,14 @@ def assert_one_line(result, *words):
 @pytest.mark.parametrize("path", sorted((ROOT / "config").glob("*.yaml")), ids=lambda p: p.name)
 def test_shipped_configurations_are_valid(path):
     config.load(path)
-    jsonschema.validate(
-        yaml.load(path.read_text(), Loader=config._Loader), config_reference.schema()
-    )
+    jsonschema.validate(config.read(path), config_reference.schema())
 
 
 @pytest.mark.parametrize("block", BLOCKS)
 def test_the_examples_of_the_readme_are_valid(block):
-    data = SMALL | yaml.load(block, Loader=config._Loader)
+    data = SMALL | YAML_1_2.load(block)
     config.parse(data)
-    # JSON's own reader knows 1e-2 for the number that YAML 1.1 takes for text.
-    jsonschema.validate(numbers(data), config_reference.schema())
+    jsonschema.validate(data, config_reference.schema())
 
 
 def test_the_readmes_tables_are_the_generated_ones():
@@ -104,7 +104,7 @@ def test_the_schema_refuses_unknown_keys_in_parts_of_recipes():
     jsonschema.Draft202012Validator.check_schema(config_reference.schema())
     for place in ("training__stepz", "pretraining__stepz", "bases__27k__training__stepz"):
         with pytest.raises(jsonschema.ValidationError):
-            jsonschema.validate(numbers(small(**{place: 3})), config_reference.schema())
+            jsonschema.validate(small(**{place: 3}), config_reference.schema())
 
 
 def test_every_key_is_described():
@@ -205,7 +205,7 @@ def test_an_unknown_key_names_the_nearest_known_one(place, value, words):
         ("domains__code__train_documents", 0, "experts.code.domains: domain 'code' has train_doc"),
         ("corpus__train_documents", None, "domains.algebra.train_documents: a synthetic source"),
         ("bases", {}, "bases: is empty"),
-        ("bases__x", {}, "bases.x: give exactly one of 'path', 'hub' and 'pretraining'"),
+        ("bases__x", {}, "bases.x: give exactly one of 'path', 'hub', 'pretraining'"),
         ("bases__x", {"hub": "a/b"}, "bases.x: a hub model needs its 'revision'"),
         ("bases__x", {"path": "a", "revision": "b"}, "bases.x: 'revision' goes with 'hub' only"),
         ("bases__x", {"path": "a", "N": 0}, "bases.x.N: Input should be greater than 0"),
@@ -215,7 +215,9 @@ def test_an_unknown_key_names_the_nearest_known_one(place, value, words):
         ("pretraining__domains", [], "pretraining.domains: is empty"),
         ("pretraining__architecture", {}, "needs a 'model_type'"),
         ("pretraining__architecture", 3, "pretraining.architecture: is not a mapping"),
-        ("pretraining__architecture__rope_theta", "1e999", "is too large a number"),
+        ("pretraining__architecture__rope_theta", float("inf"), "is inf; give a finite number"),
+        ("pretraining__architecture__a", 2**63, "architecture.a: is too large a number"),
+        ("pretraining__architecture__a", date(2024, 1, 31), "a: 2024-01-31 is a date; put it in"),
         ("bases__27k__pretraining__domains", ["x"], "bases.27k.pretraining.domains: no domain 'x'"),
         ("training", {}, "training.learning_rate: is required"),
         ("training", None, "training: is not a mapping"),
@@ -231,7 +233,11 @@ def test_an_unknown_key_names_the_nearest_known_one(place, value, words):
         ("training_seeds", [1, 1], "training_seeds: 1 is given twice"),
         ("training_seeds", [-1], "training_seeds.0: "),
         ("experts", {}, "experts: is empty"),
-        ("experts", {"cod": None}, "experts.cod: no domain 'cod', and the expert's 'domains' are"),
+        (
+            "experts",
+            {"cod": None},
+            "experts.cod.domains: no domain 'cod'; did you mean 'code'?",
+        ),
         ("experts", {"x": {"domains": ["cod"]}}, "experts.x.domains: no domain 'cod'; did you"),
         ("experts", {"x": {"domains": ["code"] * 2}}, "experts.x.domains: code is given twice"),
         ("experts", {"x": {"domains": []}}, "experts.x.domains: is empty"),
@@ -305,7 +311,7 @@ def test_no_expert_trains_on_a_held_out_domain():
 
 def test_too_many_merges_are_refused_before_they_are_counted_out():
     domains = {f"d{i}": {"source": {"synthetic": "code"}} for i in range(400)}
-    for sampling in ({}, {"design": "exhaustive"}, {"design": "iid", "subsets_per_k": 1000}):
+    for sampling in ({}, {"design": "exhaustive"}, {"exhaustive_up_to": 10**6}):
         text = problem(domains=domains, pretraining__domains=["d0"], sampling=sampling)
         assert "sampling: over 100,000 merges for each base" in text
 
@@ -327,7 +333,7 @@ def test_experts_left_out_are_one_for_each_domain_that_is_not_held_out():
 
 
 def test_an_empty_expert_has_all_defaults():
-    assert config.parse(small(experts={"code": None})).pool() == {"code": config.Expert()}
+    assert config.parse(small(experts={"code": None})).pool() == {"code": Expert()}
 
 
 def test_a_baseline_sees_every_domain_that_is_not_held_out():
@@ -370,19 +376,50 @@ def test_an_architecture_is_laid_over_the_shared_one():
     assert architecture["model_type"] == "llama" and architecture["hidden_size"] == 32
 
 
-def test_numbers_that_old_yaml_takes_for_text_are_numbers(tmp_path):
+def test_files_are_read_as_yaml_1_2(tmp_path):
+    path = tmp_path / "x.yaml"
+    values = {
+        "1e-2": 0.01, "1E3": 1000.0, "0123": 123, "0o17": 15, "1:30": "1:30",
+        "yes": "yes", "on": "on", "no": "no", "true": True, "~": None, "'1'": "1", ".5": 0.5,
+    }  # fmt: skip
+    path.write_text("values:\n" + "".join(f"- {text}\n" for text in values))
+    data = config.read(path)["values"]
+    assert data == list(values.values())
+    assert [type(value) for value in data] == [type(value) for value in values.values()]
+
+
+def test_a_number_gives_the_same_keys_however_it_is_written(tmp_path):
     path = tmp_path / "x.yaml"
     text = BLOCKS[0].replace("num_attention_heads: 2", "num_attention_heads: 2, rope_theta: 1e6")
     path.write_text(text.replace("ties: {density: 0.2}", "task_arithmetic: {lambda: 1}"))
-    assert yaml.safe_load("1e-2") == "1e-2"
     study = config.load(path)
     assert study.training_of("27k", "code").learning_rate == 5e-4
-    assert study.pretraining_of("27k").learning_rate == 0.01
     assert study.pretraining_of("27k").architecture["rope_theta"] == 1e6
     assert study.methods["task_arithmetic"].model_dump(by_alias=True)["lambda"] == 1.0
-    # The same keys whether a number is written one way or another.
     path.write_text(path.read_text().replace("1e6", "1000000.0").replace("1e-2", "0.01"))
     assert Study(config.load(path)).by_path.keys() == Study(study).by_path.keys()
+
+
+def test_several_files_are_merged_as_snakemake_merges_them(tmp_path):
+    from snakemake.utils import update_config
+
+    texts = (
+        "{a: {b: {c: 1, d: 2}, e: [1, 2]}, f: 1, g: {h: 1}}",
+        "{a: {b: {c: 3}, e: [4]}, f: {i: 1}, g: 2}",
+        "{a: {b: {j: 1}}, g: {k: 1}}",
+    )
+    paths = [tmp_path / f"{number}.yaml" for number in range(3)]
+    for path, text in zip(paths, texts, strict=True):
+        path.write_text(text)
+    overrides = {"a": {"b": {"d": 5}}, "l": 6}
+    expected = {}
+    for data in [*map(config.read, paths), overrides]:
+        update_config(expected, data)
+    assert config.read_files(paths, overrides) == expected
+    assert expected["a"] == {"b": {"c": 3, "d": 5, "j": 1}, "e": [4]} and expected["g"] == {"k": 1}
+    paths[1].write_text("- 1\n")
+    with pytest.raises(MergelawError, match=r"1\.yaml: holds no keys"):
+        config.read_files(paths)
 
 
 # -- files -------------------------------------------------------------------------------------
@@ -400,37 +437,42 @@ MERGE_BOMB = "a: &a {x: 1, y: 2}\n" + "".join(
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        (b"", "is empty"),
-        (b"# nothing\n", "is empty"),
-        (b"- a\n- b\n", "is not a mapping"),
-        (b"name", "is not a mapping"),
-        (b"name: x\n\tseed: 1\n", "not YAML"),
-        (b"name: \xff\xfe", "is not UTF-8"),
-        (bytes(range(256)) * 8, "is not UTF-8"),
-        (b"name: a\x00b", "not YAML"),
-        (b"name: a\nname: b\n", "line 2: key 'name' is given twice"),
-        (b"name: a\nsampling: {seed: 1, seed: 2}\n", "line 2: key 'seed' is given twice"),
-        (b"a: " + b"[" * 3000 + b"]" * 3000, "nested too deeply"),
+        (b"", "holds no keys"),
+        (b"# nothing\n", "holds no keys"),
+        (b"- a\n- b\n", "holds no keys"),
+        (b"name", "holds no keys"),
+        (b"name: x\n\tseed: 1\n", "not valid YAML"),
+        (b"name: \xff\xfe", "not valid YAML ('utf-8' codec"),
+        (bytes(range(256)) * 8, "not valid YAML ('utf-8' codec"),
+        (b"name: a\x00b", "not valid YAML"),
+        (b"name: a\nname: b\n", ':2: not valid YAML (found duplicate key "name"'),
+        (
+            b"name: a\nsampling: {seed: 1, seed: 2}\n",
+            ':2: not valid YAML (found duplicate key "seed"',
+        ),
+        (b"a: " + b"[" * 3000 + b"]" * 3000, "not valid YAML (maximum recursion depth"),
         (b"a: " + b"{a: " * 100 + b"1" + b"}" * 100, "nested too deeply"),
         (b"a: &a [*a]\n", "nested too deeply"),
         (BOMB.encode(), "over 100,000 values"),
         (MERGE_BOMB.encode(), "merge keys expand without end"),
-        (b"name: !!python/object/apply:os.system ['touch executed']\n", "not YAML"),
-        (b"name: !!python/name:os.system\n", "not YAML"),
-        (b"? [a, b]\n: 1\n", "not YAML"),
-        (b"name: *nobody\n", "not YAML"),
-        (b"name: [1, 2\n", "not YAML"),
-        (b"--- {name: a}\n--- {name: b}\n", "not YAML"),
-        (b"name: 2024-01-31\n", "YAML reads 2024-01-31 as a date; if text is meant, put it in"),
-        (b"name: !!binary aGVsbG8=\n", "as a bytes"),
+        (b"name: !!python/object/apply:os.system ['touch executed']\n", "not valid YAML"),
+        (b"name: !!python/name:os.system\n", "not valid YAML"),
+        (b"? [a, b]\n: 1\n", "the key ('a', 'b') is not text; put it in quotes"),
+        (b"name: *nobody\n", "not valid YAML"),
+        (b"name: [1, 2\n", "not valid YAML"),
+        (b"--- {name: a}\n--- {name: b}\n", "not valid YAML"),
+        (b"name: !!binary aGVsbG8=\n", "is a bytes; put it in quotes"),
+        (b"name: !!set {a}\n", "is a set; put it in quotes"),
+        (b"name: 2024-01-31\n", "name: 2024-01-31 is a date; put it in quotes if it is text"),
         (b"seed: .nan\n", "seed: is nan; give a finite number"),
-        (b"seed: " + b"9" * 5000, "not YAML"),
+        (b"seed: " + b"9" * 5000, "not valid YAML"),
         (b"seed: 0x" + b"f" * 5000, "seed: is too large a number"),
         (b'name: "\\ud800"\n', "lone surrogate"),
-        (b"bases: {0.5: {path: a}}\n", "bases: YAML reads the key 0.5 as a number, not as text"),
-        (b"domains: {on: {}}\n", "domains: YAML reads the key True as true or false (so are on,"),
-        (b"domains: {no: {}}\n", "domains: YAML reads the key False as true or false"),
-        (b"name: on\n", "name: is not text; put it in quotes (got True)"),
+        (b"bases: {0.5: {path: a}}\n", "bases: the key 0.5 is not text; put it in quotes"),
+        (b"domains: {true: {}}\n", "domains: the key True is not text; put it in quotes"),
+        (b"pretraining: {architecture: {a: {1: 2}}}\n", "pretraining.architecture.a: the key 1 is"),
+        (b"pretraining: {architecture: {a: 1e999}}\n", "architecture.a: is inf; give a finite"),
+        (b"name: true\n", "name: is not text; put it in quotes (got True)"),
         (b"name: 0.5\n", "name: is not text; put it in quotes (got 0.5)"),
     ],
 )
@@ -470,11 +512,11 @@ def test_anchors_and_merge_keys_may_be_used(tmp_path):
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        (b"", "is empty"),
-        (b"\x00\x01\x02\xff", "is not UTF-8"),
+        (b"", "holds no keys"),
+        (b"\x00\x01\x02\xff", "not valid YAML ('utf-8' codec"),
         (b"name: x\nnmae: y\n", "nmae: unknown key; did you mean 'name'?"),
         (BOMB.encode(), "over 100,000 values"),
-        (b"name: !!python/object/apply:os.system ['touch executed']\n", "not YAML"),
+        (b"name: !!python/object/apply:os.system ['touch executed']\n", "not valid YAML"),
     ],
 )
 def test_check_says_it_in_one_line(tmp_path, content, words):
@@ -485,9 +527,9 @@ def test_check_says_it_in_one_line(tmp_path, content, words):
 
 
 def test_check_of_what_is_not_there(tmp_path):
-    assert_one_line(check(tmp_path / "x.yaml"), "no such file; name a configuration")
+    assert_one_line(check(tmp_path / "x.yaml"), "No such file")
     (tmp_path / "folder").mkdir()
-    assert_one_line(check(tmp_path / "folder"), "folder: cannot be read (Is a directory)")
+    assert_one_line(check(tmp_path / "folder"), "folder: Is a directory")
     path = tmp_path / "x.yaml"
     path.write_text(yaml.safe_dump(small(domains__code__source={"files": ["absent.json"]})))
     assert_one_line(check(path), "absent.json")
@@ -533,7 +575,7 @@ def test_reading_a_configuration_loads_nothing_heavy():
 
 
 def test_a_grid_as_large_as_the_papers_is_resolved():
-    data = yaml.load((ROOT / "config" / "demo_exhaustive.yaml").read_text(), Loader=config._Loader)
+    data = config.read(ROOT / "config" / "demo_exhaustive.yaml")
     first = next(iter(data["bases"].values()))
     data["bases"] = {f"b{i}": copy.deepcopy(first) for i in range(7)}
     study = Study(config.parse(data))

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+from mergelaw import config
 from mergelaw.artifacts import files, keys, lineage, store
-from mergelaw.config import schema as config
 from mergelaw.errors import MergelawError
 from mergelaw.workflow import estimate
 from mergelaw.workflow.estimate import Rates, StageRate
@@ -63,7 +63,10 @@ def test_tokens_flops_and_bytes_by_hand(tmp_path):
 
 def test_derived_vectors_take_no_disk_and_checkpointing_a_third_more_time(tmp_path):
     plain, rates = study_of(tmp_path), Rates(start_seconds=0, gigabytes_per_second=1e9)
-    training = {**plain.config.training, "gradient_checkpointing": True}
+    training = {
+        **plain.config.training.model_dump(exclude_unset=True),
+        "gradient_checkpointing": True,
+    }
     other = rows(study_of(tmp_path, storage="derived", training=training), rates)
     before = rows(plain, rates)
     assert other["task vectors"].bytes == 0 < before["task vectors"].bytes

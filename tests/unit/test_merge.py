@@ -456,7 +456,7 @@ def test_a_recipe_for_mergekit():
 
 
 def test_a_study_puts_experts_into_its_own_order():
-    from mergelaw.config import schema as config
+    from mergelaw import config
     from mergelaw.workflow.study import Study
 
     domains = ["algebra", "code", "physics"]

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 import models
-from mergelaw.config import schema as config
+from mergelaw import config
+from mergelaw.config.partial import override
 from mergelaw.data.documents import Document
 from mergelaw.errors import MergelawError
 from mergelaw.models import openrlhf
@@ -26,7 +27,7 @@ BASIC = {
 
 
 def recipe(**settings) -> Training:
-    data = config.override(BASIC, settings)
+    data = override(BASIC, settings)
     return Training.model_validate({k: v for k, v in data.items() if v is not None})
 
 
@@ -382,12 +383,12 @@ def test_options_are_laid_over_one_another():
     study = {"openrlhf": {"zero_stage": 2, "adam_offload": True}, "trainer": "openrlhf"}
     base = {"openrlhf": {"zero_stage": 3}}
     expert = {"openrlhf": {"lora": {"rank": 4}}}
-    assert config.override(study, base, expert)["openrlhf"] == {
+    assert override(study, base, expert)["openrlhf"] == {
         "zero_stage": 3,
         "adam_offload": True,
         "lora": {"rank": 4},
     }
-    assert config.override(study, {"openrlhf": None})["openrlhf"] is None
+    assert override(study, {"openrlhf": None})["openrlhf"] is None
 
 
 def test_a_recipe_for_trl_keeps_its_key():

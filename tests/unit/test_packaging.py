@@ -85,7 +85,7 @@ def test_every_command_of_the_readme_exists():
 
 
 def test_the_readme_configuration_and_python_run(tmp_path):
-    from mergelaw.config import schema as config
+    from mergelaw import config
 
     text = (ROOT / "README.md").read_text()
     (study,) = re.findall(r"```yaml\n(.*?)```", text, re.DOTALL)

@@ -18,6 +18,7 @@ from mergelaw.evaluation.design import (
     DESIGNS,
     MAX_HOLES,
     Subset,
+    exhaustive_levels,
     pair_counts,
     pattern,
     rotations,
@@ -34,7 +35,6 @@ def plan(experts, **changes):
         "k": None,
         "circles": 3,
         "exhaustive_up_to": 0,
-        "subsets_per_k": 9,
         "seed": 0,
         "base": "tiny",
     }
@@ -72,19 +72,11 @@ def test_experts_are_listed_in_the_order_of_the_configuration():
             assert len(row.experts) == row.k
 
 
-def test_levels_that_one_replicate_exhausts_are_measured_exhaustively_once():
+def test_sizes_that_one_circle_exhausts_are_measured_exhaustively_once():
     circular = plan(NAMES, circles=4)
     assert {row.k for row in circular if row.replicate == -1} == {0, 1, 8, 9}
-    iid = plan(NAMES, design="iid", subsets_per_k=36)
-    assert {row.k for row in iid if row.replicate == -1} == {0, 1, 2, 7, 8, 9}
     assert len(plan(NAMES, design="exhaustive")) == 2**9
-
-
-def test_iid_draws_so_many_per_k():
-    rows = [row for row in plan(NAMES, design="iid", k=[3, 4]) if row.k]
-    assert [(row.replicate, row.k, row.place) for row in rows] == [
-        (draw, k, -1) for draw in range(9) for k in (3, 4)
-    ]
+    assert exhaustive_levels("ring", range(1, 10), 9, 36) == [1, 2, 7, 8, 9]
 
 
 def test_the_circle_depends_on_seed_base_and_replicate():
@@ -133,9 +125,9 @@ def test_too_large_an_exhaustive_design_points_to_the_circular_ones():
 def test_the_plan_is_the_same_in_every_process():
     code = (
         "import json; from mergelaw.evaluation.design import sample;"
-        "print(json.dumps([(s.k, s.experts, s.replicate, s.place) for d in ('difference', 'iid')"
+        "print(json.dumps([(s.k, s.experts, s.replicate, s.place) for d in ('difference', 'ring')"
         f" for s in sample({NAMES!r}, design=d, k=None, circles=2, exhaustive_up_to=10,"
-        " subsets_per_k=5, seed=7, base='tiny')]))"
+        " seed=7, base='tiny')]))"
     )
     plans = [
         subprocess.run(
@@ -157,7 +149,7 @@ def test_the_plan_is_the_same_in_every_process():
 def test_parsing_a_workflow_does_not_import_numpy():
     code = (
         "import sys; from mergelaw.evaluation.design import sample; sample(list('abcdef'), design='ring',"
-        "k=None, circles=3, exhaustive_up_to=0, subsets_per_k=9, seed=0, base='b');"
+        "k=None, circles=3, exhaustive_up_to=0, seed=0, base='b');"
         "assert 'numpy' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
@@ -170,7 +162,7 @@ def test_small_difference_patterns():
     assert pattern("difference", 4) == (0, 1, 4, 6)  # and modulo 13
     assert set(pair_counts((0, 1, 3), 7)) == set(pair_counts((0, 1, 4, 6), 13)) == {1}
     with pytest.raises(MergelawError, match="has no pattern"):
-        pattern("iid", 3)
+        pattern("exhaustive", 3)
 
 
 @pytest.mark.parametrize("k", range(1, 19))
@@ -288,19 +280,13 @@ def test_every_subset_is_equally_frequent_over_all_circles():
         assert len(set(counts.values())) == 1
 
 
-@pytest.mark.parametrize("design", ["ring", "difference", "iid"])
+@pytest.mark.parametrize("design", ["ring", "difference"])
 def test_subsets_that_sample_draws_are_uniform(design):
     replicates = 1500
     experts, k = NAMES[:7], 3
-    rows = plan(experts, design=design, k=[k], circles=replicates, subsets_per_k=30)
-    if design == "iid":  # one level, drawn for many seeds: more draws than subsets would exhaust it
-        rows = [
-            row
-            for seed in range(replicates // 30)
-            for row in plan(experts, design=design, k=[k], subsets_per_k=30, seed=seed)
-        ]
-    # One subset of each replicate: the rotations of one circle are not independent.
-    subsets = [row.experts for row in rows if row.place in (-1, 0) and row.k]
+    rows = plan(experts, design=design, k=[k], circles=replicates)
+    # One subset of each circle: the rotations of one circle are not independent.
+    subsets = [row.experts for row in rows if row.place == 0]
     assert len(subsets) == replicates
     counts = np.array([subsets.count(s) for s in itertools.combinations(experts, k)])
     expected = replicates / comb(7, k)

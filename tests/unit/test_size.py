@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from mergelaw.config import schema as config
+from mergelaw import config
 from mergelaw.errors import MergelawError
 from mergelaw.models.size import (
     count_parameters,

@@ -92,7 +92,6 @@ def test_one_ring_of_all_k_identifies_Q_and_checks_itself(M):
         k=None,
         circles=1,
         exhaustive_up_to=M,
-        subsets_per_k=1,
         seed=0,
         base="b",
     )

@@ -152,7 +152,7 @@ class Place:
         return pd.concat([pd.read_parquet(path) for path in paths], ignore_index=True)
 
     def study(self) -> Any:
-        from mergelaw.config import schema as config
+        from mergelaw import config
         from mergelaw.workflow.study import Study
 
         return Study(config.load(self.folder / "study.yaml"))

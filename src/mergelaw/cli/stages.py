@@ -215,7 +215,7 @@ def partial(
     configuration: Annotated[Path, typer.Argument(help="the study's configuration")],
 ) -> None:
     """Fit and report what has been measured so far, and say what is missing."""
-    from mergelaw.config import schema as config
+    from mergelaw import config
     from mergelaw.evaluation import read_cells
     from mergelaw.laws import fits
     from mergelaw.report import page

@@ -1,5 +1,10 @@
-"""The configuration of a study."""
+"""Configuration of a study: one YAML file, composed of the stages' recipes and checked as a whole.
 
-from mergelaw.config.schema import Config, load, parse, read
+Hardware is not part of it; profiles describe that.
+"""
 
-__all__ = ["Config", "load", "parse", "read"]
+from mergelaw.config.load import load, parse, read, read_files
+from mergelaw.config.messages import describe
+from mergelaw.config.study import Config
+
+__all__ = ["Config", "describe", "load", "parse", "read", "read_files"]

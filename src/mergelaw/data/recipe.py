@@ -28,9 +28,7 @@ class Source(Model):
         None, description="keep only records whose columns have these values"
     )
     invalid_records: Literal["refuse", "skip"] = Field(
-        "refuse",
-        description="records without a prompt, a response or text: stop with an error, or leave "
-        "them out and count them",
+        "refuse", description="records without prompt, response or text: stop, or leave them out"
     )
 
     @model_validator(mode="after")

@@ -3,19 +3,18 @@
 The design is a pure function of the configuration, known when the workflow is parsed, so this
 module needs nothing but the standard library.
 
-Designs, for the levels k that are not measured exhaustively:
+Designs, for the sizes k whose subsets are too many to measure all:
 
 - ``ring`` and ``difference`` are *circular*. A circle puts the M experts in an order given by a
   hash; all M rotations of one pattern of k places are measured. Each expert is then in exactly k of
   the M subsets, so a loss that adds up over experts has no sampling error; only pairs have one.
   ``ring`` takes k neighbours: subsets are nested in k, and a new expert changes the fewest of them.
   ``difference`` leaves a few holes, which balances pairs too.
-- ``iid`` draws subsets independently, for comparison.
 - ``exhaustive`` measures every subset of every level.
 """
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from itertools import combinations
@@ -24,7 +23,7 @@ from math import comb
 from mergelaw.artifacts.keys import canonical_json
 from mergelaw.errors import MergelawError
 
-DESIGNS = ("exhaustive", "ring", "difference", "iid")
+DESIGNS = ("exhaustive", "ring", "difference")
 MAX_EXHAUSTIVE = 100_000  # more merges than this are a mistake in the configuration
 
 # The most holes in a difference pattern. Over pools of up to 24 experts, ring's V[k, k] is about 2,
@@ -39,7 +38,7 @@ class Subset:
 
     k: int  # number of experts; 0 is the base itself
     experts: tuple[str, ...]  # in the order of the configuration
-    replicate: int  # circle (or iid draw); -1 for exhaustive levels and the base
+    replicate: int  # circle; -1 for exhaustive levels and the base
     place: int  # rotation on the circle: the place of the pattern's 0; -1 without a circle
 
 
@@ -50,7 +49,6 @@ def sample(
     k: Sequence[int] | None,
     circles: int,
     exhaustive_up_to: int,
-    subsets_per_k: int,
     seed: int,
     base: str,
 ) -> list[Subset]:
@@ -66,17 +64,14 @@ def sample(
         design: one of ``DESIGNS``.
         k: the levels to measure; None is 1..M.
         circles: number of circles; standard errors need at least 3.
-        exhaustive_up_to: a level with at most this many subsets is measured exhaustively. So is a
-            level that one circle exhausts (k = 1, M - 1 and M), and under iid one with
-            C(M, k) <= ``subsets_per_k``.
-        subsets_per_k: uniform draws, with replacement among subsets, for each k under iid.
-        seed: of the places on the circles and of the draws.
+        exhaustive_up_to: see :func:`exhaustive_levels`.
+        seed: seed of the places on the circles.
         base: the base's name. Circles depend on it, or errors at different N would be correlated,
             and on the experts' names, not their digests, or a retrained expert would move.
 
     Raises:
         MergelawError: unknown design, repeated expert, a k that is repeated or not in 1..M, or more
-            than ``MAX_EXHAUSTIVE`` subsets in the exhaustive levels.
+            than ``MAX_EXHAUSTIVE`` subsets in the exhaustive sizes.
     """
     if design not in DESIGNS:
         raise MergelawError(f"sampling: no design {design!r}; use one of {', '.join(DESIGNS)}")
@@ -86,29 +81,29 @@ def sample(
             "sampling: an expert is listed twice; list each expert of the pool once"
         )
     sizes = _sizes(k, pool)
-    if design == "exhaustive":
-        exhausted = sizes
-    else:
-        replicate_size = subsets_per_k if design == "iid" else pool
-        limit = max(exhaustive_up_to, replicate_size)
-        exhausted = [size for size in sizes if comb(pool, size) <= limit]
-    sampled = [size for size in sizes if size not in exhausted]
-
+    exhaustive = exhaustive_levels(design, sizes, pool, exhaustive_up_to)
     rows = [Subset(k=0, experts=(), replicate=-1, place=-1)]
-    for subset in _colexicographic(pool, exhausted):
+    for subset in _colexicographic(pool, exhaustive):
         rows.append(Subset(len(subset), tuple(experts[i] for i in subset), -1, -1))
-    if design == "iid":
-        for draw in range(subsets_per_k):
-            for size in sampled:
-                drawn = sorted(_shuffled(experts, seed, base, size, draw)[:size])
-                rows.append(Subset(size, tuple(experts[i] for i in drawn), draw, -1))
-    else:
-        for circle in range(circles):
-            placed = _shuffled(experts, seed, base, circle)
-            for size in sampled:
-                for place, subset in enumerate(rotations(placed, pattern(design, size, pool))):
-                    rows.append(Subset(size, tuple(experts[i] for i in subset), circle, place))
+    sampled = [size for size in sizes if size not in exhaustive]
+    for circle in range(circles):
+        placed = _shuffled(experts, seed, base, circle)
+        for size in sampled:
+            for place, subset in enumerate(rotations(placed, pattern(design, size, pool))):
+                rows.append(Subset(size, tuple(experts[i] for i in subset), circle, place))
     return rows
+
+
+def exhaustive_levels(
+    design: str, levels: Iterable[int], pool: int, exhaustive_up_to: int
+) -> list[int]:
+    """The levels k of which all C(M, k) subsets are measured.
+
+    These are the levels with at most ``exhaustive_up_to`` subsets, and those that one circle
+    exhausts: k = 1, M - 1 and M. Under ``design: exhaustive`` these are all levels.
+    """
+    limit = max(exhaustive_up_to, pool)
+    return [k for k in levels if design == "exhaustive" or comb(pool, k) <= limit]
 
 
 def rotations(circle: Sequence[int], pattern: Sequence[int]) -> list[tuple[int, ...]]:
@@ -158,7 +153,7 @@ def pattern(design: str, k: int, pool: int | None = None) -> tuple[int, ...]:
 
 
 def pair_counts(pattern: Sequence[int], pool: int) -> list[int]:
-    """c_k(d), d = 1..M-1: ordered pairs of the pattern's places that differ by d modulo M.
+    """Number of ordered pairs of the pattern's places that differ by d modulo M, for d = 1..M-1.
 
     This is also the number of rotations that contain both of two experts d places apart.
 
@@ -186,7 +181,7 @@ def _sizes(k: Sequence[int] | None, pool: int) -> list[int]:
 
 
 def _colexicographic(pool: int, sizes: Sequence[int]) -> list[tuple[int, ...]]:
-    """All subsets of these sizes, ascending positions, by the bitmask of the positions."""
+    """All subsets of these sizes as sorted positions, ordered by the bitmask of the positions."""
     total = sum(comb(pool, size) for size in sizes)
     if total > MAX_EXHAUSTIVE:
         raise MergelawError(
@@ -203,7 +198,7 @@ def _shuffled(experts: Sequence[str], *stream: str | int) -> list[int]:
     A new or removed expert leaves the order of the others unchanged. The order is the same on every
     machine and Python, which neither ``hash`` nor ``random.shuffle`` promises.
     """
-    # JSON text has no line break, so stream and name cannot run into each other.
+    # JSON text has no line break, so different streams and names give different texts.
     prefix = canonical_json(stream).encode() + b"\n"
     ranks = [hashlib.sha256(prefix + name.encode()).digest() for name in experts]
     return sorted(range(len(experts)), key=ranks.__getitem__)

@@ -12,7 +12,7 @@ BASELINES = "baselines"  # replaces a method's name in the paths of the baseline
 class Sampling(Model):
     """Sampling design: which subsets of the pool are merged."""
 
-    design: Literal["exhaustive", "ring", "difference", "iid"] = Field(
+    design: Literal["exhaustive", "ring", "difference"] = Field(
         "ring", description="which subsets are sampled where there are too many to take all"
     )
     k: list[Annotated[int, Field(ge=1)]] | None = Field(
@@ -24,11 +24,8 @@ class Sampling(Model):
     exhaustive_up_to: int = Field(
         128, ge=1, description="take all C(M,k) subsets where there are no more than this"
     )
-    subsets_per_k: int = Field(
-        9, ge=1, le=100_000, description="iid only: subsets drawn for each k"
-    )
     merges_per_shard: int = Field(128, ge=1, description="merges that one job evaluates")
-    seed: int = Field(0, ge=0, description="seed of circles and draws")
+    seed: int = Field(0, ge=0, description="seed of the circles")
 
 
 class Evaluation(Model):

@@ -1,37 +1,16 @@
 """Recipes of models: external checkpoints, pre-training and fine-tuning."""
 
-import math
-import re
-from typing import Annotated, Any, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import Field, model_validator
 
 from mergelaw.artifacts.recipe import Model, Name
 
 
-def numbers(value: Any) -> Any:
-    """Convert texts such as ``1e-2``, which YAML 1.1 does not read as numbers."""
-    if isinstance(value, dict):
-        return {key: numbers(entry) for key, entry in value.items()}
-    if isinstance(value, list):
-        return [numbers(entry) for entry in value]
-    if isinstance(value, str) and re.fullmatch(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+", value):
-        if math.isinf(float(value)):
-            raise ValueError(f"{value} is too large a number")
-        return float(value)
-    return value
-
-
-def check_revision(hub: str | None, revision: str | None) -> None:
-    """Require a revision for a model of the hub, and for no other. Raises ValueError."""
-    if hub is not None and revision is None:
-        raise ValueError("a hub model needs its 'revision'; give the commit")
-    if hub is None and revision is not None:
-        raise ValueError("'revision' goes with 'hub' only; remove it")
-
-
 class Checkpoint(Model):
     """An external model or LoRA adapter: exactly one of `path` and `hub`."""
+
+    _kinds: ClassVar[tuple[str, ...]] = ("path", "hub")
 
     path: str | None = Field(None, description="a local Hugging Face folder")
     hub: str | None = Field(None, description="a model id of the Hugging Face hub")
@@ -39,9 +18,12 @@ class Checkpoint(Model):
 
     @model_validator(mode="after")
     def _one_kind(self) -> Self:
-        if (self.path is None) == (self.hub is None):
-            raise ValueError("give exactly one of 'path' and 'hub'")
-        check_revision(self.hub, self.revision)
+        if sum(getattr(self, kind) is not None for kind in self._kinds) != 1:
+            raise ValueError(f"give exactly one of {', '.join(map(repr, self._kinds))}")
+        if self.hub is not None and self.revision is None:
+            raise ValueError("a hub model needs its 'revision'; give the commit")
+        if self.hub is None and self.revision is not None:
+            raise ValueError("'revision' goes with 'hub' only; remove it")
         return self
 
 
@@ -51,9 +33,7 @@ class Optimisation(Model):
     steps: int | None = Field(None, ge=1, description="optimiser steps; or give `epochs`")
     epochs: float | None = Field(None, gt=0, description="passes over the training documents")
     batch_size: int = Field(16, ge=1, description="sequences per optimiser step")
-    micro_batch_size: int | None = Field(
-        None, ge=1, description="sequences per forward pass and device; null: the whole batch"
-    )
+    micro_batch_size: int | None = Field(None, ge=1, description="sequences per pass; null: all")
     max_tokens: int = Field(2048, ge=8, description="longest sequence, in tokens")
     learning_rate: float = Field(gt=0, lt=1, description="peak learning rate")
     weight_decay: float = Field(0.0, ge=0, description="decoupled weight decay")
@@ -80,17 +60,10 @@ class Optimisation(Model):
 class Pretraining(Optimisation):
     """How a base is pre-trained: tokenizer, architecture, documents and optimiser."""
 
-    architecture: Annotated[dict[str, Any], BeforeValidator(numbers)] = Field(
-        description="a transformers configuration: `model_type` and its fields"
-    )
+    architecture: dict[str, Any] = Field(description="transformers' `model_type` and its fields")
     vocab_size: int = Field(512, ge=260, description="size of the byte-level BPE tokenizer")
-    domains: list[Name] = Field(
-        min_length=1,
-        description="domains of the mixture, listed so that a new domain changes no base",
-    )
-    chat_share: float = Field(
-        0.02, ge=0, le=1, description="share of the documents in chat format, the rest plain"
-    )
+    domains: list[Name] = Field(min_length=1, description="domains whose documents are mixed")
+    chat_share: float = Field(0.02, ge=0, le=1, description="share of documents in chat format")
     seed: int = Field(0, ge=0, description="seed of weights and data order")
 
 

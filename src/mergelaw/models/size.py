@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mergelaw.config.schema import Config
+from mergelaw.config import Config
 from mergelaw.errors import MergelawError
 from mergelaw.models.checkpoint import read_config
 

@@ -13,9 +13,9 @@ from typing import Any, NamedTuple
 
 from pydantic import Field, ValidationError
 
+from mergelaw import config as configuration
 from mergelaw.artifacts import lineage
 from mergelaw.artifacts.recipe import Model
-from mergelaw.config import schema as configuration
 from mergelaw.errors import MergelawError, nearest
 from mergelaw.merging.methods import method_of
 from mergelaw.models.size import Size
@@ -107,7 +107,7 @@ def read_rates(path: Path | None) -> Rates:
     try:
         rates = Rates.model_validate(data or {})
     except ValidationError as error:
-        raise MergelawError(f"{path}: {configuration.describe(error.errors(), Rates)}") from None
+        raise MergelawError(f"{path}: {configuration.describe(error, Rates)}") from None
     for name in rates.stages:
         if name not in STAGES:
             known = nearest(name, STAGES)

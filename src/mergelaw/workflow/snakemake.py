@@ -18,7 +18,7 @@ from typing import Any, NoReturn
 from snakemake.io import ancient
 
 from mergelaw.artifacts.run_lock import lock_results
-from mergelaw.config import schema
+from mergelaw.config import parse, read_files
 from mergelaw.errors import MergelawError, system_message
 from mergelaw.evaluation.recipe import BASELINES
 from mergelaw.workflow import forkserver, progress, resources, slurm
@@ -56,10 +56,11 @@ class Pipeline:
         if "openrlhf_python" in config:  # said by a profile: a fact of the machine
             os.environ["MERGELAW_OPENRLHF_PYTHON"] = str(config.pop("openrlhf_python"))
         with one_line_errors():
-            for path in workflow.configfiles:
-                schema.read(path)  # Snakemake's own reader accepts a key that is given twice
+            # Snakemake reads YAML 1.1 and accepts a key that is given twice, so read once more.
+            overrides = dict(workflow.config_settings.config)
+            overrides.pop("openrlhf_python", None)
             where = " + ".join(map(str, workflow.configfiles))
-            self.study = Study(schema.parse(dict(config), where))
+            self.study = Study(parse(read_files(workflow.configfiles, overrides), where))
             settings = workflow.resource_settings.default_resources or {}
             values = {name: getattr(value, "raw", value) for name, value in settings.items()}
             self.hardware = resources.Hardware.of(values)

@@ -11,7 +11,8 @@ from typing import Any
 
 from mergelaw.artifacts.keys import digest
 from mergelaw.artifacts.lineage import LINEAGE
-from mergelaw.config.schema import Config, Expert
+from mergelaw.config import Config
+from mergelaw.config.pool import Expert
 from mergelaw.data.documents import source_identity
 from mergelaw.data.recipe import Source
 from mergelaw.errors import MergelawError

@@ -1,0 +1,132 @@
+"""Checks across the sections of a configuration."""
+
+from collections.abc import Collection, Hashable, Iterable, Iterator, Sequence
+from math import comb
+
+from pydantic import ValidationError
+
+from mergelaw.config.messages import describe
+from mergelaw.config.study import Config
+from mergelaw.errors import nearest
+from mergelaw.evaluation.design import MAX_EXHAUSTIVE, exhaustive_levels
+from mergelaw.evaluation.recipe import BASELINES
+from mergelaw.models.recipe import Pretraining, Training
+
+
+def problems(config: Config) -> Iterator[str]:
+    """Contradictions between sections, one line each.
+
+    Each check relies on the checks before it: take the first problem only.
+    """
+    if BASELINES in config.methods:
+        yield f"methods.{BASELINES}: the name is reserved (see 'baselines'); choose another"
+    if not config.pool():
+        yield "domains: every domain is held out, so there is no expert; give 'experts'"
+    for name in [*config.pool(), *config.baselines]:
+        yield from _expert_problems(config, name)
+    for name, base in config.bases.items():
+        if base.pretraining is not None:
+            yield from _pretraining_problems(config, name, base.pretraining.model_fields_set)
+    for name, domain in config.domains.items():
+        endless = domain.source.synthetic is not None and not domain.held_out
+        if endless and config.train_documents_of(name) is None:
+            yield f"domains.{name}.train_documents: a synthetic source has no end; give a number"
+    yield from _repeated("training_seeds", config.training_seeds)
+    for name in config.bases:
+        yield from _sampling_problems(config, name)
+    for name in config.merges:
+        yield from _merge_problems(config, name)
+
+
+def _expert_problems(config: Config, name: str) -> Iterator[str]:
+    expert, where = config.expert(name), f"experts.{name}"
+    if name in config.baselines:
+        where = f"baselines.{name}"
+        if name in config.pool():
+            yield f"{where}: the pool has an expert of this name; choose another"
+    if expert.checkpoints is not None:
+        if expert.domains is not None or expert.training.model_fields_set:
+            yield f"{where}: ready-made checkpoints take no 'domains' and no 'training'"
+        yield from _names(f"{where}.checkpoints", "base", [*expert.checkpoints], config.bases)
+        for base in config.bases:
+            if base not in expert.checkpoints:
+                yield f"{where}.checkpoints: base {base!r} has none; give one for each base"
+        return
+    yield from _domain_problems(config, f"{where}.domains", config.expert_domains(name))
+    for base, settings in config.bases.items():
+        try:
+            config.training_of(base, name)
+        except ValidationError as error:
+            problem = describe(error, Training, "training")
+            differs = settings.training.model_fields_set | expert.training.model_fields_set
+            yield f"{problem} (for {where} on base {base!r})" if differs else problem
+
+
+def _domain_problems(config: Config, where: str, names: Sequence[str]) -> Iterator[str]:
+    """Problems of the domains that a model is trained on."""
+    yield from _names(where, "domain", names, config.domains)
+    for name in names:
+        if config.domains[name].held_out:
+            yield f"{where}: domain {name!r} is held out; train on others, or unset 'held_out'"
+        elif config.train_documents_of(name) == 0:
+            yield f"{where}: domain {name!r} has train_documents: 0; give it some"
+
+
+def _pretraining_problems(config: Config, base: str, given: set[str]) -> Iterator[str]:
+    own = f"bases.{base}.pretraining"
+    shared = own if config.pretraining is None else "pretraining"
+    try:
+        recipe = config.pretraining_of(base)
+    except ValidationError as error:
+        yield f"{describe(error, Pretraining, shared)} (for base {base!r})"
+        return
+    where = own if "domains" in given else shared
+    yield from _domain_problems(config, f"{where}.domains", recipe.domains)
+    where = own if "architecture" in given else shared
+    if not isinstance(recipe.architecture.get("model_type"), str):
+        yield f"{where}.architecture: needs a 'model_type' (llama, qwen2, ...)"
+
+
+def _sampling_problems(config: Config, base: str) -> Iterator[str]:
+    pool, sampling = len(config.pool()), config.sampling_of(base)
+    differs = config.bases[base].sampling.model_fields_set
+    where = f"bases.{base}.sampling" if differs else "sampling"
+    sizes = sampling.k or range(1, pool + 1)
+    if max(sizes) > pool:
+        yield f"{where}.k: {max(sizes)} is larger than the pool of {pool} experts; remove it"
+    yield from _repeated(f"{where}.k", sizes)
+    exhaustive = exhaustive_levels(sampling.design, sizes, pool, sampling.exhaustive_up_to)
+    merges = sum(comb(pool, k) for k in exhaustive)
+    merges += (len(sizes) - len(exhaustive)) * pool * sampling.circles
+    if merges > MAX_EXHAUSTIVE:
+        yield (
+            f"{where}: over {MAX_EXHAUSTIVE:,} merges for each base; name fewer numbers in 'k', or "
+            "sample fewer subsets ('design', 'circles', 'exhaustive_up_to')"
+        )
+
+
+def _merge_problems(config: Config, name: str) -> Iterator[str]:
+    merge, where = config.merges[name], f"merges.{name}"
+    yield from _names(f"{where}.base", "base", [merge.base], config.bases)
+    yield from _names(f"{where}.method", "method", [merge.method], config.methods)
+    yield from _names(f"{where}.experts", "expert", merge.experts, config.pool())
+    if merge.weights is not None and len(merge.weights) != len(merge.experts):
+        yield f"{where}.weights: {len(merge.weights)} for {len(merge.experts)} experts; give all"
+    if merge.seed is not None and merge.seed not in config.training_seeds:
+        yield f"{where}.seed: {merge.seed} is not among 'training_seeds'; use one of them"
+
+
+def _names(where: str, what: str, names: Sequence[str], known: Collection[str]) -> Iterator[str]:
+    """Problems of a list of names: unknown or repeated ones."""
+    for name in names:
+        if name not in known:
+            yield f"{where}: no {what} {name!r}{nearest(name, known)}"
+    yield from _repeated(where, names)
+
+
+def _repeated(where: str, values: Iterable[Hashable]) -> Iterator[str]:
+    seen = set()
+    for value in values:
+        if value in seen:
+            yield f"{where}: {value} is given twice; remove one"
+        seen.add(value)

@@ -1,0 +1,40 @@
+"""Configuration of merges: the methods, and the merges to write out."""
+
+from typing import TYPE_CHECKING, Annotated, Any, Union
+
+from pydantic import BeforeValidator, Field
+
+from mergelaw.artifacts.recipe import Model, Name
+from mergelaw.merging.methods import Method, registry
+
+
+def _fill_methods(methods: Any) -> Any:
+    """Let ``average:`` and ``ties: {density: 0.1}`` mean the methods of these names."""
+    if not isinstance(methods, dict):
+        return methods
+    return {
+        name: {"method": name, **(method or {})} if isinstance(method, dict | None) else method
+        for name, method in methods.items()
+    }
+
+
+if TYPE_CHECKING:
+    Methods = dict[Name, Method]
+else:
+    _union = Union[*registry().values()]
+    Methods = Annotated[
+        dict[Name, Annotated[_union, Field(discriminator="method")]],
+        BeforeValidator(_fill_methods, json_schema_input_type=dict[Name, _union | None]),
+    ]
+
+
+class Merge(Model):
+    """A merge to write out as a checkpoint."""
+
+    base: Name = Field(description="name of the base")
+    method: Name = Field(description="name of one of `methods`")
+    experts: list[Name] = Field(min_length=1, description="names of the experts")
+    weights: list[Annotated[float, Field(gt=0)]] | None = Field(
+        None, description="one weight for each expert; null: equal weights"
+    )
+    seed: int | None = Field(None, ge=0, description="training seed; null: the first one")

@@ -1,0 +1,43 @@
+"""Configuration of the models: bases and experts."""
+
+from typing import ClassVar
+
+from pydantic import Field
+
+from mergelaw.artifacts.recipe import Model, Name
+from mergelaw.config.partial import Partial
+from mergelaw.evaluation.recipe import Sampling
+from mergelaw.models.recipe import Checkpoint, Pretraining, Training
+
+
+class Base(Checkpoint):
+    """A base model: exactly one of `path`, `hub` and `pretraining`."""
+
+    _kinds: ClassVar[tuple[str, ...]] = ("path", "hub", "pretraining")
+
+    pretraining: Partial[Pretraining] | None = Field(
+        None, description="pre-train it; what differs from the study's `pretraining`"
+    )
+    training: Partial[Training] = Field(
+        {}, validate_default=True, description="what differs from the study's `training`"
+    )
+    sampling: Sampling = Field(
+        {}, validate_default=True, description="what differs from the study's `sampling`"
+    )
+    N: float | None = Field(
+        None, gt=0, description="nominal size in billions; needed until a hub model is fetched"
+    )
+
+
+class Expert(Model):
+    """An expert: trained by the workflow on its domains, or ready-made checkpoints."""
+
+    domains: list[Name] | None = Field(
+        None, min_length=1, description="domains it is trained on; null: the domain of its name"
+    )
+    training: Partial[Training] = Field(
+        {}, validate_default=True, description="what differs from the study and the base"
+    )
+    checkpoints: dict[Name, Checkpoint] | None = Field(
+        None, description="ready-made: one checkpoint for each base, by the base's name"
+    )

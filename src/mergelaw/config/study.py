@@ -1,0 +1,113 @@
+"""Configuration of a study: all its sections, and the recipes that follow from them."""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field
+
+from mergelaw.artifacts.recipe import Model, Name
+from mergelaw.config.domains import Corpus, Domain
+from mergelaw.config.merges import Merge, Methods
+from mergelaw.config.partial import Partial, override
+from mergelaw.config.pool import Base, Expert
+from mergelaw.evaluation.recipe import Evaluation, Sampling
+from mergelaw.models.recipe import Pretraining, Training
+
+# `algebra:` with nothing behind it is an expert with all defaults.
+EmptyOrExpert = Annotated[
+    Expert,
+    BeforeValidator(
+        lambda value: {} if value is None else value, json_schema_input_type=Expert | None
+    ),
+]
+
+
+class Config(Model):
+    """A study."""
+
+    name: Name = Field(description="name of the study and of the model family of its bases")
+    results: str = Field(
+        "results", pattern=r"^[^{}<>*?\r\n]+$", description="folder that results are written to"
+    )
+    seed: int = Field(0, ge=0, description="seed of generated documents and of splits")
+    corpus: Corpus = Field(Corpus(), description="numbers of documents of all domains")
+    domains: dict[Name, Domain] = Field(min_length=1, description="domains by name")
+    pretraining: Partial[Pretraining] | None = Field(
+        None, description="the recipe that bases with `pretraining` share"
+    )
+    bases: dict[Name, Base] = Field(min_length=1, description="base models of all sizes by name")
+    training: Partial[Training] = Field(
+        {}, validate_default=True, description="how experts are trained"
+    )
+    training_seeds: list[Annotated[int, Field(ge=0)]] = Field(
+        [0], min_length=1, description="train every expert, and measure every merge, with each"
+    )
+    experts: dict[Name, EmptyOrExpert] | None = Field(
+        None,
+        min_length=1,
+        description="the pool by name; null: one for each domain that is not held out",
+    )
+    baselines: dict[Name, EmptyOrExpert] = Field(
+        {}, description="models evaluated but never merged, for example a multitask model"
+    )
+    vocabulary: Literal["refuse", "common_rows"] = Field(
+        "refuse", description="an expert with another vocabulary size: stop, or merge common rows"
+    )
+    storage: Literal["materialised", "derived"] = Field(
+        "materialised", description="task vectors: written to files, or computed when needed"
+    )
+    methods: Methods = Field(min_length=1, description="merge methods by name")
+    sampling: Sampling = Field(Sampling(), description="which subsets are merged")
+    evaluation: Evaluation = Field(Evaluation(), description="how a merge is evaluated")
+    merges: dict[Name, Merge] = Field({}, description="merges to write out as checkpoints")
+
+    def pool(self) -> dict[str, Expert]:
+        """The experts by name, in the order of the configuration."""
+        if self.experts is not None:
+            return self.experts
+        return {name: Expert() for name, domain in self.domains.items() if not domain.held_out}
+
+    def expert(self, name: str) -> Expert:
+        """An expert of the pool, or a baseline."""
+        return {**self.baselines, **self.pool()}[name]
+
+    def expert_domains(self, name: str) -> list[str]:
+        """The domains that a trained expert or baseline is trained on."""
+        expert = self.expert(name)
+        if expert.domains is not None:
+            return expert.domains
+        if name in self.baselines:
+            return [name for name, domain in self.domains.items() if not domain.held_out]
+        return [name]
+
+    def train_documents_of(self, domain: str) -> int | None:
+        """Number of a domain's training documents; None: all that its source has left."""
+        number = self.domains[domain].train_documents
+        return self.corpus.train_documents if number is None else number
+
+    def training_of(self, base: str, expert: str) -> Training:
+        """Training recipe of an expert: the study's, the base's and the expert's settings merged.
+
+        Raises:
+            pydantic.ValidationError: the merged settings are not a whole recipe.
+        """
+        parts = (self.training, self.bases[base].training, self.expert(expert).training)
+        return Training.model_validate(override(*map(_settings, parts)))
+
+    def pretraining_of(self, base: str) -> Pretraining:
+        """Recipe of a pre-trained base: the study's and the base's settings merged.
+
+        Raises:
+            pydantic.ValidationError: the merged settings are not a whole recipe.
+        """
+        parts = (self.pretraining, self.bases[base].pretraining)
+        return Pretraining.model_validate(override(*map(_settings, parts)))
+
+    def sampling_of(self, base: str) -> Sampling:
+        """Sampling design of a base: the study's and the base's settings merged."""
+        parts = (self.sampling, self.bases[base].sampling)
+        return Sampling.model_validate(override(*map(_settings, parts)))
+
+
+def _settings(part: Model | None) -> dict[str, Any]:
+    """The settings that a configuration gives, without defaults."""
+    return part.model_dump(exclude_unset=True) if part is not None else {}
