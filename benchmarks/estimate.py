@@ -11,9 +11,10 @@ import sys
 from collections import defaultdict
 from pathlib import Path
 
-from mergelaw import config
 from mergelaw.artifacts import lineage
-from mergelaw.workflow.estimate import STAGES, Rates, StageRate, measured, work_of, working
+from mergelaw import config
+from mergelaw.workflow.estimate import Rates, measured, measured_share
+from mergelaw.workflow.progress import TITLES
 from mergelaw.workflow.study import Study
 
 
@@ -21,26 +22,23 @@ def compare(study: Study, rates: Rates, base: str | None) -> dict[str, list[floa
     """(jobs, predicted seconds, realised seconds) by stage, of one base's jobs or of all."""
     found: dict[str, list[float]] = defaultdict(lambda: [0, 0.0, 0.0])
     for artifact in study.by_path.values():
-        if not study.made(artifact) or base not in (None, artifact.name.split("/")[1]):
+        if not study.made(artifact) or base not in (None, artifact.base):
             continue
-        known, stage = lineage.read(study.results / artifact.path), artifact.stage
-        facts = known["facts"]
-        share = facts["measured"] / facts["cells"] if stage == "evaluate" else 1.0
+        entry, stage = lineage.read(study.results / artifact.path), artifact.stage
+        share = measured_share(entry)
         if not share or stage not in rates.stages:
             continue
-        start = rates.stages.get(stage, StageRate()).start_seconds
-        predicted = share * working(work_of(study, artifact, rates), stage, rates)
         row = found[stage]
         row[0] += 1
-        row[1] += (rates.start_seconds if start is None else start) + predicted
-        row[2] += known["wall_seconds" if rates.gpus_per_node else "cpu_seconds"]
+        row[1] += rates.of_stage(stage).start_seconds + share * rates.working(study, artifact)
+        row[2] += entry["wall_seconds" if rates.gpus_per_node else "cpu_seconds"]
     return found
 
 
 def show(title: str, found: dict[str, list[float]]) -> None:
     found["in all"] = [sum(column) for column in zip(*found.values(), strict=True)]
     for stage, (jobs, predicted, realised) in found.items():
-        name = STAGES.get(stage, stage)
+        name = TITLES.get(stage, stage)
         ratio = predicted / realised if realised else float("nan")
         print(f"{title:<12}{name:<14}{jobs:>5.0f}{predicted:>11.1f}{realised:>11.1f}{ratio:>8.2f}")
         title = ""

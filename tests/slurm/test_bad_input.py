@@ -31,9 +31,11 @@ def test_what_the_profile_names_and_slurm_has_not(profile, line):
 
 
 def test_what_slurm_has_is_accepted():
-    slurm.check(Hardware(4, slurm_account="research", gpu_partition="gpus"), "sacct", True)
-    slurm.check(Hardware(8, slurm_partition="bare"), "sacct", gpu_jobs=False)
-    slurm.check(Hardware(0, slurm_partition="bare"), "squeue", gpu_jobs=True)
+    slurm.check(
+        Hardware(gpus_per_node=4, slurm_account="research", gpu_partition="gpus"), "sacct", True
+    )
+    slurm.check(Hardware(gpus_per_node=8, slurm_partition="bare"), "sacct", gpu_jobs=False)
+    slurm.check(Hardware(gpus_per_node=0, slurm_partition="bare"), "squeue", gpu_jobs=True)
 
 
 @pytest.fixture

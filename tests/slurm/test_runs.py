@@ -7,6 +7,7 @@ from studies import TINY, trained_config, wait_for
 
 import models
 from mergelaw.workflow import resources
+from mergelaw.workflow.cost import work_of
 from mergelaw.workflow.resources import Hardware
 
 GPU_RULES = {"pretrain_base", "train_expert", "evaluate_merges"}
@@ -23,8 +24,8 @@ HARDWARE = Hardware(
 def expected(place: Clone, path: str, attempt: int = 1) -> dict[str, int | str]:
     """What the job of an artifact is to ask for, in the words of SLURM's records."""
     study = place.study()
-    need = resources.need_of(study, study.by_path[path])
-    asked = resources.ask(need, HARDWARE, threads=1, attempt=attempt)
+    work = work_of(study, study.by_path[path])
+    asked = resources.ask(work, HARDWARE, threads=1, attempt=attempt)
     return {
         "gpus": asked["gpu"],
         "megabytes": asked["mem_mb"],

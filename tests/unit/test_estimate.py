@@ -11,7 +11,9 @@ from mergelaw import config
 from mergelaw.artifacts import files, keys, lineage, store
 from mergelaw.errors import MergelawError
 from mergelaw.workflow import estimate
+from mergelaw.workflow.cost import work_of
 from mergelaw.workflow.estimate import Rates, StageRate
+from mergelaw.workflow.resources import Hardware, ask
 from mergelaw.workflow.study import Study
 
 ROOT = Path(__file__).parents[2]
@@ -34,8 +36,8 @@ def study_of(tmp_path, **changes) -> Study:
     return Study(config.parse(data | changes))
 
 
-def rows(study: Study, rates: Rates) -> dict[str, estimate.Row]:
-    return {row.stage: row for row in estimate.estimate(study, rates).rows}
+def rows(study: Study, rates: Rates) -> dict[str, dict[str, float]]:
+    return estimate.estimate(study, rates).stages
 
 
 def test_tokens_flops_and_bytes_by_hand(tmp_path):
@@ -45,20 +47,20 @@ def test_tokens_flops_and_bytes_by_hand(tmp_path):
     weights = size.non_embedding + size.vocab * size.hidden
     a_token = 2 * weights + 2 * size.layers * size.query * 300
     trained, evaluated = 2 * DOCUMENTS * 300, 4 * 20 * 300  # of each expert; of four merges
-    assert found["experts"].tokens == 2 * trained
+    assert found["expert"]["tokens"] == 2 * trained
     seconds = 2 * (3 * a_token * trained / 1e14 + 4 * size.total / 2e9)
-    assert found["experts"].hours == pytest.approx(seconds / 3600)
-    assert found["evaluations"].tokens == evaluated
+    assert found["expert"]["hours"] == pytest.approx(seconds / 3600)
+    assert found["evaluate"]["tokens"] == evaluated
     moved = 2 * size.total + 2 * 4 * size.total  # the base, and both vectors once
-    assert found["evaluations"].hours * 3600 == pytest.approx(
+    assert found["evaluate"]["hours"] * 3600 == pytest.approx(
         a_token * evaluated / 1e14 + moved / 2e9
     )
-    assert found["evaluations"].gpu_hours == found["evaluations"].hours  # one GPU holds it
-    assert found["task vectors"].bytes == 2 * 4 * size.total
-    assert found["bases"].bytes == 2 * size.total
+    assert found["evaluate"]["GPU hours"] == found["evaluate"]["hours"]  # one GPU holds it
+    assert found["task_vector"]["bytes"] == 2 * 4 * size.total
+    assert found["base"]["bytes"] == 2 * size.total
     total = found.pop("in all")
-    assert total.jobs == sum(row.jobs for row in found.values()) == len(study.by_path)
-    assert total.hours == pytest.approx(sum(row.hours for row in found.values()))
+    assert total["jobs"] == sum(row["jobs"] for row in found.values()) == len(study.by_path)
+    assert total["hours"] == pytest.approx(sum(row["hours"] for row in found.values()))
 
 
 def test_derived_vectors_take_no_disk_and_checkpointing_a_third_more_time(tmp_path):
@@ -69,19 +71,8 @@ def test_derived_vectors_take_no_disk_and_checkpointing_a_third_more_time(tmp_pa
     }
     other = rows(study_of(tmp_path, storage="derived", training=training), rates)
     before = rows(plain, rates)
-    assert other["task vectors"].bytes == 0 < before["task vectors"].bytes
-    assert other["experts"].hours == pytest.approx(before["experts"].hours * 4 / 3)
-
-
-def test_masks_of_vectors_that_memory_has_no_room_for_take_a_bit_a_value(tmp_path):
-    def disk(recipe: dict, memory: int) -> float:
-        study = study_of(tmp_path, methods={"m": recipe})
-        return rows(study, Rates(gpu_memory_gb=memory))["evaluations"].bytes
-
-    plain, drawn = {"method": "task_arithmetic"}, {"method": "dare_linear", "drop_rate": 0.5}
-    values = 2 * study_of(tmp_path).size("one").total
-    assert disk(drawn, 24) - disk(plain, 24) == values / 8
-    assert disk(drawn, 80) == disk(plain, 80)
+    assert other["task_vector"]["bytes"] == 0 < before["task_vector"]["bytes"]
+    assert other["expert"]["hours"] == pytest.approx(before["expert"]["hours"] * 4 / 3)
 
 
 def test_the_longest_chain_is_that_of_the_slowest_inputs(tmp_path):
@@ -92,8 +83,47 @@ def test_the_longest_chain_is_that_of_the_slowest_inputs(tmp_path):
     assert names[-2:] == ["laws/small", "reports/small"]
     assert "bases/two" in names and not any("/one" in name for name in names)
     hours = sum(hours for _, hours in found.chain)
-    assert max(row.hours for row in found.rows[:-1]) / 2 < hours < found.rows[-1].hours
+    *stages, total = found.stages.values()
+    assert max(row["hours"] for row in stages) / 2 < hours < total["hours"]
     assert any("training an expert takes 1 GPU" in problem for problem in found.problems)
+
+
+def test_what_is_left_costs_and_what_is_there_does_not(tmp_path):
+    study = study_of(tmp_path)
+    before = estimate.estimate(study, Rates())
+    for artifact in (*study.corpora.values(), study.overlap, *study.bases.values()):
+        store.make(study.results / artifact.path, artifact.stage, {}, {}, lambda f, s: {})
+    after = estimate.estimate(study, Rates())
+    assert after.stages["base"] == dict.fromkeys(estimate.COLUMNS, 0) | {"jobs": 1}
+    assert after.stages["expert"] == before.stages["expert"]
+    total, whole = after.stages["in all"], before.stages["in all"]
+    assert (total["jobs"], total["left"]) == (whole["jobs"], whole["jobs"] - 4)
+    assert total["hours"] == pytest.approx(
+        whole["hours"] - sum(before.stages[s]["hours"] for s in ("corpus", "overlap", "base"))
+    )
+    assert [name.split("/")[0] for name, _ in after.chain][0] == "experts"
+    assert f"4 of {whole['jobs']} results are there already" in estimate.text(after, Rates())
+
+
+def test_requests_are_those_of_the_workflow(tmp_path):
+    study = study_of(tmp_path)
+    nodes = Hardware(gpus_per_node=2, gpu_memory_gb=24, node_memory_gb=64, max_runtime=600)
+    found = estimate.estimate(study, Rates(), nodes)
+    asking = [
+        a for a in study.by_path.values() if a.trains or a.stage in ("task_vector", "evaluate")
+    ]
+    assert found.requests == {
+        stage: [ask(work_of(study, a), nodes) for a in asking if a.stage == stage]
+        for stage in ("expert", "task_vector", "evaluate")
+    }
+    (problem,) = found.problems  # the same for both experts
+    assert problem.startswith("bases.one: training an expert takes 1 GPU of about")
+    lines = estimate.text(found, Rates()).splitlines()
+    (line,) = (line for line in lines[lines.index("") :] if line.startswith("experts"))
+    request = found.requests["expert"][0]
+    memory, hours = f"{request['mem_mb'] / 1000:.3g}", f"{request['runtime'] / 60:.3g}"
+    assert line.split() == ["experts", "1", memory, hours]
+    assert estimate.read_rates(None, nodes).gpu_memory_gb == 24
 
 
 def test_rates_differ_by_stage(tmp_path):
@@ -101,8 +131,8 @@ def test_rates_differ_by_stage(tmp_path):
     fast = Rates(stages={"expert": StageRate(start_seconds=0, teraflops=4000)})
     slow = rows(study, Rates())
     quick = rows(study, fast)
-    assert quick["experts"].hours < slow["experts"].hours
-    assert quick["evaluations"] == slow["evaluations"]
+    assert quick["expert"]["hours"] < slow["expert"]["hours"]
+    assert quick["evaluate"] == slow["evaluate"]
 
 
 @pytest.mark.parametrize(
@@ -154,12 +184,12 @@ def test_rates_are_found_again_in_the_results_that_they_made(tmp_path):
         estimate.measured(study)
     stages = {
         stage: StageRate(start_seconds=2, teraflops=0.1, gigabytes_per_second=0.05)
-        for stage in estimate.STAGES
+        for stage in estimate.TITLES
     }
     true = Rates(float32_share=1, gpus_per_node=0, tokens_per_document=123, stages=stages)
 
     def seconds(artifact):
-        return 2 + estimate.working(estimate.work_of(study, artifact, true), artifact.stage, true)
+        return 2 + true.working(study, artifact)
 
     made(study, true, seconds)
     found = estimate.measured(study)
@@ -167,9 +197,8 @@ def test_rates_are_found_again_in_the_results_that_they_made(tmp_path):
     assert found.gpus_per_node == 0
     for artifact in study.by_path.values():
         if artifact.stage in ("expert", "evaluate", "task_vector"):
-            work = estimate.work_of(study, artifact, found)
             start = found.stages[artifact.stage].start_seconds
-            predicted = start + estimate.working(work, artifact.stage, found)
+            predicted = start + found.working(study, artifact)
             assert predicted == pytest.approx(seconds(artifact), rel=1e-3)
     assert estimate.measured(study, ["small"]).stages["design"].start_seconds == pytest.approx(2)
     text = yaml.safe_dump(found.model_dump(exclude_none=True))
@@ -184,10 +213,10 @@ def test_rates_are_found_again_in_the_results_that_they_made(tmp_path):
 def test_every_shipped_configuration_has_an_estimate(path):
     study = Study(config.load(path))
     found = estimate.estimate(study, Rates())
-    total = found.rows[-1]
-    assert total.jobs == len(study.by_path) < 2000
-    assert all(math.isfinite(value) for value in total[1:])
-    assert estimate.text(found, Rates()).count("\n") > len(found.rows)
+    total = found.stages["in all"]
+    assert total["jobs"] == total["left"] == len(study.by_path) < 2000
+    assert all(math.isfinite(value) for value in total.values())
+    assert estimate.text(found, Rates()).count("\n") > len(found.stages)
 
 
 def test_the_papers_grid_is_the_papers():

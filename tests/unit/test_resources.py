@@ -6,33 +6,63 @@ from pathlib import Path
 
 import pytest
 import torch
-import yaml
 from test_size import QWEN_72, QWEN_HALF
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from mergelaw.errors import MergelawError
-from mergelaw.models.size import size_of_architecture
-from mergelaw.workflow import resources, slurm
-from mergelaw.workflow.resources import (
-    GB,
-    Hardware,
-    ask,
-    check,
-    evaluation,
-    sharded_training,
-    training,
-)
+from mergelaw.evaluation.recipe import Evaluation
+from mergelaw.models.recipe import Training
+from mergelaw.models.size import Size, size_of_architecture
+from mergelaw.workflow import cost, slurm
+from mergelaw.workflow.artifact import Artifact
+from mergelaw.workflow.cost import UNKNOWN, Documents, Work
+from mergelaw.workflow.resources import Hardware, ask, check, read_profile
 
+ROOT = Path(__file__).parents[2]
 NODES = Hardware(gpus_per_node=8, gpu_memory_gb=80, node_memory_gb=1000, max_runtime=1440)
 HALF, BIG = size_of_architecture(QWEN_HALF), size_of_architecture(QWEN_72)
-TRAINING = {
-    "batch_size": 16,
-    "micro_batch_size": 1,
-    "max_tokens": 2048,
-    "dtype": "bfloat16",
-    "gradient_checkpointing": True,
-}
-EVALUATION = {"dtype": "bfloat16", "batch_tokens": 8192, "max_tokens": 2048}
+
+
+def corpus(train: int | None = 100, evaluated: int = 100) -> Artifact:
+    recipe = {"train_documents": train, "eval_documents": evaluated}
+    return Artifact("corpus", "corpora/sums", recipe)
+
+
+def training(size: Size, documents: Documents = UNKNOWN, train: int | None = 100, **more) -> Work:
+    """Cost of training an expert on one domain for an epoch."""
+    settings = {
+        "epochs": 1,
+        "batch_size": 16,
+        "micro_batch_size": 1,
+        "max_tokens": 2048,
+        "learning_rate": 1e-5,
+        "dtype": "bfloat16",
+        "gradient_checkpointing": True,
+    }
+    recipe = {"training": Training.model_validate(settings | more).model_dump(), "seed": 0}
+    inputs = {"corpora": {"sums": corpus(train)}}
+    artifact = Artifact("expert", "experts/72B/sums-s0", recipe, base="72B", inputs=inputs)
+    return cost.training(artifact, size, 2 * size.total, documents)
+
+
+def sharded(size: Size, **options) -> Work:
+    """The same by OpenRLHF."""
+    return training(size, trainer="openrlhf", openrlhf=options)
+
+
+def evaluation(size: Size, merges: int = 128, documents: Documents = UNKNOWN) -> Work:
+    """Cost of evaluating merges of nine experts each, on one domain."""
+    settings = Evaluation(dtype="bfloat16", batch_tokens=8192, max_tokens=2048)
+    vectors = {f"e{i}": Artifact("task_vector", f"task_vectors/72B/e{i}-s0", {}) for i in range(9)}
+    artifact = Artifact(
+        "evaluate",
+        "evals/72B/average/s0-000",
+        {"evaluation": settings.model_dump()},
+        base="72B",
+        inputs={"task_vectors": vectors, "corpora": {"sums": corpus()}},
+        rows=[[9, -1, -1, list(vectors)]] * merges,
+    )
+    return cost.evaluation(artifact, size, 2 * size.total, 4 * size.total, documents)
 
 
 def saved_bytes(architecture: dict, tokens: int, bfloat16: bool) -> int:
@@ -78,94 +108,138 @@ def test_activations_are_those_that_autograd_saves(kind, bfloat16):
     dtype = "bfloat16" if bfloat16 else "float32"
     # Twice the tokens and no less: what does not grow with them (tables of rotations) falls out.
     saved = saved_bytes(architecture, 128, bfloat16) - saved_bytes(architecture, 64, bfloat16)
-    counted = resources.activations(size, 64, dtype)
+    counted = size.activations(64, dtype)
     assert 0.8 * counted < saved <= counted
 
 
+def test_flops_are_two_a_weight_and_token_and_attention_three_times_in_training():
+    """By hand: a head of 896 x 151,936, 24 layers of 896 query units, sequences of 300 tokens."""
+    documents = Documents(tokens=300)
+    a_token = 2 * (HALF.non_embedding + 896 * 151936) + 2 * 24 * 896 * 300
+    assert evaluation(HALF, 7, documents).flops == pytest.approx(7 * 100 * 300 * a_token)
+    plain = training(HALF, documents, gradient_checkpointing=False)
+    assert plain.flops == pytest.approx(3 * 100 * 300 * a_token)
+    assert training(HALF, documents).flops == pytest.approx(4 * 100 * 300 * a_token)
+    # A packed training of a number of steps fills its sequences.
+    packed = training(HALF, documents, epochs=None, steps=5, packing=True)
+    assert packed.tokens == 5 * 16 * 2048
+
+
+def test_documents_of_unknown_length_are_as_long_as_they_may_be_and_half_in_an_evaluation():
+    assert training(HALF).tokens == 100 * 2048
+    assert evaluation(HALF, 7).tokens == 7 * 100 * 1024
+
+
+def test_what_is_read_and_written():
+    """By hand, in bytes a parameter: 2 as stored, 4 of a vector; OpenRLHF saves ten states."""
+    assert training(HALF).moved == 4 * HALF.total
+    assert sharded(HALF).moved == pytest.approx((4 + 10 * (2 + 12)) * HALF.total)
+    shard = evaluation(HALF, 7)
+    assert shard.moved == (2 + 9 * 4) * HALF.total
+    assert shard.streamed == 7 * (2 + 9 * 4) * HALF.total
+
+
+def test_vectors_that_gpus_cannot_keep_are_read_for_every_merge():
+    seconds = Hardware(teraflops=1e9, gigabytes_per_second=1).seconds
+    small, large = evaluation(HALF, 7), evaluation(BIG, 7)
+    assert seconds(small, 1) == pytest.approx(small.moved / 1e9, rel=1e-3)
+    assert seconds(large, 1) == pytest.approx((large.moved + large.streamed) / 1e9, rel=1e-3)
+    # Several GPUs hold a model, but no vectors: as merging.engine does.
+    assert seconds(small, 2) == pytest.approx(8 * small.moved / 1e9, rel=1e-3)
+
+
 def test_a_larger_model_asks_for_more_of_everything():
-    small, large = (
-        ask(evaluation("x", size, EVALUATION, 9, 128, 1800), NODES) for size in (HALF, BIG)
-    )
+    small, large = (ask(evaluation(size), NODES) for size in (HALF, BIG))
     assert small["gpu"] == 1 and large["gpu"] > 1
-    assert large["gpu"] * NODES.gpu_memory_gb * GB > 2 * BIG.total  # the weights have room
-    assert large["mem_mb"] * resources.MB > 2 * BIG.total > 10 * small["mem_mb"] * resources.MB
+    assert large["gpu"] * NODES.gpu_memory_gb * 1e9 > 2 * BIG.total  # the weights have room
+    assert large["mem_mb"] * 1e6 > 2 * BIG.total > 10 * small["mem_mb"] * 1e6
     assert large["runtime"] > small["runtime"]
 
 
 def test_training_asks_for_more_than_evaluation_and_less_where_it_shares():
-    single = training("x", HALF, TRAINING, 100)
-    assert single.each > 16 * HALF.total > evaluation("x", HALF, EVALUATION, 9, 1, 1).shared
-    by_stage = [
-        sharded_training("x", BIG, TRAINING | {"openrlhf": {"zero_stage": stage}}, 100)
-        for stage in (0, 1, 2, 3)
-    ]
-    of_eight = [need.shared / 8 + need.each for need in by_stage]
+    assert training(HALF).each > 16 * HALF.total > evaluation(HALF).shared
+    by_stage = [sharded(BIG, zero_stage=stage) for stage in (0, 1, 2, 3)]
+    of_eight = [work.shared / 8 + work.each for work in by_stage]
     assert of_eight == sorted(of_eight, reverse=True) and len(set(of_eight)) == 4
-    assert len({need.shared + need.each for need in by_stage}) == 1
-    own = {"zero_stage": 3, "adam_offload": True}
-    offloaded = sharded_training("x", BIG, TRAINING | {"openrlhf": own}, 100)
+    assert len({work.shared + work.each for work in by_stage}) == 1
+    # Stage 3 shares all 16 bytes a parameter, stage 2 all but the weights, stage 1 the optimiser's.
+    assert [work.shared / BIG.total for work in by_stage] == [0, 12, 14, 16]
+    offloaded = sharded(BIG, zero_stage=3, adam_offload=True)
     assert offloaded.shared < by_stage[3].shared / 3 and offloaded.host > by_stage[3].host
-    own = {"zero_stage": 3, "lora": {"rank": 16}}
-    adapter = sharded_training("x", BIG, TRAINING | {"openrlhf": own}, 100)
+    adapter = sharded(BIG, zero_stage=3, lora={"rank": 16})
     assert 2 * BIG.total < adapter.shared < 2.2 * BIG.total
-    # A batch is cut evenly: 16 sequences go to 1, 2, 4, 8 or 16 GPUs.
+    # A batch is cut evenly: 16 sequences go to 1, 2, 4, 8 or 16 GPUs, or rings of them.
     assert adapter.counts == (1, 2, 4, 8, 16)
+    ring = training(
+        BIG, packing=True, trainer="openrlhf", openrlhf={"zero_stage": 3, "ring_attn_size": 4}
+    )
+    assert ring.counts == (4, 8, 16, 32, 64)
 
 
 def test_each_attempt_asks_for_more_up_to_what_there_is():
-    need = evaluation("x", BIG, EVALUATION, 9, 8, 100)
-    asked = [ask(need, NODES, attempt=attempt) for attempt in (1, 2, 3)]
+    work = evaluation(BIG, 2)
+    asked = [ask(work, NODES, attempt=attempt) for attempt in (1, 2, 3)]
     for key in ("gpu", "mem_mb", "runtime"):
         values = [request[key] for request in asked]
         assert values == sorted(values) and values[0] < values[-1]
-    last = ask(need, NODES, attempt=100)
+    last = ask(work, NODES, attempt=100)
     assert (last["gpu"], last["mem_mb"], last["runtime"]) == (8, 1_000_000, 1440)
 
 
 def test_time_that_is_not_known_is_all_that_there_is():
-    need = training("x", HALF, TRAINING, None)
-    assert ask(need, NODES)["runtime"] == 1440
+    assert ask(training(HALF, train=None), NODES)["runtime"] == 1440
+    assert ask(training(HALF), NODES)["runtime"] < 1440
 
 
 def test_without_gpus_everything_is_asked_of_the_processor():
     nodes = Hardware(gpus_per_node=0, slurm_partition="cpu", gpu_partition="gpu")
-    need = training("x", HALF, TRAINING, 100)
-    asked = ask(need, nodes, threads=4)
+    asked = ask(training(HALF), nodes, threads=4)
     assert (asked["gpu"], asked["slurm_partition"]) == (0, "cpu")
-    assert asked["mem_mb"] * resources.MB > 16 * HALF.total
-    assert ask(need, NODES)["gpu"] == 1
+    assert asked["mem_mb"] * 1e6 > 16 * HALF.total
+    assert (
+        ask(training(HALF, train=1), nodes)["runtime"]
+        > ask(training(HALF, train=1), NODES)["runtime"]
+    )
+    assert ask(training(HALF), NODES)["gpu"] == 1
 
 
 def test_what_fits_no_node_is_refused_in_one_line():
     with pytest.raises(
         MergelawError, match=r"bases.72B: .*1 GPU of about [\d,]+ GB, .* 8 of 80 GB"
     ):
-        check([training("bases.72B: training an expert", BIG, TRAINING, 1)], NODES)
-    check([evaluation("x", BIG, EVALUATION, 9, 1, 1)], NODES)
-    own = {"zero_stage": 3, "adam_offload": True}
-    need = sharded_training("x", BIG, TRAINING | {"openrlhf": own}, 1)
+        check([training(BIG)], NODES)
+    check([evaluation(BIG)], NODES)
+    work = sharded(BIG, zero_stage=3, adam_offload=True)
     with pytest.raises(MergelawError, match=r"GB of host memory, .* 500 GB \(node_memory_gb\)"):
-        check([need], Hardware(gpus_per_node=8, node_memory_gb=500))
-    check([need], Hardware(gpus_per_node=8, node_memory_gb=2000))
+        check([work], Hardware(gpus_per_node=8, node_memory_gb=500))
+    check([work], Hardware(gpus_per_node=8, node_memory_gb=2000))
+    ring = training(
+        HALF, packing=True, trainer="openrlhf", openrlhf={"zero_stage": 3, "ring_attn_size": 16}
+    )
+    with pytest.raises(MergelawError, match=r"takes 16 GPUs .* 8 of 80 GB"):
+        check([ring], NODES)
 
 
 def test_a_profile_is_read_as_snakemake_gives_it():
-    given = {"gpus_per_node": 4, "gpu_partition": "'gpu'", "mem_mb": "8000 * attempt"}
-    assert Hardware.of(given) == Hardware(gpus_per_node=4, gpu_partition="gpu")
+    settings = {"gpus_per_node": 4, "gpu_partition": "'gpu'", "mem_mb": "8000 * attempt"}
+    assert Hardware.of(settings) == Hardware(gpus_per_node=4, gpu_partition="gpu")
     assert Hardware.of({"mem_mb": 100}) is None
-    with pytest.raises(MergelawError, match="max_runtime is '24h'; give a whole number"):
+    with pytest.raises(MergelawError, match="profile: max_runtime is '24h'"):
         Hardware.of({"gpus_per_node": 4, "max_runtime": "24h"})
 
 
-def test_the_profile_names_hardware_that_is_read():
-    root = Path(__file__).parents[2]
-    text = (
-        root / "slurm" / "profile.v9+.yaml"
-    ).read_text()  # where snakemake --profile slurm looks
-    settings = yaml.safe_load(text)["default-resources"]
-    assert Hardware.of(settings) is not None
-    for name in Hardware.__dataclass_fields__:
+def test_the_profile_names_hardware_that_is_read(tmp_path):
+    file = ROOT / "slurm" / "profile.v9+.yaml"  # where snakemake --profile slurm looks
+    text = file.read_text()
+    hardware, threads = read_profile(ROOT / "slurm")
+    assert (hardware, threads) == read_profile(file)
+    assert hardware.teraflops == 150 and hardware.node_memory_gb == 900 and threads == 8
+    spoken = set(Hardware.model_fields) - {"teraflops", "float32_share", "gigabytes_per_second"}
+    for name in spoken | {"gpu_tflops"}:
         assert f"{name}: " in text
+    for folder in (ROOT / "profiles" / "local", tmp_path, tmp_path / "nothing"):
+        with pytest.raises(MergelawError, match="gpus_per_node among its default-resources"):
+            read_profile(folder)
 
 
 def test_what_slurm_writes_is_understood():
@@ -176,5 +250,6 @@ def test_what_slurm_writes_is_understood():
 
 
 def test_nothing_here_imports_torch():
-    program = "import sys, mergelaw.workflow.resources, mergelaw.workflow.slurm; sys.exit('torch' in sys.modules)"
+    modules = "mergelaw.workflow.resources, mergelaw.workflow.slurm, mergelaw.workflow.estimate"
+    program = f"import sys, {modules}; sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", program], check=True)

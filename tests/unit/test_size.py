@@ -9,9 +9,9 @@ from mergelaw.errors import MergelawError
 from mergelaw.models.size import (
     count_parameters,
     size_of_architecture,
-    size_of_base,
     size_of_nominal,
 )
+from mergelaw.workflow.study import Study
 
 STUDY = {
     "name": "sizes",
@@ -131,15 +131,15 @@ def test_the_size_of_a_base_comes_from_what_is_at_hand(tmp_path, monkeypatch):
             },
         }
     )
-    assert size_of_base(study, "recipe").total == size_of_architecture(recipe["architecture"]).total
-    assert size_of_base(study, "folder").total == size_of_architecture(QWEN_HALF).total
-    assert size_of_base(study, "named").total == 7e9
+    assert Study(study).size("recipe").total == size_of_architecture(recipe["architecture"]).total
+    assert Study(study).size("folder").total == size_of_architecture(QWEN_HALF).total
+    assert Study(study).size("named").total == 7e9
     with pytest.raises(MergelawError, match=r"bases.unknown: .* give its 'N'"):
-        size_of_base(study, "unknown")
+        Study(study).size("unknown")
     from huggingface_hub import constants
 
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     study = config.parse(
         STUDY | {"bases": {"hub": {"hub": "some/model", "revision": "abc123", "N": 1}}}
     )
-    assert size_of_base(study, "hub").total == size_of_architecture(QWEN_72).total
+    assert Study(study).size("hub").total == size_of_architecture(QWEN_72).total

@@ -83,15 +83,20 @@ def config_table(
 def estimate(
     file: StudyFile = DEFAULT,
     rates: Annotated[Path | None, typer.Option(help="rates of the cluster, YAML")] = None,
+    profile: Annotated[
+        Path | None, typer.Option(help="Snakemake profile whose nodes the jobs are to run on")
+    ] = None,
 ) -> None:
-    """Estimate what a study costs: jobs, GPU hours, tokens, bytes and the longest chain.
+    """Estimate what is left of a study: GPU hours, tokens, bytes, and what its jobs ask for.
 
-    Example: mergelaw estimate ours.yaml
+    Example: mergelaw estimate ours.yaml --profile profiles/slurm
     """
     from mergelaw.workflow import estimate as costs
+    from mergelaw.workflow.resources import read_profile
 
-    known = costs.read_rates(rates)
-    print(costs.text(costs.estimate(load_study(file), known), known))
+    hardware, threads = read_profile(profile) if profile else (None, 1)
+    speeds = costs.read_rates(rates, hardware)
+    print(costs.text(costs.estimate(load_study(file), speeds, hardware, threads), speeds))
 
 
 def rates(file: StudyFile = DEFAULT) -> None:

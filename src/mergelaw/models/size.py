@@ -1,31 +1,25 @@
-"""The size of a model: parameter counts from a configuration alone, by arithmetic, without torch.
+"""Size of a model: parameters, FLOPs and activations, from its configuration, without torch.
 
-What a job asks a cluster for, and what a study will cost, has to be known before a model is loaded
-or even fetched. Decoders of the usual kind (grouped-query attention, a gated MLP, RMS norms, or
-GPT-2's older form) are counted exactly; of an unusual one the count is that of a Llama of its
-dimensions.
+Costs have to be known before a model is loaded or even fetched. Decoders of the usual kind
+(grouped-query attention, a gated MLP, RMS norms, or GPT-2's older form) are counted exactly; others
+as a Llama of their dimensions.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from mergelaw.config import Config
-from mergelaw.errors import MergelawError
-from mergelaw.models.checkpoint import read_config
-
-TIED = {"gemma", "gemma2", "gemma3_text", "gpt2"}  # where a configuration does not say
-QKV_BIAS = {"qwen2"}  # by architecture, not by configuration
+TIED = {"gemma", "gemma2", "gemma3_text", "gpt2"}  # tied unless the configuration says otherwise
+QKV_BIAS = {"qwen2"}  # always, whatever the configuration says
 HEAD_NORMS = {"qwen3", "gemma3_text"}  # queries and keys are normalised head by head
-WIDE_NORMS = {"olmo2"}  # or all heads at once
+WIDE_NORMS = {"olmo2"}  # queries and keys are normalised over all heads
 FOUR_NORMS = {"gemma2", "gemma3_text"}  # a block has four norms instead of two
 UNGATED = {"gpt2", "gpt_neox"}
 
 
 @dataclass(frozen=True)
 class Size:
-    """Parameter counts of a decoder, and the widths that its memory and FLOPs follow from."""
+    """Parameter counts and widths of a decoder, and what follows from them."""
 
     total: int  # parameters; a tied head counts once
     embedding: int  # of these: token and position embeddings, and an untied head
@@ -35,16 +29,46 @@ class Size:
     layers: int
     query: int  # heads x their width
     key_value: int  # key-value heads x their width
-    largest: int  # parameters of the largest tensor
 
     @property
     def non_embedding(self) -> int:
-        """The N of the scaling law."""
+        """Parameters without embeddings and an untied head: the N of the scaling law."""
         return self.total - self.embedding
+
+    @property
+    def largest(self) -> int:
+        """Parameters of the largest tensor."""
+        return self.hidden * max(self.vocab, self.intermediate, self.query)
+
+    def forward_flops(self, tokens: float, context: float) -> float:
+        """FLOPs of a forward pass: 2 per token and weight, the head included, plus attention.
+
+        Attention takes 2 x layers x query width x context per token, because causal attention sees
+        half of the context on average (Kaplan et al. 2020, appendix B).
+        """
+        weights = self.non_embedding + self.vocab * self.hidden
+        return tokens * (2 * weights + 2 * self.layers * self.query * context)
+
+    def activations(self, tokens: int, dtype: str, checkpointing: bool = False) -> float:
+        """Bytes that autograd keeps of a forward pass over ``tokens`` tokens, logits included.
+
+        Counted from what transformers' decoders save in a layer (norms, rotated queries and keys,
+        the gated MLP, attention's inputs and output): in float32 4 bytes x 6 hidden, 4 query,
+        4 key-value and 4 intermediate widths. In bfloat16 (mixed precision) residual stream and
+        norms stay fp32. Logits take 4 x 4 bytes: widened, log-softmax, gradients. Checkpointing
+        keeps the residual stream of each layer, and one whole layer.
+        """
+        heads = self.query + self.key_value
+        layer = 24 * self.hidden + 16 * heads + 16 * self.intermediate
+        if dtype == "bfloat16":
+            layer = 26 * self.hidden + 10 * heads + 8 * self.intermediate
+        stream = 4 * self.hidden * self.layers
+        kept = layer + stream if checkpointing else layer * self.layers
+        return float(tokens * (kept + 12 * self.hidden + 16 * self.vocab))
 
 
 def size_of_architecture(config: Mapping[str, Any]) -> Size | None:
-    """The size of a transformers configuration (a ``config.json``); None if it gives no widths."""
+    """Size of a transformers configuration (a ``config.json``); None if it gives no widths."""
     kind = config.get("model_type")
 
     def get(*names: str) -> int | None:
@@ -85,12 +109,11 @@ def size_of_architecture(config: Mapping[str, Any]) -> Size | None:
     if kind == "gpt2":
         embedding += (get("n_positions", "max_position_embeddings") or 1024) * hidden
     total = embedding + layers * (attention + mlp + norms) + norm
-    largest = max(vocab * hidden, hidden * intermediate, hidden * query)
-    return Size(total, embedding, vocab, hidden, intermediate, layers, query, key_value, largest)
+    return Size(total, embedding, vocab, hidden, intermediate, layers, query, key_value)
 
 
 def size_of_nominal(billions: float) -> Size:
-    """A decoder of about this nominal size, where nothing else is known of it.
+    """Size of a usual decoder with this many billions of parameters.
 
     Twelve hidden^2 parameters a layer, 128 units of width for each layer (between Qwen2.5's 37 and
     115 and Llama 3's 128), and Qwen2.5's vocabulary, the largest of the common ones but Gemma's.
@@ -99,43 +122,7 @@ def size_of_nominal(billions: float) -> Size:
     hidden = 128 * layers
     vocab = 152_064
     embedding = min(2 * vocab * hidden, int(billions * 5e8))
-    return Size(
-        total=int(billions * 1e9),
-        embedding=embedding,
-        vocab=vocab,
-        hidden=hidden,
-        intermediate=4 * hidden,
-        layers=layers,
-        query=hidden,
-        key_value=hidden,
-        largest=vocab * hidden,
-    )
-
-
-def size_of_base(config: Config, base: str) -> Size:
-    """The size of a study's base, from the best that is at hand: its recipe, the ``config.json`` of
-    its folder or of the hub's cache, its nominal N. MergelawError where there is none of these."""
-    given = config.bases[base]
-    architecture: Mapping[str, Any] | None = None
-    if given.pretraining is not None:
-        recipe = config.pretraining_of(base)
-        architecture = {"vocab_size": recipe.vocab_size} | recipe.architecture
-        architecture.setdefault("max_position_embeddings", recipe.max_tokens)
-    elif given.path is not None:
-        architecture = read_config(Path(given.path))
-    elif given.hub is not None:
-        from huggingface_hub import try_to_load_from_cache
-
-        cached = try_to_load_from_cache(given.hub, "config.json", revision=given.revision)
-        architecture = read_config(Path(cached).parent) if isinstance(cached, str) else None
-    size = size_of_architecture(architecture) if architecture else None
-    if size is None and given.N is not None:
-        size = size_of_nominal(given.N)
-    if size is None:
-        raise MergelawError(
-            f"bases.{base}: its size is not known before it is fetched; give its 'N' in billions"
-        )
-    return size
+    return Size(int(billions * 1e9), embedding, vocab, hidden, 4 * hidden, layers, hidden, hidden)
 
 
 def count_parameters(model: Any) -> dict[str, int]:

@@ -1,41 +1,28 @@
-"""What a study will cost before anything of it runs: jobs, GPU hours, tokens, bytes, longest chain.
+"""Estimate of what a study still costs: jobs, GPU hours, tokens, bytes, longest chain, requests.
 
-A job takes a start, and then FLOPs and bytes over the rates of its stage. The FLOPs are counted
-from the model's configuration and the tokens; the rates are a file's (``Rates``), or are found in
-the lineage of a study that has run (:func:`measured`), so that a small study tells what a large one
-will take.
+A job takes some time to start, then its FLOPs and bytes over the rates of its stage. Rates come
+from a file, from a profile, or from the lineage of a study that has run (:func:`measured`), so that
+a small study predicts what a large one takes.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from pydantic import Field, ValidationError
 
-from mergelaw import config as configuration
 from mergelaw.artifacts import lineage
 from mergelaw.artifacts.recipe import Model
+from mergelaw import config
 from mergelaw.errors import MergelawError, nearest
-from mergelaw.merging.methods import method_of
-from mergelaw.models.size import Size
-from mergelaw.workflow.resources import Hardware, Need, check, documents_of, need_of
-from mergelaw.workflow.study import Artifact, Study
+from mergelaw.workflow.artifact import Artifact
+from mergelaw.workflow.cost import PROCESS, Documents, work_of
+from mergelaw.workflow.progress import TITLES
+from mergelaw.workflow.resources import Hardware, ask, check
+from mergelaw.workflow.study import Study
 
-STAGES = {
-    "corpus": "corpora",
-    "overlap": "overlap check",
-    "base": "bases",
-    "expert": "experts",
-    "task_vector": "task vectors",
-    "design": "designs",
-    "evaluate": "evaluations",
-    "fit": "law fits",
-    "report": "report",
-    "merge": "merges",
-}
-BYTES_A_TOKEN = 4  # of text
-ROW = 400  # bytes of a cell and of its row, beside 24 for each document
+COLUMNS = ("jobs", "left", "GPU hours", "hours", "tokens", "bytes")
 
 
 class StageRate(Model):
@@ -46,309 +33,195 @@ class StageRate(Model):
     gigabytes_per_second: float | None = Field(None, gt=0, description="read or written")
 
 
-class Rates(Model):
-    """What a cluster does, and what documents are like where that is not known yet."""
+class Rates(Hardware):
+    """Speed of a cluster, and what is assumed of documents that are not counted yet."""
 
     start_seconds: float = Field(60, ge=0, description="of a job, before its work begins")
-    teraflops: float = Field(
-        400, gt=0, description="of one device, in bfloat16, sustained (an H100: about 400)"
-    )
-    float32_share: float = Field(0.1, gt=0, description="of that in float32")
-    gigabytes_per_second: float = Field(1, gt=0, description="read or written by one job")
-    gpus_per_node: int = Field(8, ge=0, description="0: everything runs on processors")
-    gpu_memory_gb: int = Field(80, gt=0, description="of one GPU")
     train_documents: int = Field(
         20_000, gt=0, description="of a domain whose configuration leaves the number open"
     )
     tokens_per_document: float = Field(1_000, gt=0, description="prompt and response together")
     stages: dict[str, StageRate] = Field({}, description="what differs in a stage's jobs")
 
+    @property
+    def documents(self) -> Documents:
+        """What is assumed of documents."""
+        return Documents(self.train_documents, self.tokens_per_document)
 
-@dataclass(frozen=True)
-class Work:
-    """What one job does, whatever does it."""
+    def of_stage(self, stage: str) -> "Rates":
+        """Rates of one stage's jobs."""
+        rate = self.stages.get(stage, StageRate())
+        return self.model_copy(update=rate.model_dump(exclude_none=True))
 
-    tokens: float = 0
-    flops: float = 0
-    moved: float = 0  # bytes read and written
-    kept: float = 0  # bytes on disk when it is done
-    dtype: str = "bfloat16"
-    gpus: int = 0
-    parallel: bool = False  # its GPUs compute at the same time
-
-
-class Row(NamedTuple):
-    """A stage, or all of them."""
-
-    stage: str
-    jobs: int
-    gpu_hours: float
-    hours: float  # of all jobs, one after the other
-    tokens: float
-    bytes: float
+    def working(self, study: Study, artifact: Artifact) -> float:
+        """Seconds of a job without its start."""
+        work = work_of(study, artifact, self.documents)
+        return self.of_stage(artifact.stage).seconds(work, self.gpus(work))
 
 
 @dataclass(frozen=True)
 class Estimate:
-    rows: list[Row]  # stages in the pipeline's order, then all of them
-    chain: list[tuple[str, float]]  # the longest chain of jobs that wait for one another, hours
-    problems: list[str]  # what does not fit the GPUs, a line each
-    there: int  # jobs whose results exist already
+    """What a study still costs."""
+
+    stages: dict[str, dict[str, float]]  # :data:`COLUMNS` by stage, and of all as "in all"
+    chain: list[tuple[str, float]]  # longest chain of jobs that wait for one another: name, hours
+    requests: dict[str, list[dict[str, Any]]]  # what each job asks a cluster for, by stage
+    problems: list[str]  # what does not fit the nodes, a line each
 
 
-# -- rates -------------------------------------------------------------------------------------
+def read_rates(path: Path | None, hardware: Hardware | None = None) -> Rates:
+    """Rates of a YAML file. Without one, those of a profile's hardware, or the defaults.
 
-
-def read_rates(path: Path | None) -> Rates:
-    """The rates of a YAML file; the defaults without one. Raises MergelawError, one line."""
+    Raises MergelawError, one line, for a file that does not hold rates.
+    """
     if path is None:
-        return Rates()
-    data = configuration.read(path)
+        return Rates.model_validate(hardware.model_dump() if hardware else {})
     try:
-        rates = Rates.model_validate(data or {})
+        rates = Rates.model_validate(config.read(path) or {})
     except ValidationError as error:
-        raise MergelawError(f"{path}: {configuration.describe(error, Rates)}") from None
+        raise MergelawError(f"{path}: {config.describe(error, Rates)}") from None
     for name in rates.stages:
-        if name not in STAGES:
-            known = nearest(name, STAGES)
-            raise MergelawError(f"{path}: stages: no stage {name!r}{known}")
+        if name not in TITLES:
+            raise MergelawError(f"{path}: stages: no stage {name!r}{nearest(name, TITLES)}")
     return rates
 
 
 def measured(study: Study, bases: Sequence[str] | None = None) -> Rates:
-    """The rates that a study's results show, by the lineage of what it made.
+    """Rates that a study's results show, from the lineage of its artifacts.
 
-    Of each stage: what a job takes to start, and how much slower or faster than the default rates
-    its work then goes. Where processors did the work their own time counts, not what they waited
-    for others. ``bases`` leaves out the jobs of all others. Raises MergelawError where there is no
-    expert and no evaluation.
+    For each stage: the time a job takes to start, and how much slower or faster than the default
+    rates its work is. On processors their own time counts, not the time they waited for others.
+    ``bases`` leaves out the jobs of all other bases. Raises MergelawError if there is no expert and
+    no evaluation.
     """
     import numpy as np
     from scipy.optimize import nnls
 
-    found: dict[str, list[tuple[Artifact, dict[str, Any]]]] = {}
+    jobs: dict[str, list[tuple[Artifact, dict[str, Any]]]] = {stage: [] for stage in TITLES}
     for artifact in study.by_path.values():
-        other = bases is not None and artifact.base is not None and artifact.base not in bases
-        if study.made(artifact) and not other:
-            known = lineage.read(study.results / artifact.path)
-            found.setdefault(artifact.stage, []).append((artifact, known))
-    if not found.keys() & {"expert", "evaluate"}:
+        if study.made(artifact) and (bases is None or artifact.base in (None, *bases)):
+            jobs[artifact.stage].append((artifact, lineage.read(study.results / artifact.path)))
+    if not jobs["expert"] and not jobs["evaluate"]:
         raise MergelawError(
             f"{study.results}: holds no expert and no evaluation of {study.config.name} to take "
             "rates from; run the study first"
         )
-    models = [known for stage in ("base", "expert") for _, known in found.get(stage, [])]
-    gpus = any("cuda" in str(known["facts"].get("device")) for known in models)
-    lengths = [
-        known["facts"]["tokens"]
-        / known["facts"]["cells"]
-        * len(domains_of(artifact))
-        / documents_of(study, domains_of(artifact), "eval_documents")
-        for artifact, known in found.get("evaluate", [])
-    ]
+    models = [entry["facts"] for _, entry in jobs["base"] + jobs["expert"]]
+    gpus = any("cuda" in str(facts.get("device")) for facts in models)
     rates = Rates(float32_share=1, gpus_per_node=8 if gpus else 0)
+    lengths = [
+        entry["facts"]["tokens"]
+        / entry["facts"]["cells"]
+        * len(artifact.names("corpora"))
+        / (rates.documents.count(artifact, "eval") or 1)
+        for artifact, entry in jobs["evaluate"]
+    ]
     if lengths:
         rates = rates.model_copy(update={"tokens_per_document": float(np.median(lengths))})
-    stages = {}
-    for stage, jobs in found.items():
-        spent, expected = [], []
-        for artifact, known in jobs:
-            facts = known["facts"]
-            share = facts["measured"] / facts["cells"] if stage == "evaluate" else 1.0
-            if share:  # else everything had been measured before
-                spent.append(known["wall_seconds" if gpus else "cpu_seconds"])
-                expected.append(share * working(work_of(study, artifact, rates), stage, rates))
-        if not spent:
-            continue
-        # Relative errors: a job of a second counts as much as one of an hour.
-        columns = np.stack([np.ones(len(spent)), expected], axis=1) / np.array(spent)[:, None]
-        start, slow = map(float, nnls(columns, np.ones(len(spent)))[0])
-        stages[stage] = StageRate(
-            start_seconds=start,
-            teraflops=rates.teraflops / slow if slow else None,
-            gigabytes_per_second=rates.gigabytes_per_second / slow if slow else None,
-        )
-    return rates.model_copy(update={"stages": stages})
+    for stage, entries in jobs.items():
+        shares = [(artifact, entry, measured_share(entry)) for artifact, entry in entries]
+        work = [share * rates.working(study, artifact) for artifact, _, share in shares if share]
+        clock = "wall_seconds" if gpus else "cpu_seconds"
+        spent = np.array([entry[clock] for _, entry, share in shares if share])
+        if work:
+            # Relative errors: a job of a second counts as much as one of an hour.
+            columns = np.stack([np.ones(len(work)), work], axis=1) / spent[:, None]
+            start, slow = map(float, nnls(columns, np.ones(len(work)))[0])
+            rates.stages[stage] = StageRate(
+                start_seconds=start,
+                teraflops=rates.teraflops / slow if slow else None,
+                gigabytes_per_second=rates.gigabytes_per_second / slow if slow else None,
+            )
+    return rates
 
 
-# -- work --------------------------------------------------------------------------------------
+def measured_share(entry: dict[str, Any]) -> float:
+    """Share of a shard's cells that its job measured itself, from its lineage; else 1."""
+    facts = entry["facts"]
+    return facts["measured"] / facts["cells"] if entry["stage"] == "evaluate" else 1.0
 
 
-def domains_of(artifact: Artifact) -> list[str]:
-    return artifact.names("corpora")
+def estimate(
+    study: Study, rates: Rates, hardware: Hardware | None = None, threads: int = 1
+) -> Estimate:
+    """What a study's jobs that are left take, and what they ask a cluster for.
 
-
-def forward_flops(size: Size, tokens: float, context: float) -> float:
-    """Of a forward pass: two per token and weight that multiplies it, and attention's, which sees
-    half of the context on average (Kaplan et al. 2020, appendix B)."""
-    weights = size.non_embedding + size.vocab * size.hidden
-    return tokens * (2 * weights + 2 * size.layers * size.query * context)
-
-
-def work_of(study: Study, artifact: Artifact, rates: Rates) -> Work:
-    """What the job of an artifact does. MergelawError where a base's size cannot be known yet."""
-    stage, recipe = artifact.stage, artifact.recipe
-    length = rates.tokens_per_document
-    if stage == "corpus":
-        name = str(artifact.name)
-        documents = sum(_documents(study, [name], kind, rates) for kind in KINDS)
-        return Work(tokens=documents * length, kept=documents * length * BYTES_A_TOKEN)
-    if stage not in ("base", "expert", "task_vector", "evaluate", "merge"):
-        return Work()
-    base = str(artifact.base)
-    size, need = study.size(base), need_of(study, artifact)
-    stored = 4 if study.config.bases[base].pretraining is not None else 2  # bytes a parameter
-    whole = stored * size.total
-    if stage in ("base", "expert"):
-        own = recipe.get("pretraining") or recipe.get("training")
-        if own is None:  # fetched
-            return Work(moved=whole, kept=whole)
-        context = min(own["max_tokens"], length)
-        if own["steps"] is None:
-            documents = _documents(study, domains_of(artifact), "train_documents", rates)
-            tokens = own["epochs"] * documents * context
-        else:
-            full = stage == "base" or own["packing"]
-            tokens = own["steps"] * own["batch_size"] * (own["max_tokens"] if full else context)
-        passes = 4 if own.get("gradient_checkpointing") else 3  # the backward pass costs two
-        flops = passes * forward_flops(size, tokens, context)
-        return Work(tokens, flops, 2 * whole, whole, own["dtype"], *_gpus(need, rates))
-    members = len(artifact.names("task_vectors"))
-    derived = study.config.storage == "derived"
-    vector = whole if derived else 4 * size.total
-    if stage == "task_vector":
-        return Work(moved=2 * whole, kept=0 if derived else vector)
-    if stage == "merge":
-        return Work(moved=(members + 1) * vector, kept=whole)
-    rows = artifact.rows
-    domains, own = domains_of(artifact), recipe["evaluation"]
-    context = min(own["max_tokens"], length)
-    documents = _documents(study, domains, "eval_documents", rates)
-    tokens = len(rows) * documents * context
-    gpus, parallel = _gpus(need, rates)
-    resident = 4 * size.total * (members + 3) <= gpus * rates.gpu_memory_gb * 1e9 / 2 or not gpus
-    passed = members if resident else sum(row[0] for row in rows)
-    # Masks, a bit a value, are made by the first shard for all.
-    drawn = not resident and method_of(recipe["method"]).masks() is not None
-    masks = members * size.total / 8 if drawn and artifact.shard == 0 else 0
-    return Work(
-        tokens,
-        forward_flops(size, tokens, context),
-        whole + passed * vector,
-        2 * len(rows) * (len(domains) * ROW + 24 * documents) + masks,
-        own["dtype"],
-        gpus,
-        parallel,
-    )
-
-
-KINDS = ("train_documents", "eval_documents")
-
-
-def _documents(study: Study, domains: Iterable[str], kind: str, rates: Rates) -> float:
-    counts = []
-    for name in domains:
-        held_out = study.config.domains[name].held_out and kind == "train_documents"
-        count = 0 if held_out else documents_of(study, [name], kind)
-        counts.append(rates.train_documents if count is None else count)
-    return sum(counts)
-
-
-def _gpus(need: Need, rates: Rates) -> tuple[int, bool]:
-    """(GPUs of a job, whether they compute at the same time)."""
-    if not rates.gpus_per_node or not need.counts:
-        return 0, False
-    hardware = Hardware(gpus_per_node=rates.gpus_per_node, gpu_memory_gb=rates.gpu_memory_gb)
-    usable = [count for count in need.counts if count <= rates.gpus_per_node]
-    return need.gpus(hardware) or max(usable, default=1), need.parallel
-
-
-def working(work: Work, stage: str, rates: Rates) -> float:
-    """Seconds of a job without its start."""
-    own = rates.stages.get(stage, StageRate())
-    flops = 1e12 * (own.teraflops or rates.teraflops)
-    flops *= rates.float32_share if work.dtype == "float32" else 1
-    flops *= work.gpus if work.parallel else 1
-    moved = 1e9 * (own.gigabytes_per_second or rates.gigabytes_per_second)
-    return work.flops / flops + work.moved / moved
-
-
-# -- the estimate ------------------------------------------------------------------------------
-
-
-def estimate(study: Study, rates: Rates) -> Estimate:
-    """What all of a study's artifacts take, those that are there already included.
-
-    Raises MergelawError where a base's size cannot be known yet.
+    ``hardware`` and ``threads`` of a job are those of a profile; without one, the rates'. Raises
+    MergelawError if a base's size cannot be known yet.
     """
-    jobs = dict.fromkeys(STAGES, 0)
-    totals = {stage: [0.0] * 4 for stage in STAGES}  # GPU hours, hours, tokens, bytes
-    ends: dict[str, tuple[float, Artifact, float]] = {}  # by path: when, what, how long
+    hardware = hardware or rates
+    totals: dict[str, dict[str, float]] = {}
+    chains: dict[str, tuple[float, list[tuple[str, float]]]] = {"": (0.0, [])}
+    requests: dict[str, list[dict[str, Any]]] = {}
     problems: dict[str, None] = {}
-    hardware = Hardware(gpus_per_node=rates.gpus_per_node, gpu_memory_gb=rates.gpu_memory_gb)
-    before: dict[str, str | None] = {}
     for artifact in study.by_path.values():
-        stage = artifact.stage
-        work = work_of(study, artifact, rates)
-        start = rates.stages.get(stage, StageRate()).start_seconds
-        seconds = (rates.start_seconds if start is None else start) + working(work, stage, rates)
-        hours = seconds / 3600
-        jobs[stage] += 1
-        for index, value in enumerate((work.gpus * hours, hours, work.tokens, work.kept)):
-            totals[stage][index] += value
-        inputs = [a.path for a in artifact.dependencies()]
-        last = max(inputs, key=lambda path: ends[path][0], default=None)
-        before[artifact.path] = last
-        ends[artifact.path] = (ends[last][0] if last else 0) + seconds, artifact, seconds
-        try:
-            if rates.gpus_per_node:
-                check([need_of(study, artifact)], hardware)
-        except MergelawError as error:
-            problems[str(error)] = None
-    rows = [Row(STAGES[s], jobs[s], *values) for s, values in totals.items() if jobs[s]]
-    sums = (sum(values[i] for values in totals.values()) for i in range(4))
-    rows.append(Row("in all", sum(jobs.values()), *sums))
-    chain, path = [], max(ends, key=lambda path: ends[path][0], default=None)
-    while path:
-        _, artifact, seconds = ends[path]
-        chain.append((artifact.folder, seconds / 3600))
-        path = before[path]
-    there = sum(map(study.made, study.by_path.values()))
-    return Estimate(rows, chain[::-1], list(problems), there)
+        stage, left = artifact.stage, not study.made(artifact)
+        work = work_of(study, artifact, rates.documents)
+        start = rates.of_stage(stage).start_seconds
+        hours = left * (start + rates.working(study, artifact)) / 3600
+        row = (1, left, rates.gpus(work) * hours, hours, left * work.tokens, left * work.kept)
+        for name in (stage, "in all"):
+            total = totals.setdefault(name, dict.fromkeys(COLUMNS, 0))
+            for column, value in zip(COLUMNS, row, strict=True):
+                total[column] += value
+        before = [chains[other.path] for other in artifact.dependencies()]
+        end, chain = max(before, default=chains[""])
+        chains[artifact.path] = end + hours, chain + [(artifact.folder, hours)] * left
+        request = work_of(study, artifact)
+        if left and request.host > PROCESS:  # the others ask for what the profile says
+            requests.setdefault(stage, []).append(ask(request, hardware, threads))
+            try:
+                check([request], hardware)
+            except MergelawError as error:
+                problems[str(error)] = None
+    stages = {name: totals[name] for name in (*TITLES, "in all") if name in totals}
+    return Estimate(stages, max(chains.values())[1], requests, list(problems))
 
 
 def text(found: Estimate, rates: Rates) -> str:
-    """The estimate for people."""
-    lines = [f"{'':<14}{'jobs':>6}{'GPU hours':>12}{'hours':>12}{'tokens':>10}{'bytes':>10}"]
-    for row in found.rows:
+    """The estimate as tables and sentences."""
+    titles = TITLES | {"in all": "in all"}
+    widths = (6, 6, 12, 12, 10, 10)
+    lines = [" " * 14 + "".join(f"{c:>{w}}" for c, w in zip(COLUMNS, widths, strict=True))]
+    for stage, row in found.stages.items():
+        jobs, left, gpu_hours, hours, tokens, kept = (row[column] for column in COLUMNS)
         lines.append(
-            f"{row.stage:<14}{row.jobs:>6}{row.gpu_hours:>12,.1f}{row.hours:>12,.2f}"
-            f"{short(row.tokens):>10}{short(row.bytes):>10}"
+            f"{titles[stage]:<14}{jobs:>6}{left:>6}{gpu_hours:>12,.1f}{hours:>12,.2f}"
+            f"{short(tokens):>10}{short(kept):>10}"
         )
+    jobs, left = (round(found.stages["in all"][column]) for column in ("jobs", "left"))
+    if left < jobs:
+        lines.append(f"{jobs - left} of {jobs} results are there already and cost nothing")
+    if found.requests:
+        lines.append(f"\n{'a job asks for':<14}{'GPUs':>12}{'memory, GB':>16}{'hours':>16}")
+    for stage, asked in found.requests.items():
+        units = (("gpu", 1, 12), ("mem_mb", 1000, 16), ("runtime", 60, 16))
+        spans = (f"{span([one[name] / unit for one in asked]):>{w}}" for name, unit, w in units)
+        lines.append(f"{titles[stage]:<14}{''.join(spans)}")
     hours = sum(spent for _, spent in found.chain)
     long = [f"{name} ({spent:.2f} h)" for name, spent in found.chain if spent >= hours / 100]
     lines.append(
         f"\nlongest chain: {hours:,.2f} hours of {len(found.chain)} jobs: {' > '.join(long)}"
     )
-    if found.there:
-        lines.append(f"{found.there} of {found.rows[-1].jobs} results are there already")
     lines += [f"does not fit: {problem}" for problem in found.problems]
-    on = (
-        f"GPUs of {rates.gpu_memory_gb} GB, {rates.gpus_per_node} a node"
-        if rates.gpus_per_node
-        else "processors"
-    )
+    gpus = f"GPUs of {rates.gpu_memory_gb} GB, {rates.gpus_per_node} a node"
     lines.append(
-        f"rates: {on}; where no stage says otherwise {rates.teraflops:g} TFLOP/s, "
-        f"{rates.gigabytes_per_second:g} GB/s, {rates.start_seconds:g} s to start; "
-        f"{rates.tokens_per_document:g} tokens a document, {rates.train_documents:,} documents to "
-        "train on where their number is open"
+        f"rates: {gpus if rates.gpus_per_node else 'processors'}; unless a stage differs, "
+        f"{rates.teraflops:g} TFLOP/s, {rates.gigabytes_per_second:g} GB/s, "
+        f"{rates.start_seconds:g} s to start; {rates.tokens_per_document:g} tokens a document, "
+        f"{rates.train_documents:,} documents to train on where their number is open"
     )
     return "\n".join(lines)
 
 
+def span(values: Sequence[float]) -> str:
+    """``0.5 to 12``, or one number."""
+    low, high = (f"{x:,.0f}" if x >= 100 else f"{x:.3g}" for x in (min(values), max(values)))
+    return low if low == high else f"{low} to {high}"
+
+
 def short(value: float) -> str:
-    """12.3 T, for a table."""
+    """``12.3 T``, for a table."""
     units = iter(("", " k", " M", " G", " T", " P"))
     unit = next(units)
     while value >= 999.5 and unit != " P":

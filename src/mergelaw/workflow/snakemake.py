@@ -23,6 +23,7 @@ from mergelaw.errors import MergelawError, system_message
 from mergelaw.evaluation.recipe import BASELINES
 from mergelaw.workflow import forkserver, progress, resources, slurm
 from mergelaw.workflow.artifact import Artifact
+from mergelaw.workflow.cost import Work, work_of
 from mergelaw.workflow.job import job_file, write_job
 from mergelaw.workflow.study import Study
 
@@ -65,10 +66,10 @@ class Pipeline:
             values = {name: getattr(value, "raw", value) for name, value in settings.items()}
             self.hardware = resources.Hardware.of(values)
             missing = [a for a in self.study.by_path.values() if not self.study.made(a)]
-            self.needs = []
+            self.works: list[Work] = []
             if self.hardware and workflow.is_main_process:
-                self.needs = [resources.need_of(self.study, artifact) for artifact in missing]
-                resources.check(self.needs, self.hardware)
+                self.works = [work_of(self.study, artifact) for artifact in missing]
+                resources.check(self.works, self.hardware)
         # On one machine, jobs that would use its GPUs take turns, as its profile says.
         self.one_machine = not self.hardware and shutil.which("nvidia-smi") is not None
 
@@ -96,7 +97,7 @@ class Pipeline:
         with one_line_errors():
             if self.workflow.executor_plugin.name == "slurm":
                 status = self.workflow.executor_settings.status_command
-                slurm.check(self.hardware, status, any(need.counts for need in self.needs))
+                slurm.check(self.hardware, status, any(work.counts for work in self.works))
             missing = [a for a in self.study.by_path.values() if not self.study.made(a)]
             if any(a.recipe.get("training", {}).get("trainer") == "openrlhf" for a in missing):
                 from mergelaw.models import openrlhf
@@ -181,8 +182,8 @@ class Paths:
 
         def asked(name: str) -> Callable[..., Any]:
             def value(wildcards: Any, threads: int, attempt: int) -> Any:
-                need = resources.need_of(pipeline.study, self._artifact(wildcards))
-                return resources.ask(need, hardware, threads, attempt)[name]
+                work = work_of(pipeline.study, self._artifact(wildcards))
+                return resources.ask(work, hardware, threads, attempt)[name]
 
             return value
 

@@ -19,9 +19,9 @@ from mergelaw.errors import MergelawError
 from mergelaw.evaluation.design import Subset, sample
 from mergelaw.evaluation.recipe import BASELINES
 from mergelaw.merging.methods.average import Average
-from mergelaw.models.checkpoint import files
+from mergelaw.models.checkpoint import files, read_config
 from mergelaw.models.recipe import Checkpoint
-from mergelaw.models.size import Size, size_of_base
+from mergelaw.models.size import Size, size_of_architecture, size_of_nominal
 from mergelaw.workflow.artifact import Artifact, Inputs, Row
 
 
@@ -295,10 +295,36 @@ class Study:
     # -- all of them ---------------------------------------------------------------------------
 
     def size(self, base: str) -> Size:
-        """Size of a base. Raises MergelawError if it cannot be known yet."""
+        """Size of a base, by its recipe, its ``config.json`` here or in the hub's cache, or its N.
+
+        Raises MergelawError if it cannot be known yet.
+        """
         if base not in self._sizes:
-            self._sizes[base] = size_of_base(self.config, base)
+            architecture, nominal = self._architecture(base), self.config.bases[base].N
+            size = size_of_architecture(architecture) if architecture else None
+            if size is None and nominal is None:
+                raise MergelawError(
+                    f"bases.{base}: its size is not known before it is fetched; give its 'N' in "
+                    "billions"
+                )
+            self._sizes[base] = size or size_of_nominal(nominal or 0)
         return self._sizes[base]
+
+    def _architecture(self, base: str) -> Mapping[str, Any] | None:
+        """Architecture of a base as a transformers configuration, if it is at hand."""
+        settings = self.config.bases[base]
+        if settings.pretraining is not None:
+            recipe = self.config.pretraining_of(base)
+            sizes = {"vocab_size": recipe.vocab_size, "max_position_embeddings": recipe.max_tokens}
+            return sizes | recipe.architecture
+        if settings.path is not None:
+            return read_config(Path(settings.path))
+        from huggingface_hub import try_to_load_from_cache
+
+        cached = try_to_load_from_cache(
+            str(settings.hub), "config.json", revision=settings.revision
+        )
+        return read_config(Path(cached).parent) if isinstance(cached, str) else None
 
     def made(self, artifact: Artifact) -> bool:
         """True if the artifact exists."""
