@@ -3,7 +3,6 @@
 import base64
 import math
 import os
-import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -123,7 +122,7 @@ def _measure(
     for entry in missing:
         merges.setdefault(entry["merge"], {})[entry["cell"]] = entry
     room, prepared = memory_for_vectors(model.device), store.folder / "prepared"
-    measured, elsewhere, progress = 0, list[str](), _Progress(len(merges))
+    measured, elsewhere = 0, list[str]()
     with Merger(model, base, pool, method, room, prepared) as merger:
         for wait, queue in ((False, list(merges)), (True, elsewhere)):
             for merge in queue:
@@ -136,7 +135,6 @@ def _measure(
                         facts = {**counts, "merge_seconds": _merge(merger, group[0]["experts"])}
                         store.append([_cell(model, e, batches, sets, facts) for e in group])
                         measured += len(group)
-                progress.step()
     return measured
 
 
@@ -199,23 +197,6 @@ def _cell(
         "threads": torch.get_num_threads(),
         **facts,
     }
-
-
-class _Progress:
-    """Print how many merges are done and the time left, every ``PROGRESS_SECONDS``."""
-
-    def __init__(self, total: int):
-        self.total, self.count = total, 0
-        self.started = self.shown = time.perf_counter()
-
-    def step(self) -> None:
-        self.count += 1
-        now = time.perf_counter()
-        if now - self.shown > PROGRESS_SECONDS:
-            self.shown = now
-            left = (now - self.started) / self.count * (self.total - self.count)
-            message = f"mergelaw: {self.count} of {self.total} merges, {left:.0f} s left"
-            print(message, file=sys.stderr, flush=True)
 
 
 def load_model(base: Path, dtype: str) -> Any:
