@@ -11,8 +11,8 @@ import sys
 from collections import defaultdict
 from pathlib import Path
 
-from mergelaw.artifacts import lineage
 from mergelaw import config
+from mergelaw.artifacts import lineage
 from mergelaw.workflow.estimate import Rates, measured, measured_share
 from mergelaw.workflow.progress import TITLES
 from mergelaw.workflow.study import Study

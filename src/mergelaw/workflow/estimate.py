@@ -12,9 +12,9 @@ from typing import Any
 
 from pydantic import Field, ValidationError
 
+from mergelaw import config
 from mergelaw.artifacts import lineage
 from mergelaw.artifacts.recipe import Model
-from mergelaw import config
 from mergelaw.errors import MergelawError, nearest
 from mergelaw.workflow.artifact import Artifact
 from mergelaw.workflow.cost import PROCESS, Documents, work_of
