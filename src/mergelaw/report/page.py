@@ -56,11 +56,10 @@ def write_report(
     families = sorted(points["family"].unique())
     page = environment.get_template("report.html.j2").render(
         title=title,
-        facts={label: str(value) for label, value in facts.items()},
+        facts=facts,
         measured=tables.measured(rows, points),
         bases=tables.bases(rows),
         chapters=[_chapter(name, study, points, rows, output / "figures") for name in families],
-        several=len(families) > 1,
         short_ladders=tables.short_ladders(points),
         ladder=LADDER,
         within=" / ".join(f"{nats:g}" for nats in WITHIN),

@@ -196,25 +196,25 @@ def rivals(fits: pd.DataFrame) -> Table | None:
     Only joint fits are listed, if any, because they have enough points to tell laws apart.
     """
     joint = fits["law"] == MERGING.name
-    fits = fits[joint] if joint.any() else fits
-    compared = [fit for fit in fits["rivals"] if fit[0]["above"] is not None]
-    if not compared:
+    records = _ordered(fits[joint] if joint.any() else fits)
+    above = [
+        {rival["law"]: rival["above"] for rival in fit["rivals"] if rival["above"] is not None}
+        for fit in records
+    ]
+    names = [law for law in LAWS if any(law in values for values in above)]
+    if not names:
         return None
-    names = sorted({rival["law"] for fit in compared for rival in fit}, key=list(LAWS).index)
-    records = []
-    for fit in _ordered(fits):
-        above = {rival["law"]: rival["above"] for rival in fit["rivals"]}
-        values = [above.get(name) for name in names]
-        records.append(
-            [
-                fit["method"],
-                base_label(fit["base"], fit["N"]) if isinstance(fit["base"], str) else "all",
-                *(NONE if value is None else f"{value:.1f}" for value in values),
-                *(_forecast_error(fit["left_out"].get(name)) for name in ("k", "N")),
-            ]
-        )
+    rows = [
+        [
+            fit["method"],
+            base_label(fit["base"], fit["N"]) if isinstance(fit["base"], str) else "all",
+            *(f"{values[name]:.1f}" if name in values else NONE for name in names),
+            *(_forecast_error(fit["left_out"].get(name)) for name in ("k", "N")),
+        ]
+        for fit, values in zip(records, above, strict=True)
+    ]
     headings = [name.removesuffix("_fixed_N") for name in names]
-    return Table(["method", "bases", *headings, "last k held out", "last N held out"], records)
+    return Table(["method", "bases", *headings, "last k held out", "last N held out"], rows)
 
 
 def _forecast_error(forecast: Mapping[str, float | None] | None) -> str:
