@@ -23,11 +23,12 @@ ROOT = Path(__file__).resolve().parents[2]
 README = ROOT / "config" / "README.md"
 BLOCKS = re.findall(r"```yaml\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
 YAML_1_2 = YAML(typ="safe", pure=True)
-SMALL = YAML_1_2.load(BLOCKS[0])
+(SMALL_TEXT,) = [block for block in BLOCKS if block.startswith("name: small")]
+SMALL = YAML_1_2.load(SMALL_TEXT)
 
 
 def small(**changes):
-    """README's first study, with other values at dotted places (``a__b``)."""
+    """README's small study, with other values at dotted places (``a__b``)."""
     data = copy.deepcopy(SMALL)
     for place, value in changes.items():
         *parents, last = place.split("__")
@@ -85,6 +86,12 @@ def test_the_examples_of_the_readme_are_valid(block):
     data = SMALL | YAML_1_2.load(block)
     config.parse(data)
     jsonschema.validate(data, config_reference.schema())
+
+
+def test_the_readme_begins_with_ten_lines_for_ones_own_models():
+    assert BLOCKS[0].count("\n") <= 10 and "checkpoints" in BLOCKS[0]
+    study = config.parse(YAML_1_2.load(BLOCKS[0]))
+    assert list(study.pool()) == ["lawyer", "doctor"] and list(study.methods) == ["average", "ties"]
 
 
 def test_the_readmes_tables_are_the_generated_ones():
@@ -390,7 +397,7 @@ def test_files_are_read_as_yaml_1_2(tmp_path):
 
 def test_a_number_gives_the_same_keys_however_it_is_written(tmp_path):
     path = tmp_path / "x.yaml"
-    text = BLOCKS[0].replace("num_attention_heads: 2", "num_attention_heads: 2, rope_theta: 1e6")
+    text = SMALL_TEXT.replace("num_attention_heads: 2", "num_attention_heads: 2, rope_theta: 1e6")
     path.write_text(text.replace("ties: {density: 0.2}", "task_arithmetic: {lambda: 1}"))
     study = config.load(path)
     assert study.training_of("27k", "code").learning_rate == 5e-4
@@ -490,7 +497,7 @@ def test_a_file_that_is_no_configuration(tmp_path, content, words):
 def test_a_name_in_quotes_may_look_like_anything(tmp_path):
     path = tmp_path / "x.yaml"
     path.write_text(
-        BLOCKS[0].replace("27k:", '"0.5":').replace("code", '"on"').replace(': "on"}', ": code}")
+        SMALL_TEXT.replace("27k:", '"0.5":').replace("code", '"on"').replace(': "on"}', ": code}")
     )
     study = config.load(path)
     assert list(study.bases) == ["0.5"] and "on" in study.domains
@@ -498,7 +505,7 @@ def test_a_name_in_quotes_may_look_like_anything(tmp_path):
 
 def test_anchors_and_merge_keys_may_be_used(tmp_path):
     path = tmp_path / "x.yaml"
-    changed = BLOCKS[0].replace("  average:\n", "  a: &a {method: ties, density: 0.3}\n")
+    changed = SMALL_TEXT.replace("  average:\n", "  a: &a {method: ties, density: 0.3}\n")
     # The alias is read before the mapping that it stands for, which it overrides in part.
     changed += "  b: &b {<<: *a, density: 0.4}\n  c: {<<: *b, lambda: 2}\n"
     path.write_bytes(b"\xef\xbb\xbf" + changed.replace("\n", "\r\n").encode())
