@@ -1,1 +1,5 @@
-"""The report as one page."""
+"""The report of a study: tables, figures, and the HTML page that shows them."""
+
+from mergelaw.report.page import write_report
+
+__all__ = ["write_report"]
