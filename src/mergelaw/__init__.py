@@ -1,3 +1,3 @@
-"""Measure the scaling law of model merging, and plan with it."""
+"""Measure the scaling law of model merging, and decide with it."""
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"

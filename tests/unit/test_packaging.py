@@ -1,10 +1,18 @@
 """What is said in several places is the same everywhere."""
 
 import re
+import subprocess
+import sys
 import tomllib
+import zipfile
 from pathlib import Path
 
+import pytest
 import yaml
+from packaging.requirements import Requirement
+
+from mergelaw.errors import MergelawError
+from mergelaw.workflow import deploy
 
 ROOT = Path(__file__).parents[2]
 
@@ -21,14 +29,54 @@ def test_every_requirement_is_pinned():
             assert re.fullmatch(r"[A-Za-z0-9_.-]+==[0-9][0-9A-Za-z.]*", line), f"{name}: {line}"
 
 
-def test_the_wheel_holds_every_data_file():
-    package = ROOT / "src" / "mergelaw"
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
-    patterns = project["tool"]["setuptools"]["package-data"]["mergelaw"]
-    shipped = {path for pattern in patterns for path in package.glob(pattern)}
-    files = {path for path in package.rglob("*") if path.is_file()}
-    data = {path for path in files if "__pycache__" not in path.parts and path.suffix != ".py"}
-    assert data and data <= shipped
+def test_the_wheel_holds_the_package_and_the_workflow(tmp_path):
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "wheel",
+        "-q",
+        "--no-deps",
+        "-w",
+        str(tmp_path),
+        str(ROOT),
+    ]
+    subprocess.run(command, check=True, capture_output=True)
+    (wheel,) = tmp_path.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        names = set(archive.namelist())
+    tracked = subprocess.run(
+        ["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout.splitlines()
+    for name in tracked:
+        top, _, rest = name.partition("/")
+        if name.startswith("src/"):
+            assert rest in names
+        elif top in deploy.PARTS and name != "results/.gitignore":
+            assert f"mergelaw/deploy/{name}" in names
+
+
+def test_the_demo_is_laid_out_once_and_over_nothing_else(tmp_path):
+    deploy.deploy(tmp_path / "demo")
+    assert (tmp_path / "demo" / "slurm" / "profile.v9+.yaml").exists()
+    mark = tmp_path / "demo" / "config" / "config.yaml"
+    mark.write_text("name: mine")
+    deploy.deploy(tmp_path / "demo")
+    assert mark.read_text() == "name: mine"
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "file").write_text("x")
+    with pytest.raises(MergelawError, match="other: exists and holds something else"):
+        deploy.deploy(tmp_path / "other")
+
+
+def test_every_requirement_is_within_the_packages_ranges():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    ranges = {r.name.lower(): r.specifier for r in map(Requirement, project["dependencies"])}
+    locked = dict(pin.split("==") for pin in pins("requirements.txt"))
+    for name, version in locked.items():
+        if name.lower() in ranges:
+            assert ranges[name.lower()].contains(version), name
+    assert ranges.keys() <= {name.lower() for name in locked}
 
 
 def conda_pins(name: str) -> tuple[list[str], list[str]]:

@@ -20,6 +20,7 @@ app = typer.Typer(
 )
 STUDY, RESULTS, LAW = "A study", "Its results", "Answers of the law"
 app.add_typer(study.config_app, name="config", rich_help_panel=STUDY)
+app.command(rich_help_panel=STUDY)(study.demo)
 app.command(rich_help_panel=STUDY)(study.estimate)
 app.command(rich_help_panel=STUDY)(study.rates)
 app.command(rich_help_panel=STUDY)(study.status)

@@ -77,6 +77,21 @@ def config_table(
     into.write_text(f"{before}{start}\n{reference.tables()}\n{end}{after}", encoding="utf-8")
 
 
+def demo(
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="a new folder")] = Path(
+        "mergelaw-demo"
+    ),
+) -> None:
+    """Lay the workflow out in a folder and run the demo there; run again, it goes on.
+
+    Example: mergelaw demo study
+    """
+    from mergelaw.workflow.deploy import deploy, run_demo
+
+    deploy(folder)
+    raise typer.Exit(run_demo(folder))
+
+
 # -- before, during and after a run ------------------------------------------------------------
 
 

@@ -128,8 +128,10 @@ class Pipeline:
                 print(summary(self.study), file=sys.stderr)
 
     def report_the_rest(self) -> None:
-        """After a failure: fit and report what was measured."""
+        """After a failure: say what failed, then fit and report what was measured."""
         self._shown.set()
+        with one_line_errors():
+            print(progress.progress(self.study).text(), file=sys.stderr)
         shards = [a for a in self.study.evals.values() if a.method != BASELINES]
         if not any(map(self.study.made, shards)):
             return
