@@ -29,7 +29,7 @@ $(PEERS)/.installed: requirements-peers.txt
 	$(PEERS)/bin/pip install -q -r requirements-peers.txt
 	touch $@
 
-.PHONY: demo test test-conformance test-openrlhf test-slurm bench lint clean-venv
+.PHONY: demo test test-conformance test-openrlhf test-slurm bench lint format check hooks clean-venv
 demo: $(VENV)/.installed
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python benchmarks/measure.py -- $(BIN)/snakemake --profile profiles/local
 
@@ -52,9 +52,25 @@ test-openrlhf: $(VENV)/.installed $(OPENRLHF)/.installed
 test-slurm: $(VENV)/.installed
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python tests/slurm/cluster.py $(BIN)/python -m pytest -n 3 -rP tests/slurm
 
+format: $(VENV)/.installed
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/snakefmt workflow rules
+
+# The inner loop: under two minutes. `make test` has the rest.
+check: $(VENV)/.installed
+	$(BIN)/ruff check .
+	$(BIN)/lint-imports
+	$(BIN)/mypy
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest -n 2 tests/golden tests/versions tests/unit
+
+hooks: $(VENV)/.installed
+	$(BIN)/pre-commit install
+
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
 	$(BIN)/mypy
 	$(BIN)/snakefmt --check workflow rules
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/snakemake --lint

@@ -7,12 +7,12 @@ from mergelaw.workflow.snakemake import Pipeline
 # For envs/main.yaml, which Snakemake copies before pip reads it.
 os.environ["MERGELAW_ROOT"] = str(Path(workflow.basedir).parent)
 
-pipeline = Pipeline(workflow, config)
+pipeline = Pipeline(workflow)
 study = pipeline.study
 
 
 pathvars:
-    results=config.get("results", "results"),
+    results=str(study.results),
 
 
 wildcard_constraints:

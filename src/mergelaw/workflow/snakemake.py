@@ -47,21 +47,18 @@ def one_line_errors() -> Any:
 class Pipeline:
     """A study in the words of Snakemake's rules.
 
-    Args:
-        workflow: Snakemake's workflow object.
-        config: its configuration, all files and ``--config`` together.
+    ``workflow`` is Snakemake's workflow object, with its configuration files and ``--config``.
     """
 
-    def __init__(self, workflow: Any, config: dict[str, Any]):
-        self.workflow, self.config = workflow, config
-        if "openrlhf_python" in config:  # said by a profile: a fact of the machine
-            os.environ["MERGELAW_OPENRLHF_PYTHON"] = str(config.pop("openrlhf_python"))
+    def __init__(self, workflow: Any):
+        self.workflow = workflow
         with one_line_errors():
-            # Snakemake reads YAML 1.1 and accepts a key that is given twice, so read once more.
-            overrides = dict(workflow.config_settings.config)
-            overrides.pop("openrlhf_python", None)
+            # Read again, as YAML 1.2 and with repeated keys refused; Snakemake reads YAML 1.1.
+            self.config = read_files(workflow.configfiles, workflow.config_settings.config)
+            if "openrlhf_python" in self.config:  # said by a profile: a fact of the machine
+                os.environ["MERGELAW_OPENRLHF_PYTHON"] = str(self.config.pop("openrlhf_python"))
             where = " + ".join(map(str, workflow.configfiles))
-            self.study = Study(parse(read_files(workflow.configfiles, overrides), where))
+            self.study = Study(parse(self.config, where))
             settings = workflow.resource_settings.default_resources or {}
             values = {name: getattr(value, "raw", value) for name, value in settings.items()}
             self.hardware = resources.Hardware.of(values)
