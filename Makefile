@@ -29,7 +29,7 @@ $(PEERS)/.installed: requirements-peers.txt
 	$(PEERS)/bin/pip install -q -r requirements-peers.txt
 	touch $@
 
-.PHONY: demo test test-conformance test-openrlhf test-slurm bench lint format check hooks clean-venv
+.PHONY: demo test test-conformance test-openrlhf test-slurm bench lint format check clean-venv
 demo: $(VENV)/.installed
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python benchmarks/measure.py -- $(BIN)/snakemake --profile profiles/local
 
@@ -63,9 +63,6 @@ check: $(VENV)/.installed
 	$(BIN)/lint-imports
 	$(BIN)/mypy
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest -n 2 tests/golden tests/versions tests/unit
-
-hooks: $(VENV)/.installed
-	$(BIN)/pre-commit install
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .
