@@ -32,7 +32,7 @@ Cell = dict[str, Any]
 def merge_of(
     base: str, vectors: Sequence[str], method: Mapping[str, Any] | None
 ) -> tuple[Cell, str]:
-    """What defines an equally weighted merge, and its identity (16 hexadecimal digits).
+    """Recipe and identity (16 hexadecimal digits) of an equally weighted merge.
 
     Args:
         base: digest of the base.
@@ -47,7 +47,7 @@ def identity_of(merge: Mapping[str, Any], evaluation: Mapping[str, Any], documen
     """Identity of a cell (32 hexadecimal digits).
 
     Args:
-        merge: what defines the merge, from :func:`merge_of`.
+        merge: recipe of the merge, from :func:`merge_of`.
         evaluation: evaluation settings.
         documents: digest of the evaluation set.
     """

@@ -29,7 +29,7 @@ class Sampling(Model):
 
 
 class Evaluation(Model):
-    """How the cross-entropy of a merge is measured."""
+    """Settings of a measurement of cross-entropy."""
 
     dtype: Literal["float32", "bfloat16"] = Field(
         "float32", description="dtype of weights and arithmetic; losses are summed in float64"

@@ -8,9 +8,9 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import AliasChoices, Field, ValidationError
 
+from mergelaw import config
 from mergelaw.artifacts.recipe import Model
 from mergelaw.errors import MergelawError
 from mergelaw.workflow.cost import Work
@@ -88,21 +88,19 @@ class Hardware(Model):
 def read_profile(path: Path) -> tuple[Hardware, int]:
     """Hardware of a Snakemake profile (a folder or a file), and the most cores of a job.
 
-    Raises MergelawError if the profile names no hardware.
+    Raises MergelawError if the file cannot be read or names no hardware.
     """
     files = sorted(path.glob("*.yaml"), reverse=True) if path.is_dir() else [path]
-    try:
-        profile = yaml.safe_load(files[0].read_text(encoding="utf-8"))
-        hardware = Hardware.of(profile["default-resources"])
-        threads = max(profile.get("set-threads", {}).values(), default=1)
-    except (OSError, yaml.YAMLError, LookupError, TypeError, AttributeError):
-        hardware = None
+    profile = config.read(files[0]) if files else None
+    profile = profile if isinstance(profile, dict) else {}
+    settings = profile.get("default-resources")
+    hardware = Hardware.of(settings) if isinstance(settings, dict) else None
     if hardware is None:
         raise MergelawError(
             f"{path}: is no profile that names hardware; give one with gpus_per_node among its "
             "default-resources, such as profiles/slurm"
         )
-    return hardware, threads
+    return hardware, max(profile.get("set-threads", {}).values(), default=1)
 
 
 def ask(work: Work, hardware: Hardware, threads: int = 1, attempt: int = 1) -> dict[str, Any]:
