@@ -3,8 +3,20 @@
 from collections.abc import Sequence
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from mergelaw.evaluation.design import pair_counts
+
+
+def finite_pool(k: ArrayLike, first: float, last: float, M: int) -> np.ndarray:
+    """E[L|k] of an exactly quadratic loss over all k-subsets of M experts (nats per token).
+
+    Args:
+        k: sizes, 1..M.
+        first: L_1, the mean over single experts; for a surrogate the mean of Q_ii.
+        last: L_M, the merge of all; for a surrogate the mean of Q_ij.
+    """
+    return last + (first - last) * (M / np.asarray(k, dtype=float) - 1) / max(M - 1, 1)
 
 
 def design_variance(

@@ -20,7 +20,7 @@ import numpy as np
 import pandas as pd
 from scipy.stats import norm, spearmanr, t
 
-from circles import design_variance
+from circles import design_variance, finite_pool
 from mergelaw import config
 from mergelaw.artifacts import lineage
 from mergelaw.evaluation import read_rows
@@ -265,7 +265,8 @@ def standard_errors(pools: dict[tuple[str, str], Table]) -> None:
 
         fitted = own.fit(np.flatnonzero(own.k <= 2))[MACRO]
         rest = own.macro - fitted.predict(own.weights)
-        estimates = fitted.pool_mean(np.array(ks)) + rest[circles].mean(axis=2)
+        ends = np.diag(fitted.Q).mean(), fitted.Q.mean()
+        estimates = finite_pool(np.array(ks), *ends, M) + rest[circles].mean(axis=2)
         ratio = np.sqrt(np.mean((estimates - truth) ** 2, axis=0)) / actual
         row["difference / plain"] = " ".join(f"{value:.2f}" for value in ratio[1:])
         rows.append(row)

@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from circles import finite_pool
 from mergelaw.errors import MergelawError
 from mergelaw.laws.law import MERGING
-from mergelaw.laws.surrogate import finite_pool
 from mergelaw.planning import forecast
 
 JOINT = {"L_star": 0.4, "B": 0.3, "A0": 0.08, "beta": 0.4, "gamma": 0.1, "b": 0.3}

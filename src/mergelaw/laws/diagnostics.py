@@ -6,7 +6,6 @@ from contextlib import suppress
 from typing import Any
 
 import numpy as np
-import pandas as pd
 from numpy.typing import NDArray
 from scipy.special import ndtr
 
@@ -92,15 +91,9 @@ def runs(fitted: Result) -> dict[str, float] | None:
     variables, residuals = fitted.variables, fitted.solution.residuals
     if np.abs(residuals).max() < ROUNDED * np.abs(fitted.loss).max():
         return None
-    *others, along = variables
-    groups = np.unique(
-        np.column_stack([variables[name] for name in others] or [np.zeros(len(residuals))]),
-        axis=0,
-        return_inverse=True,
-    )[1].ravel()
+    along = list(variables)[-1]
     count = expected = variance = 0.0
-    for group in range(groups.max() + 1):
-        chosen = np.flatnonzero(groups == group)
+    for chosen in _groups(variables, along):
         signs = residuals[chosen[np.argsort(variables[along][chosen])]] > 0
         total, above = len(signs), int(signs.sum())
         pairs = 2 * above * (total - above)
@@ -157,6 +150,12 @@ def warnings(solution: Solution) -> Iterable[Note]:
                 )
     if "N" in law.levels:
         yield from _on_sizes(law, np.unique(problem.variables["N"]))
+    if solution.given and solution.misfit is None and len(solution.loss) <= len(law.parameters):
+        yield Note(
+            "no_misfit",
+            "as many parameters as points: the law's own error is unknown, and intervals hold the "
+            f"given standard errors only; measure more levels of {more}",
+        )
 
 
 def _on_sizes(law: Law, sizes: Array) -> Iterable[Note]:
@@ -236,22 +235,27 @@ def or_none(value: float) -> float | None:
     return float(value) if math.isfinite(value) else None
 
 
+def _groups(variables: Mapping[str, Array], along: str) -> Iterable[NDArray[np.intp]]:
+    """Indices of points that differ in one variable only, group by group."""
+    others = [values for name, values in variables.items() if name != along]
+    others = others or [np.zeros(len(variables[along]))]
+    numbers = np.unique(np.column_stack(others), axis=0, return_inverse=True)[1].ravel()
+    return [np.flatnonzero(numbers == number) for number in range(numbers.max() + 1)]
+
+
 def _rises(fitted: Result) -> bool:
-    """Whether, all else equal, the loss at the largest k exceeds one at a smaller k."""
-    table = pd.DataFrame({**fitted.variables, "loss": fitted.loss}).sort_values("k")
-    others = [name for name in fitted.variables if name != "k"]
-    groups = [group for _, group in table.groupby(others)] if others else [table]
-    return any(group["loss"].iloc[-1] > group["loss"].min() for group in groups)
+    """Does the loss at the largest k exceed one at a smaller k, all else equal?"""
+    k, loss = fitted.variables["k"], fitted.loss
+    groups = _groups(fitted.variables, "k")
+    return any(loss[chosen[np.argmax(k[chosen])]] > loss[chosen].min() for chosen in groups)
 
 
 def _last(variables: Mapping[str, Array], loss: Array, name: str, kept: NDArray[np.bool_]) -> Array:
     """Loss at the next smaller value of ``name``, all else equal, per point held out; or NaN."""
-    table = pd.DataFrame({**variables, "_loss": loss})
-    others = [other for other in variables if other != name]
-    last = table[kept].sort_values(name, kind="stable")
-    if not others:
-        highest = last[last[name] == last[name].max()]
-        return np.full(int((~kept).sum()), highest["_loss"].mean())
-    # Several points at one place would be a mean; the last of them is near enough.
-    final = last.groupby(others)["_loss"].last().rename("_last")
-    return table[~kept].join(final, on=others)["_last"].to_numpy()
+    values = variables[name]
+    last = np.full(len(loss), math.nan)
+    for chosen in _groups(variables, name):
+        rest = chosen[kept[chosen]]
+        if len(rest):
+            last[chosen] = loss[rest[values[rest] == values[rest].max()]].mean()
+    return last[~kept]

@@ -30,6 +30,11 @@ class Fit(Result):
     """A law fitted to a table, with its diagnostics."""
 
     @cached_property
+    def warnings(self) -> tuple[Note, ...]:
+        """Warnings on single parameters and on the range of the points."""
+        return tuple(diagnostics.warnings(self.solution))
+
+    @cached_property
     def rivals(self) -> tuple[dict[str, Any], ...]:
         """Comparison with rival laws on the same points: see ``diagnostics.rivals``."""
         return diagnostics.rivals(self, self.refit)
@@ -61,12 +66,13 @@ class Fit(Result):
             for name, box in law.nonlinear.items()
         }
         table = {name: values[kept] for name, values in self.variables.items()}
-        return fit(
+        parts = [part.select(kept) for part in solution.given]
+        return _fit(
             replace(law, nonlinear=starts),
             {**table, law.response: self.loss[kept]},
-            covariance=[part.select(kept) for part in solution.given],
-            misfit=solution.misfit,
-            scatter=solution.scatter,
+            tuple(part for part in parts if part.matrix.any()),
+            solution.misfit,
+            solution.scatter,
         )
 
     def summary(self) -> str:
@@ -132,11 +138,23 @@ def fit(
         MergelawError: missing or impossible values, fewer points than parameters, or too few levels
             of a variable.
     """
-    variables, loss = _checked(law, table)
     for name, value in (("misfit", misfit), ("scatter", scatter)):
         if value is not None and not (math.isfinite(value) and value >= 0):
             raise MergelawError(f"{name} is {value:g}: give a standard deviation of 0 or more")
-    parts = _parts(table, covariance, len(loss))
+    points = len(_checked(law, table)[1])
+    return _fit(law, table, _parts(table, covariance, points), misfit, scatter, jackknife)
+
+
+def _fit(
+    law: Law,
+    table: pd.DataFrame | Mapping[str, ArrayLike],
+    parts: tuple[Part, ...],
+    misfit: float | None,
+    scatter: float | None,
+    jackknife: Sequence[pd.DataFrame] = (),
+) -> Fit:
+    """Fit a law, given the checked parts of the covariance."""
+    variables, loss = _checked(law, table)
     if misfit == 0 and not parts:
         raise MergelawError(
             "misfit 0 without standard errors leaves no uncertainty at all: omit it"
@@ -146,15 +164,6 @@ def fit(
     ordered = {name: values[order] for name, values in variables.items()}
     selected = tuple(part.select(order) for part in parts)
     solution = solve(law, ordered, loss[order], selected, misfit, scatter)
-    warnings = list(diagnostics.warnings(solution))
-    if parts and misfit is None and len(loss) <= len(law.parameters):
-        warnings.append(
-            Note(
-                "no_misfit",
-                "as many parameters as points: the law's own error is unknown, and intervals hold "
-                "the given standard errors only; measure more levels of " + " or ".join(law.levels),
-            )
-        )
     residuals = np.empty_like(loss)
     residuals[order] = solution.residuals
     others = [solve_again(solution, *_checked(law, other)) for other in jackknife]
@@ -162,7 +171,6 @@ def fit(
         law=law,
         parameters=solution.parameters,
         residuals=residuals,
-        warnings=tuple(warnings),
         solution=solution,
         jackknife=tuple(
             dict(zip(law.parameters, map(float, values), strict=True)) for values in others

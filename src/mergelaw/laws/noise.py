@@ -45,7 +45,7 @@ def describe(
             sampling error is unknown.
 
     Returns:
-        The table with the columns
+        Warnings on unknown errors, after the table with the columns
 
         - ``documents`` and ``design``: rows of the covariances (nats^2) with the points of the same
           method, family and domain, in the table's order; 0 where unknown;
@@ -53,9 +53,7 @@ def describe(
         - ``se``: standard error (nats per token) from both; NaN where neither is known;
         - ``variance``: of the loss over the subsets of the pool (nats^2); NaN for a single one;
         - ``without``: the loss without each expert of the pool in turn, None where not all subsets
-          are measured;
-
-        and warnings on unknown errors.
+          are measured.
     """
     merges = rows[rows["role"] == "merge"].copy()
     merges["experts"] = merges["experts"].map(tuple)
@@ -74,10 +72,11 @@ def describe(
         if unknown:
             single.setdefault(str(group["method"].iloc[0]), set()).update(unknown)
         shared = _documents(sums, group, *map(str, group[GROUP].iloc[0]))
-        both = np.diag(design) + (0 if shared is None else np.diag(shared))
+        shared = np.zeros_like(design) if shared is None else shared
+        both = np.diag(design) + np.diag(shared)
         keys = pd.MultiIndex.from_frame(group[[*PLACE, "k"]])
         columns = {
-            "documents": list(np.zeros_like(design) if shared is None else shared),
+            "documents": list(shared),
             "design": list(design),
             "freedom": freedom,
             "se": np.where(both > 0, np.sqrt(both), np.nan),
@@ -85,7 +84,7 @@ def describe(
             "without": [jackknife.get(key) for key in keys],
         }
         parts.append(pd.DataFrame(columns, index=group.index))
-    warnings = [
+    return table.join(pd.concat(parts)), [
         Note(
             "one_circle",
             f"{method} on {', '.join(sorted(bases))} was measured on one circle only, so its "
@@ -93,7 +92,6 @@ def describe(
         )
         for method, bases in single.items()
     ]
-    return table.join(pd.concat(parts)), warnings
 
 
 def _group_design(

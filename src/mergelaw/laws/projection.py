@@ -79,6 +79,7 @@ class Problem:
         self.lower = np.array([box[0] for box in law.nonlinear.values()])
         self.upper = np.array([box[-1] for box in law.nonlinear.values()])
         self.signed = np.array([name in law.signed for name in law.linear])
+        self.steps = 1j * STEP * np.eye(len(law.nonlinear))
         self.pull: tuple[Callable[[NDArray[Any]], NDArray[Any]], float] | None = None
 
     def columns(self, theta: NDArray[Any]) -> NDArray[Any]:
@@ -104,7 +105,7 @@ class Problem:
 
     def _slopes(self, state: State) -> Array:
         """Derivatives of the fitted losses by the nonlinear parameters, coefficients fixed."""
-        steps = state.theta + 1j * STEP * np.eye(len(state.theta))
+        steps = state.theta + self.steps
         out = (self._columns(steps).imag @ state.coefficients).T / STEP
         if self.pull is not None:
             vector, weight = self.pull
@@ -141,7 +142,7 @@ class Problem:
         # The plain solution if nothing in it is negative, else that of the active coefficients.
         used = np.ones(len(self.signed), dtype=bool)
         q, r = np.linalg.qr(unit)
-        well_posed = len(r) == len(used) and np.abs(np.diag(r)).min(initial=1) > WELL_POSED
+        well_posed = len(r) == len(used) and np.abs(r.diagonal()).min(initial=1) > WELL_POSED
         solved = np.linalg.solve(r, q.T @ self.loss) if well_posed else np.zeros(len(used))
         if not well_posed or not ((solved > ROUNDING) | self.signed).all():
             used = self._used(unit)
@@ -188,7 +189,7 @@ class Problem:
             jacobian = self.jacobian(state)
             ascent = jacobian.T @ state.residuals
             normal = jacobian.T @ jacobian
-            diagonal = np.diag(normal)
+            diagonal = normal.diagonal()
             outwards = ((state.theta <= self.lower) & (ascent <= 0)) | (
                 (state.theta >= self.upper) & (ascent >= 0)
             )
@@ -197,11 +198,11 @@ class Problem:
             slope = np.abs(ascent[free]) / np.sqrt(diagonal[free])
             if state.squares <= rounding or not (slope > 1e-14 * math.sqrt(state.squares)).any():
                 return state
+            curvature, scale = normal[free[:, None], free], np.diag(diagonal[free])
             while True:
-                damped = normal[np.ix_(free, free)] + damping * np.diag(diagonal[free])
                 theta = state.theta.copy()
-                theta[free] += np.linalg.solve(damped, ascent[free])
-                theta = np.clip(theta, self.lower, self.upper)
+                theta[free] += np.linalg.solve(curvature + damping * scale, ascent[free])
+                theta = np.minimum(np.maximum(theta, self.lower), self.upper)
                 trial = self.project(theta)
                 if trial.squares < state.squares:
                     break

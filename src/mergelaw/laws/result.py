@@ -16,7 +16,6 @@ from mergelaw.errors import MergelawError
 from mergelaw.laws import profile
 from mergelaw.laws.covariance import deviance
 from mergelaw.laws.law import Array, Law
-from mergelaw.laws.notes import Note
 from mergelaw.laws.solve import ROUNDED, Solution
 
 # Level of the intervals that are reported.
@@ -36,7 +35,6 @@ class Result:
         law: the law.
         parameters: its parameters; losses in nats per token, N in the table's unit.
         residuals: measured minus fitted (nats per token), in the order of the table's rows.
-        warnings: what not to believe, and what to do.
         solution: the solver's result, with the points in its own order.
         jackknife: parameters without one expert of the pool, for each expert in turn.
     """
@@ -44,7 +42,6 @@ class Result:
     law: Law
     parameters: dict[str, float]
     residuals: Array
-    warnings: tuple[Note, ...]
     solution: Solution = field(repr=False, compare=False)
     jackknife: tuple[dict[str, float], ...] = field(repr=False, compare=False)
 

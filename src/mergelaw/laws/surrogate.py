@@ -11,7 +11,6 @@ pulls D_ij to their mean; with all D_ij equal, E[L|k] is the law 1/k of a finite
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -57,7 +56,7 @@ class Check:
 
     @property
     def passed(self) -> bool:
-        """Whether the surrogate may be used."""
+        """True if the surrogate may be used."""
         return self.correlation >= CORRELATION and self.rmse <= ERROR * self.spread
 
 
@@ -67,19 +66,15 @@ class Surrogate:
 
     Attributes:
         experts: the pool's M experts; the order of weights.
-        domain: the evaluation domain, or ``macro``.
         Q: symmetric (M, M), in nats per token.
         shrinkage: of the pair part, as a share of its largest squared singular value.
-        cells: number of merges that it was fitted to.
         unknown: number of coefficients that only the shrinkage determines.
         check: prediction of held-out merges; None where there were none to spare.
     """
 
     experts: tuple[str, ...]
-    domain: str
     Q: Array
     shrinkage: float
-    cells: int
     unknown: int
     check: Check | None
 
@@ -98,18 +93,6 @@ class Surrogate:
         _check_sums(w)
         losses: Array = ((w @ self.Q) * w).sum(axis=-1)
         return losses
-
-    def pool_mean(self, k: ArrayLike) -> Array:
-        """E[L|k] over all k-subsets with equal weights (nats per token), in closed form.
-
-        L_M + (L_1 - L_M)(M/k - 1)/(M - 1), with L_1 = mean(Q_ii) and L_M = mean(Q_ij).
-        """
-        sizes = np.asarray(k, dtype=float)
-        M = len(self.experts)
-        if not ((sizes >= 1) & (sizes <= M)).all():
-            raise MergelawError(f"surrogate: k outside of the pool; give k in 1..{M}")
-        first, last = float(np.trace(self.Q)) / M, float(self.Q.mean())
-        return finite_pool(sizes, first, last, M)
 
     @property
     def tau2(self) -> float:
@@ -131,12 +114,12 @@ class Surrogate:
 
     @property
     def usable(self) -> bool:
-        """Whether the check was made and passed."""
+        """True if the check was made and passed."""
         return self.check is not None and self.check.passed
 
     @property
     def verdict(self) -> str:
-        """Whether the surrogate may be used, and why, as a sentence."""
+        """Advice on the surrogate's use, with the reason, as a sentence."""
         if self.check is None:
             return (
                 "not checked, so not to be used: all merges determine its coefficients; measure a "
@@ -150,18 +133,6 @@ class Surrogate:
         )
 
 
-def finite_pool(k: ArrayLike, first: float, last: float, M: int) -> Array:
-    """E[L|k] of an exactly quadratic loss over all k-subsets of M experts (nats per token).
-
-    Args:
-        k: sizes, 1..M.
-        first: L_1, the mean over single experts.
-        last: L_M, the merge of all.
-    """
-    sizes = np.asarray(k, dtype=float)
-    return last + (first - last) * (M / sizes - 1) / max(M - 1, 1)
-
-
 def _check_sums(w: Array) -> None:
     sums = np.atleast_1d(w.sum(axis=-1))
     if not np.allclose(sums, 1, rtol=0, atol=1e-9):
@@ -172,36 +143,34 @@ def _check_sums(w: Array) -> None:
         )
 
 
-@dataclass(frozen=True)
-class _Basis:
-    """Columns of the surrogate at some merges: the free ones, and those of D_ij - mean(D)."""
-
-    free: Array
-    pairs: Array
-
-    @staticmethod
-    def evaluate(weights: Array) -> "_Basis":
-        i, j = np.triu_indices(weights.shape[1], 1)
-        pairs = -weights[:, i] * weights[:, j]
-        return _Basis(np.hstack([weights, pairs.sum(axis=1, keepdims=True)]), pairs)
-
-    def __getitem__(self, rows: NDArray[Any]) -> "_Basis":
-        return _Basis(self.free[rows], self.pairs[rows])
+def _columns(weights: Array) -> tuple[Array, Array]:
+    """Columns of the coefficients s_i and mean(D), and of the coefficients D_ij - mean(D)."""
+    i, j = np.triu_indices(weights.shape[1], 1)
+    pairs = -weights[:, i] * weights[:, j]
+    return np.hstack([weights, pairs.sum(axis=1, keepdims=True)]), pairs
 
 
 class _Ridge:
-    """Ridge regression of several losses on one basis, with the free columns projected out."""
+    """Ridge regression of several losses, with only the coefficients D_ij - mean(D) shrunk.
 
-    def __init__(self, basis: _Basis, losses: Array):
-        self.basis, self.losses = basis, losses
-        self.scale = np.linalg.norm(basis.free, axis=0)
-        q, r = np.linalg.qr(basis.free / np.where(self.scale > 0, self.scale, 1))
+    Raises:
+        MergelawError: the merges do not determine the other coefficients.
+    """
+
+    def __init__(self, weights: Array, losses: Array):
+        free, self.pairs = _columns(weights)
+        self.losses = losses
+        self.scale = np.linalg.norm(free, axis=0)
+        q, r = np.linalg.qr(free / np.where(self.scale > 0, self.scale, 1))
         if len(r) < r.shape[1] or np.abs(np.diag(r)).min() < RANK:
-            raise np.linalg.LinAlgError("the free columns are not independent")
+            raise MergelawError(
+                f"surrogate: {len(weights)} merges do not distinguish the {weights.shape[1]} "
+                "experts: measure each of them alone and some of them together"
+            )
         self.q, self.r = q, r
-        rest = basis.pairs - q @ (q.T @ basis.pairs)
+        rest = self.pairs - q @ (q.T @ self.pairs)
         u, s, vt = np.linalg.svd(rest, full_matrices=False)
-        kept = s > RANK * max(s.max(initial=0), np.linalg.norm(basis.pairs))
+        kept = s > RANK * max(s.max(initial=0), np.linalg.norm(self.pairs))
         self.u, self.s, self.vt = u[:, kept], s[kept], vt[kept]
         self.rank = q.shape[1] + len(self.s)
         self.rest = losses - q @ (q.T @ losses)
@@ -247,7 +216,7 @@ class _Ridge:
         factors = np.array([self._factors(SHRINKAGE[place]) for place in chosen]).T
         factors = factors.reshape(len(self.s), len(chosen))
         pairs = self.vt.T @ (factors * self.projected / self.s[:, None])
-        free = np.linalg.solve(self.r, self.q.T @ (self.losses - self.basis.pairs @ pairs))
+        free = np.linalg.solve(self.r, self.q.T @ (self.losses - self.pairs @ pairs))
         return free / self.scale[:, None], pairs
 
 
@@ -284,24 +253,15 @@ def fit(
         raise MergelawError("surrogate: a weight or a loss is not finite; leave that merge out")
     _check_sums(w)
     w, y = _distinct(w, y)
-    basis = _Basis.evaluate(w)
-    try:
-        ridge = _Ridge(basis, y)
-    except np.linalg.LinAlgError:
-        raise MergelawError(
-            f"surrogate: {len(w)} merges do not distinguish the {M} experts: measure each of them "
-            "alone and some of them together"
-        ) from None
+    ridge = _Ridge(w, y)
     chosen = ridge.choose()
-    errors = _errors_on_unseen(w, y, basis, ridge.rank)
+    errors = _errors_on_unseen(w, y, ridge.rank)
     free, pairs = ridge.solve(chosen)
     surrogates = {
         domain: Surrogate(
             experts=tuple(experts),
-            domain=domain,
             Q=_matrix(free[:, d], pairs[:, d], M),
             shrinkage=float(SHRINKAGE[chosen[d]]),
-            cells=len(w),
             unknown=M * (M + 1) // 2 - ridge.rank,
             check=None if errors is None else _check(errors[0][:, d], errors[1][:, d], errors[2]),
         )
@@ -373,7 +333,7 @@ def _distinct(w: Array, y: Array) -> tuple[Array, Array]:
 
 
 def _matrix(free: Array, pairs: Array, M: int) -> Array:
-    """Q from the coefficients of the columns of ``_Basis``."""
+    """Q from the coefficients."""
     D = np.zeros((M, M))
     i, j = np.triu_indices(M, 1)
     D[i, j] = D[j, i] = pairs + free[-1]
@@ -381,7 +341,7 @@ def _matrix(free: Array, pairs: Array, M: int) -> Array:
     return (alone[:, None] + alone - D) / 2
 
 
-def _errors_on_unseen(w: Array, y: Array, basis: _Basis, rank: int) -> Unseen | None:
+def _errors_on_unseen(w: Array, y: Array, rank: int) -> Unseen | None:
     """Predicted and measured losses (tested merges, domains) of held-out merges, and their k.
 
     Merges beyond singles and pairs, which determine the surrogate, are tested in parts; each part
@@ -405,11 +365,12 @@ def _errors_on_unseen(w: Array, y: Array, basis: _Basis, rank: int) -> Unseen | 
         if not len(held_out):
             continue
         try:
-            ridge = _Ridge(basis[kept], y[kept])
-        except np.linalg.LinAlgError:
+            ridge = _Ridge(w[kept], y[kept])
+        except MergelawError:
             return None
-        free, pairs = ridge.solve(ridge.choose())
-        predicted[part == fold] = basis.free[held_out] @ free + basis.pairs[held_out] @ pairs
+        coefficients = ridge.solve(ridge.choose())
+        free, pairs = _columns(w[held_out])
+        predicted[part == fold] = free @ coefficients[0] + pairs @ coefficients[1]
     return predicted, y[tested], group[tested]
 
 
@@ -437,7 +398,6 @@ def _macro(domains: Mapping[str, Surrogate], errors: Unseen | None) -> Surrogate
         check = _check(errors[0].mean(axis=1), errors[1].mean(axis=1), errors[2])
     return replace(
         parts[0],
-        domain=MACRO,
         Q=np.mean([part.Q for part in parts], axis=0),
         shrinkage=float(np.mean([part.shrinkage for part in parts])),
         check=check,
