@@ -1,5 +1,5 @@
 # make demo | make test | make test-conformance | make test-openrlhf | make test-slurm
-# make bench | make lint | make clean-venv
+# make bench | make bench-gpu | make lint | make clean-venv
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -29,7 +29,7 @@ $(PEERS)/.installed: requirements-peers.txt
 	$(PEERS)/bin/pip install -q -r requirements-peers.txt
 	touch $@
 
-.PHONY: demo test test-conformance test-openrlhf test-slurm bench lint format check clean-venv
+.PHONY: demo test test-conformance test-openrlhf test-slurm bench bench-gpu lint format check clean-venv
 demo: $(VENV)/.installed
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python benchmarks/measure.py -- $(BIN)/snakemake --profile profiles/local
 
@@ -43,6 +43,10 @@ test-conformance: $(VENV)/.installed $(PEERS)/.installed
 # Times against mergekit, the paper's code and the floor. For an hour nothing else should run.
 bench: $(VENV)/.installed $(PEERS)/.installed
 	PEERS="$(PEERS)" $(BIN)/python benchmarks/bench.py
+
+# On a GPU: its limits, evaluation, merging; at most eight minutes, each result as soon as it is there.
+bench-gpu: $(VENV)/.installed
+	$(BIN)/python benchmarks/gpu.py
 
 # The first run compiles two extensions of DeepSpeed, for minutes.
 test-openrlhf: $(VENV)/.installed $(OPENRLHF)/.installed

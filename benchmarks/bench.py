@@ -37,7 +37,7 @@ import transformers
 import yaml
 
 from mergelaw.artifacts import lineage, store
-from mergelaw.cli.app import app as cli
+from mergelaw.cli.process import prepare_torch
 from mergelaw.data.tokenize import Window
 from mergelaw.evaluation import cross_entropy
 from mergelaw.evaluation import shard as evaluate
@@ -445,7 +445,7 @@ def main() -> None:
         return
     clock = Clock()
     threads = torch.get_num_threads()
-    cli.prepare_torch(threads)  # as a job does
+    prepare_torch(threads)  # as a job does
     kind = "processor" if clock.processor else "clock"
     print(f"{threads} thread(s), seconds of the {kind}, torch {torch.__version__}")
     if torch.cuda.is_available():

@@ -102,6 +102,32 @@ def test_a_tied_head_stored_a_second_time_is_one_tensor(tmp_path, embedding, sai
         list(pairs(ours, theirs, "other"))
 
 
+@pytest.mark.parametrize("by_head", ["base", "expert", "neither", "both"])
+def test_a_tied_embedding_may_be_stored_under_the_heads_name(tmp_path, by_head):
+    """As safetensors' save_model does: it keeps one name of each tensor, the first of the alphabet."""
+    config = {"model_type": "tiny", "vocab_size": 4, "tie_word_embeddings": True}
+    names = ["model.embed_tokens.weight"] * 2
+    for side, place in enumerate(("base", "expert")):
+        if by_head in (place, "both"):
+            names[side] = "lm_head.weight"
+    base, expert = (
+        write_tensors(tmp_path / str(i), {name: torch.full((4, 3), float(i))}, config)
+        for i, name in enumerate(names)
+    )
+    with Tensors(base) as ours, Tensors(expert) as theirs:
+        assert list(pairs(ours, theirs, "expert")) == [names[0]]
+        assert theirs[names[0]].unique().tolist() == [1.0]
+    config["tie_word_embeddings"] = False
+    if names[0] != names[1]:
+        (expert / "config.json").write_text(json.dumps(config))
+        with (
+            Tensors(base) as ours,
+            Tensors(expert) as theirs,
+            pytest.raises(MergelawError, match="expert: has no tensor"),
+        ):
+            list(pairs(ours, theirs, "expert"))
+
+
 def test_an_untied_head_with_the_same_values_stays(tmp_path):
     weight = torch.ones(4, 3)
     tensors = {"model.embed_tokens.weight": weight, "lm_head.weight": weight.clone()}

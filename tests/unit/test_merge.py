@@ -15,7 +15,7 @@ from mergelaw.merging.engine import Merger, thresholds
 from mergelaw.merging.export import mergekit_recipe
 from mergelaw.merging.methods import dare, method_of
 from mergelaw.merging.task_vector import EXCEPTIONS, TaskVector
-from mergelaw.models.checkpoint import Tensors
+from mergelaw.models.checkpoint import INDEX, Tensors
 from models import (
     ARCHITECTURES,
     DTYPES,
@@ -209,6 +209,19 @@ def test_a_written_merge_is_a_checkpoint(base, pool, tmp_path):
     assert model.lm_head.weight is model.model.embed_tokens.weight
 
 
+def test_a_large_merge_is_written_in_shards(base, pool, tmp_path, monkeypatch):
+    method, wanted, folder = method_of(METHODS["ties"]), tmp_path / "one", tmp_path / "shards"
+    for place, limit in ((wanted, "5GB"), (folder, "20KB")):
+        place.mkdir()
+        monkeypatch.setattr(merge, "SHARD", limit)
+        merge.write_merge(base, pool, method, None, place)
+    assert len(list(wanted.glob("*.safetensors"))) == 1 < len(list(folder.glob("*.safetensors")))
+    assert (folder / INDEX).exists() and not (wanted / INDEX).exists()
+    assert parameters(load(folder)) == parameters(load(wanted))
+    with Tensors(folder) as tensors:
+        assert tensors.names() == sorted(read_tensors(wanted))
+
+
 def test_the_same_merge_whatever_the_shards(base, pool, tmp_path):
     whole = write_tensors(
         tmp_path / "whole", read_tensors(base), json.loads((base / "config.json").read_text())
@@ -341,6 +354,17 @@ def test_a_changed_tensor_that_is_no_parameter_is_named(tmp_path):
         merger.merge(["same"])
     with pytest.raises(MergelawError, match=r"other changes tensor 'model.extra'"):
         Merger(load(base), base, {"other": other}, method, ROOMY)
+
+
+def test_task_vectors_of_two_bases_are_refused(base, pool, tmp_path):
+    other = write_tensors(tmp_path / "base", {"w": torch.zeros(4)})
+    expert = write_tensors(tmp_path / "expert", {"w": torch.ones(4)})
+    vectors = {**pool, "other": write_task_vector(other, expert, tmp_path / "vector")}
+    average = method_of({"method": "average"})
+    with pytest.raises(MergelawError, match="has other tensors than the task vector of expert0"):
+        Merger(load(base), base, vectors, average, ROOMY)
+    with pytest.raises(MergelawError, match="has other tensors than the task vector of expert0"):
+        merge.write_merge(base, vectors, average, None, tmp_path)
 
 
 def test_a_model_that_is_not_the_base_is_refused(base, tmp_path):

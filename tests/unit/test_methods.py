@@ -2,6 +2,7 @@
 
 import hashlib
 import math
+import os
 import subprocess
 import sys
 
@@ -42,6 +43,34 @@ def test_the_registry_knows_each_method_by_its_name():
     for name in registry():
         method = method_of({"method": name})
         assert method_of(method.model_dump(by_alias=True)) == method
+
+
+def test_another_package_may_bring_a_method(tmp_path):
+    """An entry point names its module; in a process of its own, for the registry is remembered."""
+    (tmp_path / "halves.py").write_text(HALVES)
+    info = tmp_path / "halves-1.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: halves\nVersion: 1\n")
+    (info / "entry_points.txt").write_text("[mergelaw.methods]\nhalves = halves\n")
+    code = "from mergelaw.merging.methods import method_of; print(method_of({'method': 'halves'}))"
+    run = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        check=True,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])},
+    )
+    assert run.stdout.strip() == "method='halves' share=0.5"
+
+
+HALVES = """
+from typing import Literal
+from mergelaw.merging.methods import Method
+
+class Halves(Method):
+    method: Literal["halves"] = "halves"
+    share: float = 0.5
+"""
 
 
 @pytest.mark.parametrize(
