@@ -139,6 +139,23 @@ def test_what_is_read_and_written():
     assert shard.streamed == 7 * (2 + 9 * 4) * HALF.total
 
 
+@pytest.mark.parametrize("derived", [False, True])
+@pytest.mark.parametrize("kind", ["trained", "checkpoint", "adapter", "hub"])
+def test_the_task_vector_of_an_adapter_loads_its_base_and_is_kept(kind, derived):
+    recipes = {
+        "trained": {"training": {}, "seed": 0},
+        "checkpoint": {"checkpoint": {"files": {"config.json": "0" * 64}}},
+        "adapter": {"checkpoint": {"files": {"adapter_config.json": "0" * 64}}},
+        "hub": {"checkpoint": {"hub": "ours/coder", "revision": "main"}},
+    }
+    expert = Artifact("expert", "experts/72B/sums", recipes[kind], base="72B")
+    vector = Artifact("task_vector", "t", {}, base="72B", inputs={"expert": expert})
+    work = cost.subtraction(vector, BIG, 2 * BIG.total, derived)
+    assert work.kept == (0 if derived and kind != "adapter" else 4 * BIG.total)
+    loaded = 4 * BIG.total if kind in ("adapter", "hub") else 0
+    assert work.host == cost.tensorwise(BIG) + loaded
+
+
 def test_vectors_that_gpus_cannot_keep_are_read_for_every_merge():
     seconds = Hardware(teraflops=1e9, gigabytes_per_second=1).seconds
     small, large = evaluation(HALF, 7), evaluation(BIG, 7)

@@ -8,6 +8,7 @@ import math
 from dataclasses import dataclass, replace
 
 from mergelaw.evaluation.recipe import Evaluation
+from mergelaw.models.checkpoint import ADAPTER_CONFIG
 from mergelaw.models.recipe import OpenRLHF, Optimisation, Pretraining, Training
 from mergelaw.models.size import Size
 from mergelaw.workflow.artifact import Artifact
@@ -82,20 +83,36 @@ def work_of(study: Study, artifact: Artifact, documents: Documents = UNKNOWN) ->
     derived = study.config.storage == "derived"
     vector = stored if derived else 4 * size.total
     members = len(artifact.names("task_vectors"))
-    tensorwise = PROCESS + 24 * size.largest  # one tensor at a time, as stored and in fp32
     match artifact.stage:
         case "task_vector":
-            kept = 0 if derived else vector
-            what = f"{name}: a task vector"
-            return Work(what, moved=2 * stored + kept, kept=kept, host=tensorwise)
+            return subtraction(artifact, size, stored, derived)
         case "merge":
             moved = 2 * stored + members * vector
-            return Work(f"{name}: writing a merge", moved=moved, kept=stored, host=tensorwise)
+            return Work(f"{name}: writing a merge", moved=moved, kept=stored, host=tensorwise(size))
         case "evaluate":
             return evaluation(artifact, size, stored, vector, documents)
     if artifact.trains:
         return training(artifact, size, stored, documents)
     return Work(f"{name}: fetching a model", flops=None, moved=stored, kept=stored)
+
+
+def tensorwise(size: Size) -> float:
+    """Host memory of a job that works on one tensor at a time, as stored and in fp32."""
+    return PROCESS + 24 * size.largest
+
+
+def subtraction(artifact: Artifact, size: Size, stored: float, derived: bool) -> Work:
+    """Cost of a task vector. An adapter's is always kept, and its job holds the base in fp32.
+
+    A hub id may be an adapter: its job asks for as much memory.
+    """
+    checkpoint = artifact.of_role("expert")[0].recipe.get("checkpoint", {})
+    adapter = ADAPTER_CONFIG in checkpoint.get("files", {})
+    loaded = 4 * size.total if adapter or "hub" in checkpoint else 0
+    kept = 0 if derived and not adapter else 4 * size.total
+    host = tensorwise(size) + loaded
+    what = f"bases.{artifact.base}: a task vector"
+    return Work(what, moved=2 * stored + kept, kept=kept, host=host)
 
 
 def training(artifact: Artifact, size: Size, stored: float, documents: Documents) -> Work:
