@@ -326,9 +326,8 @@ def test_a_results_folder_has_one_run_at_a_time(tmp_path):
     program = "import sys, pathlib; from mergelaw.artifacts.run_lock import lock_results; lock = lock_results(pathlib.Path(sys.argv[1])); print('mine')"
     command = [sys.executable, "-c", program, str(tmp_path / "results")]
     lock = run_lock.lock_results(tmp_path / "results")
-    assert (
-        "another run is working" in subprocess.run(command, capture_output=True, text=True).stderr
-    )
+    refused = subprocess.run(command, capture_output=True, text=True).stderr
+    assert f"another run is working on this folder (process {os.getpid()} on " in refused
     lock.release()
     assert subprocess.run(command, capture_output=True, text=True).stdout == "mine\n"
     (tmp_path / "results" / ".mergelaw.json").write_text('{"layout": 0}')
@@ -347,37 +346,6 @@ def test_a_disk_that_is_full_at_once_leaves_a_folder_that_a_run_can_have(tmp_pat
     assert raised.value.filename == str(tmp_path / ".mergelaw.json")
     assert list(tmp_path.iterdir()) == []
     run_lock.lock_results(tmp_path).release()
-
-
-def test_a_run_on_another_host_is_seen_where_locks_are_not_carried(tmp_path, monkeypatch):
-    """Its sign of life keeps others off, until it is silent for long or has ended."""
-    results = tmp_path / "results"
-    unlocked = type("Unlocked", (), {"__init__": lambda *_: None, "release": lambda _: None})
-    unlocked.acquire = lambda self, timeout: self
-    run_lock.lock_results(results).release()  # leaves the lock's file
-    monkeypatch.setattr("filelock.FileLock", unlocked)
-    monkeypatch.setattr("socket.gethostname", lambda: "node1")
-    first = run_lock.lock_results(results)
-    monkeypatch.setattr("socket.gethostname", lambda: "node2")
-    with pytest.raises(MergelawError, match=rf"process {os.getpid()} on node1.*rerun in"):
-        run_lock.lock_results(results)
-    then = time.time() - run_lock.SILENCE - 1
-    os.utime(results / ".run.json", (then, then))
-    with run_lock.lock_results(results):
-        assert json.loads((results / ".run.json").read_text())["host"] == "node2"
-    assert not (results / ".run.json").exists()
-    first.release()
-
-
-def test_a_run_shows_that_it_lives(tmp_path, monkeypatch):
-    monkeypatch.setattr(run_lock, "BEAT", 0.01)
-    with run_lock.lock_results(tmp_path):
-        sign = tmp_path / ".run.json"
-        os.utime(sign, (0, 0))
-        end = time.monotonic() + 10
-        while sign.stat().st_mtime == 0 and time.monotonic() < end:
-            time.sleep(0.01)
-        assert sign.stat().st_mtime > 0
 
 
 def test_a_flipped_bit_anywhere_in_a_lineage_is_found(tmp_path):

@@ -4,13 +4,12 @@ import re
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from mergelaw.artifacts import lineage
-from mergelaw.artifacts.lineage import LINEAGE
 from mergelaw.errors import MergelawError
 from mergelaw.workflow.artifact import Artifact
 from mergelaw.workflow.study import Study
@@ -27,6 +26,7 @@ TITLES = {
     "report": "report",
     "merge": "merges",
 }
+LONG = ("base", "expert", "evaluate")  # stages that most of a study's time goes to
 ERROR = re.compile(r"^mergelaw: error: |^\w*(Error|Exception|Interrupt)\b")
 ACTIVE = 120  # seconds since its last cell in which a shard counts as running
 LINE_EVERY = 60  # seconds between lines of progress in a log
@@ -38,75 +38,51 @@ class Progress:
     """Progress of a study at one moment.
 
     Attributes:
-        stages: by stage in the pipeline's order: jobs finished, running, in all.
-        merges: merges measured and planned, bases and baselines not counted.
-        rate: merges a minute that running evaluations measure; 0 if none runs.
-        seconds_left: of the remaining jobs at as many at a time as run now; None if unknown.
-        failures: artifact and last line of its log.
-        earlier: artifacts made by another version of mergelaw, which are not used.
+        stages: jobs finished, running and in all, by stage in the pipeline's order.
+        merges_measured, merges_planned: without bases and baselines.
+        merges_per_minute: of the evaluations that run; 0 if none runs.
+        seconds_left: of the remaining jobs, at as many at a time as run now; None if unknown.
+        failures: the last line of the log, by artifact.
     """
 
-    stages: dict[str, tuple[int, int, int]]
-    merges: tuple[int, int]
-    rate: float
+    stages: dict[str, dict[str, int]]
+    merges_measured: int
+    merges_planned: int
+    merges_per_minute: float
     seconds_left: float | None
-    failures: list[tuple[str, str]]
-    earlier: int
-
-    @property
-    def finished(self) -> bool:
-        """True if every artifact exists."""
-        return all(done == jobs for done, _, jobs in self.stages.values())
+    failures: dict[str, str]
 
     def line(self) -> str:
         """Progress in one line, for a log."""
-        parts = [
-            f"{TITLES[stage]} {done} of {jobs}"
-            for stage, (done, _, jobs) in self.stages.items()
-            if stage in ("base", "expert", "evaluate") and jobs
+        counts = [
+            f"{TITLES[stage]} {self.stages[stage]['finished']} of {self.stages[stage]['jobs']}"
+            for stage in LONG
         ]
-        return ", ".join([*parts, self._merges(), *self._rest()])
+        return ", ".join([*counts, *self._rest()])
 
     def text(self) -> str:
         """Progress as a table, for a terminal."""
-        lines = [
-            f"{TITLES[stage]:<14}{done:>6} of {jobs:<6}{f'{running} running' if running else ''}"
-            for stage, (done, running, jobs) in self.stages.items()
-            if jobs
+        rows = [
+            f"{TITLES[stage]:<14}{count['finished']:>6} of {count['jobs']:<6}"
+            + (f"{count['running']} running" if count["running"] else "")
+            for stage, count in self.stages.items()
+            if count["jobs"]
         ]
-        lines += [self._merges(), *self._rest()]
-        lines += [f"failed: {name}: {line}" for name, line in self.failures]
-        if self.earlier:
-            lines.append(
-                f"{self.earlier} artifacts were made by another version of mergelaw and are not "
-                "used; `mergelaw gc` lists them"
-            )
-        return "\n".join(lines)
-
-    def _merges(self) -> str:
-        rate = f", {self.rate:.0f} a minute" if self.rate else ""
-        return f"merges measured {self.merges[0]:,} of {self.merges[1]:,}{rate}"
+        failed = [f"failed: {path}: {line}" for path, line in self.failures.items()]
+        return "\n".join([*rows, *self._rest(), *failed])
 
     def _rest(self) -> list[str]:
-        if self.finished:
-            return ["all done"]
+        rate = f", {self.merges_per_minute:.0f} a minute" if self.merges_per_minute else ""
+        merges = f"merges measured {self.merges_measured:,} of {self.merges_planned:,}{rate}"
+        if all(count["finished"] == count["jobs"] for count in self.stages.values()):
+            return [merges, "all done"]
         if self.seconds_left is None:
-            return ["time left unknown"]
-        return [f"about {duration(self.seconds_left)} left"]
+            return [merges, "time left unknown"]
+        return [merges, f"about {duration(self.seconds_left)} left"]
 
     def to_dict(self) -> dict[str, Any]:
         """The same as JSON values."""
-        return {
-            "stages": {
-                stage: {"finished": done, "running": running, "jobs": jobs}
-                for stage, (done, running, jobs) in self.stages.items()
-            },
-            "merges": {"measured": self.merges[0], "planned": self.merges[1]},
-            "merges_per_minute": self.rate,
-            "seconds_left": self.seconds_left,
-            "failures": [{"artifact": name, "error": line} for name, line in self.failures],
-            "of_other_versions": self.earlier,
-        }
+        return asdict(self)
 
 
 def duration(seconds: float) -> str:
@@ -118,31 +94,26 @@ def duration(seconds: float) -> str:
 
 def progress(study: Study) -> Progress:
     """Progress of a study, from its results folder alone."""
-    stages: dict[str, list[int]] = {stage: [0, 0, 0] for stage in TITLES}
-    made, missing, running = [], [], []
+    stages = {stage: {"finished": 0, "running": 0, "jobs": 0} for stage in TITLES}
+    finished, missing, failed = [], [], []
     for artifact in study.by_path.values():
         counts = stages[artifact.stage]
-        counts[2] += 1
+        counts["jobs"] += 1
         if study.made(artifact):
-            counts[0] += 1
-            made.append(artifact)
+            counts["finished"] += 1
+            finished.append(artifact)
             continue
         missing.append(artifact)
-        if is_running(study.results / artifact.path):
-            counts[1] += 1
-            running.append(artifact)
-    measured, planned, rate = merges_measured(study)
-    return Progress(
-        {stage: (counts[0], counts[1], counts[2]) for stage, counts in stages.items()},
-        (measured, planned),
-        rate,
-        seconds_left(study, made, missing, max(len(running), 1)),
-        [*failures(study, (a for a in missing if a not in running))],
-        sum(1 for _ in earlier_artifacts(study.results)),
-    )
+        if _is_running(study.results / artifact.path):
+            counts["running"] += 1
+        else:
+            failed.append(artifact)
+    workers = max(sum(counts["running"] for counts in stages.values()), 1)
+    left = _seconds_left(study, finished, missing, workers)
+    return Progress(stages, *_merges(study), left, dict(_failures(study, failed)))
 
 
-def is_running(output: Path) -> bool:
+def _is_running(output: Path) -> bool:
     """True if a process makes this artifact now."""
     if not output.with_name(f".{output.name}.work").exists():
         return False
@@ -155,8 +126,8 @@ def is_running(output: Path) -> bool:
         return True
 
 
-def merges_measured(study: Study) -> tuple[int, int, float]:
-    """Merges measured, merges planned, and merges a minute of the shards that run."""
+def _merges(study: Study) -> tuple[int, int, float]:
+    """Merges measured, merges planned, merges a minute of the shards that run."""
     measured = planned = 0
     rate = 0.0
     for artifact in study.evals.values():
@@ -177,38 +148,40 @@ def merges_measured(study: Study) -> tuple[int, int, float]:
     return measured, planned, rate
 
 
-def seconds_left(
-    study: Study, made: Iterable[Artifact], missing: list[Artifact], workers: int
+def _seconds_left(
+    study: Study, finished: Iterable[Artifact], missing: Iterable[Artifact], workers: int
 ) -> float | None:
-    """Seconds for the missing jobs from those of finished ones; None if a kind has none."""
+    """Seconds for the missing jobs, from finished jobs of their stage, if possible of their base.
+
+    An evaluation counts by its merges. None if a stage that takes long has no finished job.
+    """
     times: dict[tuple[str, str | None], list[float]] = defaultdict(list)
-    for artifact in made:
+    for artifact in finished:
         for kind in ((artifact.stage, artifact.base), (artifact.stage, None)):
             if len(times[kind]) < SAMPLED:
-                times[kind].append(job_seconds(study, artifact))
+                times[kind].append(_unit_seconds(study, artifact))
     total = 0.0
     for artifact in missing:
         known = times.get((artifact.stage, artifact.base)) or times.get((artifact.stage, None))
         if known:
             total += sum(known) / len(known) * max(len(artifact.rows), 1)
-        elif artifact.stage in ("base", "expert", "evaluate"):
+        elif artifact.stage in LONG:
             return None
     return total / workers
 
 
-def job_seconds(study: Study, artifact: Artifact) -> float:
-    """Wall seconds of a finished job; of an evaluation, a merge that it measured."""
+def _unit_seconds(study: Study, artifact: Artifact) -> float:
+    """Wall seconds of a finished job, or of a merge that it measured."""
     entry = lineage.read(study.results / artifact.path)
-    facts, seconds = entry["facts"], float(entry["wall_seconds"])
-    if not artifact.rows:
-        return seconds
-    share = facts.get("measured", 0) / max(facts.get("cells", 0), 1)
-    return seconds / max(share * len(artifact.rows), 1)
+    facts, merges = entry["facts"], len(artifact.rows)
+    if "measured" in facts:
+        merges = round(merges * facts["measured"] / max(facts["cells"], 1))
+    return float(entry["wall_seconds"]) / max(merges, 1)
 
 
-def failures(study: Study, missing: Iterable[Artifact]) -> Iterable[tuple[str, str]]:
-    """Missing artifacts whose log ends with an error, and that line."""
-    for artifact in missing:
+def _failures(study: Study, artifacts: Iterable[Artifact]) -> Iterator[tuple[str, str]]:
+    """Artifacts whose log ends with an error, and that line."""
+    for artifact in artifacts:
         log = study.results / "logs" / f"{artifact.path}.log"
         try:
             lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
@@ -216,15 +189,6 @@ def failures(study: Study, missing: Iterable[Artifact]) -> Iterable[tuple[str, s
             continue
         if lines and ERROR.search(lines[-1]):
             yield artifact.path, lines[-1].removeprefix("mergelaw: error: ")
-
-
-def earlier_artifacts(results: Path) -> Iterable[Path]:
-    """Artifacts whose lineage another version of mergelaw wrote."""
-    for mark in results.glob(f"*/**/*@*/{LINEAGE}"):
-        head = mark.read_text(encoding="utf-8", errors="replace")
-        schema = re.search(r'^ "schema": (\d+)', head, re.MULTILINE)
-        if schema and int(schema[1]) != lineage.SCHEMA:
-            yield mark.parent
 
 
 def show_progress(study: Study, write: Callable[[str], Any]) -> threading.Event:
@@ -235,7 +199,7 @@ def show_progress(study: Study, write: Callable[[str], Any]) -> threading.Event:
         while not ended.wait(LINE_EVERY):
             try:
                 write(f"mergelaw: {time.strftime('%H:%M')}: {progress(study).line()}")
-            except (MergelawError, OSError):  # what is half written now is whole in a minute
+            except (MergelawError, OSError):  # a file that is being written is whole next time
                 continue
 
     threading.Thread(target=show, daemon=True).start()
