@@ -7,14 +7,17 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 import models
 from mergelaw import config
 from mergelaw.config.partial import override
+from mergelaw.data import tokenize
 from mergelaw.data.documents import Document
 from mergelaw.errors import MergelawError
 from mergelaw.models import openrlhf
-from mergelaw.models.recipe import OpenRLHF, Training
+from mergelaw.models.recipe import Training
 
 BASIC = {
     "trainer": "openrlhf",
@@ -47,22 +50,18 @@ def options(words: list[str]) -> dict[str, list[str]]:
 
 
 def test_the_recipe_becomes_options():
-    words, steps = openrlhf.arguments(
-        recipe(
-            micro_batch_size=2,
-            weight_decay=0.1,
-            adam_beta2=0.95,
-            warmup=0.03,
-            gradient_checkpointing=True,
-            openrlhf={"zero_stage": 3, "adam_offload": True},
-        ),
-        seed=7,
-        world=4,
-        documents=1000,
-        plain=False,
+    settings = recipe(
+        micro_batch_size=2,
+        weight_decay=0.1,
+        adam_beta2=0.95,
+        warmup=0.03,
+        gradient_checkpointing=True,
+        openrlhf={"zero_stage": 3, "adam_offload": True},
     )
+    batches = openrlhf.batches(settings, documents=1000, world=4)
+    assert batches.steps == 1000 // 4 // 2 * 2 // 2 == 125
+    words = openrlhf.arguments(settings, 7, batches, plain=False)
     found = options(words)
-    assert steps == 1000 // 4 // 2 * 2 // 2 == 125
     assert found["--train.batch_size"] == ["16"] and found["--train.micro_batch_size"] == ["2"]
     assert found["--train.max_epochs"] == ["2"] and found["--train.seed"] == ["7"]
     assert found["--adam.lr"] == ["1e-05"] and found["--adam.betas"] == ["0.9", "0.95"]
@@ -84,30 +83,27 @@ def test_the_recipe_becomes_options():
 
 
 def test_ring_attention_packing_and_adapters():
-    words, _ = openrlhf.arguments(
-        recipe(
-            packing=True,
-            openrlhf={
-                "ring_attn_size": 4,
-                "attn_implementation": "flash_attention_3",
-                "lora": {"rank": 8, "alpha": 32, "target_modules": ["q_proj", "v_proj"]},
-            },
-        ),
-        seed=0,
-        world=8,
-        documents=64,
-        plain=False,
+    settings = recipe(
+        packing=True,
+        openrlhf={
+            "ring_attn_size": 4,
+            "attn_implementation": "flash_attention_3",
+            "lora": {"rank": 8, "alpha": 32, "target_modules": ["q_proj", "v_proj"]},
+        },
     )
-    found = options(words)
+    batches = openrlhf.batches(settings, documents=64, world=8)
+    found = options(openrlhf.arguments(settings, 0, batches, plain=False))
     assert found["--ds.ring_attn_size"] == ["4"] and found["--ds.packing_samples"] == []
     assert found["--train.micro_batch_size"] == ["8"], "two groups of four GPUs share the batch"
     assert found["--ds.attn_implementation"] == ["flash_attention_3"]
     assert found["--ds.lora.rank"] == ["8"] and found["--ds.lora.alpha"] == ["32"]
     assert found["--ds.lora.target_modules"] == ["q_proj", "v_proj"]
+    assert found["--ds.lora.dropout"] == ["0.0"]
 
 
 def test_plain_text_is_trained_on_as_a_whole():
-    found = options(openrlhf.arguments(recipe(), 0, 1, 64, plain=True)[0])
+    batches = openrlhf.batches(recipe(), documents=64, world=1)
+    found = options(openrlhf.arguments(recipe(), 0, batches, plain=True))
     assert found["--model.pretrain_mode_enable"] == [] and found["--data.input_key"] == ["text"]
     assert "--data.output_key" not in found
 
@@ -123,7 +119,7 @@ def test_plain_text_is_trained_on_as_a_whole():
     ],
 )
 def test_steps_and_passes(settings, documents, expected):
-    assert openrlhf.steps(recipe(**settings), documents, world=1) == expected
+    assert openrlhf.batches(recipe(**settings), documents, world=1)[:3] == expected
 
 
 def test_the_rows_of_whole_passes_are_the_documents_in_their_order(tmp_path):
@@ -138,51 +134,39 @@ def test_the_rows_of_whole_passes_are_the_documents_in_their_order(tmp_path):
 
 def test_a_batch_that_cannot_be_shared_is_refused():
     with pytest.raises(MergelawError, match=r"^training.batch_size: 16 is no multiple of 5 GPUs"):
-        openrlhf.micro_batch(recipe(), 5)
+        openrlhf.batches(recipe(), 100, 5)
     with pytest.raises(MergelawError, match="16 is no multiple of micro_batch_size 8 x 4 GPUs"):
-        openrlhf.micro_batch(recipe(micro_batch_size=8), 4)
+        openrlhf.batches(recipe(micro_batch_size=8), 100, 4)
     ring = recipe(packing=True, openrlhf={"ring_attn_size": 3})
-    with pytest.raises(MergelawError, match="ring_attn_size: 3 does not divide the 4 GPUs"):
-        openrlhf.micro_batch(ring, 4)
+    with pytest.raises(MergelawError, match="ring_attn_size: 3 does not divide the job's 4 GPUs"):
+        openrlhf.batches(ring, 100, 4)
     with pytest.raises(MergelawError, match="5 documents in 2 passes do not fill one batch of 16"):
-        openrlhf.steps(recipe(), 5, 1)
+        openrlhf.batches(recipe(), 5, 1)
 
 
 def test_one_node_or_all_of_a_slurm_job():
-    one = openrlhf.launcher("/env/bin/python", openrlhf.Machine(1, 4), "77", "node1")
-    assert one[:3] == ["/env/bin/python", "-m", "torch.distributed.run"]
-    assert (
-        "--nproc-per-node=4" in one
-        and "--standalone" in one
-        and one[-4:-1] == ["--no-python", "/env/bin/python", "-c"]
-    )
-    many = openrlhf.launcher("/env/bin/python", openrlhf.Machine(3, 8), "40077", "node1")
-    srun, torchrun = many[: many.index("/env/bin/python")], many[many.index("/env/bin/python") :]
+    python = "/env/bin/python"
+    one = openrlhf.launcher(python, 1, 4, "77", "node1")
+    assert one[:4] == [python, "-c", openrlhf.ENDS_WITH_PARENT, "15"]
+    assert one[4:7] == [python, "-m", "torch.distributed.run"]
+    assert "--nproc-per-node=4" in one and "--standalone" in one
+    worker = ["--no-python", python, "-c", openrlhf.ENDS_WITH_PARENT, "9", python, "-m"]
+    assert one[-7:] == worker
+    many = openrlhf.launcher(python, 3, 8, "40077", "node1")[4:]
+    srun, torchrun = many[: many.index(python)], many[many.index(python) :]
     assert srun[0] == "srun" and {"--nodes=3", "--ntasks=3", "--ntasks-per-node=1"} <= set(srun)
     assert {"--nnodes=3", "--nproc-per-node=8", "--rdzv-id=40077"} <= set(torchrun)
-    assert "--rdzv-endpoint=node1:20077" in torchrun
+    assert "--rdzv-endpoint=node1:20077" in torchrun and torchrun[-7:] == worker
 
 
-def test_srun_inherits_the_job_and_nothing_of_the_step():
-    outer = {
-        "PATH": "/bin",
-        "SLURM_JOB_ID": "5",
-        "SLURM_NTASKS": "1",
-        "SLURM_CPU_BIND": "quiet,mask_cpu:0x1",
-        "SRUN_CPUS_PER_TASK": "1",
-    }
-    assert openrlhf.slurm_clean(outer) == {"PATH": "/bin", "SLURM_JOB_ID": "5"}
-    assert openrlhf.slurm_nodes({}) == (1, "0", os.uname().nodename)
-
-
-def test_least_memory_follows_the_zero_stage():
-    def bytes_each(stage: int, world: int = 8, **more) -> int:
-        own = OpenRLHF(zero_stage=stage, **more)
-        return openrlhf.least_memory(recipe(openrlhf=own.model_dump()), 1000, world)
-
-    assert [bytes_each(stage) for stage in (0, 1, 2, 3)] == [16000, 5500, 3750, 2000]
-    assert [bytes_each(stage, adam_offload=True) for stage in (2, 3)] == [2000, 250]
-    assert [bytes_each(stage, lora={"rank": 8}) for stage in (2, 3)] == [2000, 250]
+def test_srun_inherits_the_job_and_nothing_of_the_step(monkeypatch):
+    outer = {"SLURM_JOB_ID": "5", "SLURM_NTASKS": "1", "SLURM_CPU_BIND": "quiet,mask_cpu:0x1"}
+    for name, value in {**outer, "SRUN_CPUS_PER_TASK": "1", "PYTHONPATH": "/here"}.items():
+        monkeypatch.setenv(name, value)
+    kept = openrlhf.environment("/env/bin/python")
+    assert {name for name in kept if name.startswith(("SLURM", "SRUN"))} == {"SLURM_JOB_ID"}
+    assert "PYTHONPATH" not in kept and kept["PATH"].startswith("/env/bin:")
+    assert openrlhf.slurm_job({}) == (1, "0", os.uname().nodename)
 
 
 # Documents
@@ -212,21 +196,22 @@ def test_a_response_ends_with_its_end_of_turn_token(tmp_path, template, eos, end
     kept = tokenizer.chat_template
     try:
         tokenizer.chat_template = template or kept
-        made = openrlhf.texts(tokenizer, [chat("It is 42.\n")] * 3, recipe(), "here")
+        rows, found, _ = openrlhf.render(tokenizer, [chat("It is 42.\n")] * 3, recipe(), "here")
+        ids, _, scored = tokenize.parts(tokenizer, [chat("It is 42.\n")])[0]
     finally:
         tokenizer.chat_template = kept
-    assert made.end == end and tokenizer.eos_token == eos
-    assert all(row["response"].startswith("It is 42.") for row in made.rows)
-    assert all(row["response"].endswith(end) for row in made.rows)
-    for row, (prompt, response) in zip(made.rows, made.ids, strict=True):
-        assert tokenizer(row["prompt"])["input_ids"] == prompt
-        assert tokenizer(row["response"])["input_ids"] == response
-    openrlhf.stage_model(base, tmp_path / "staged", made.end)
+    assert found == end and tokenizer.eos_token == eos
+    assert all(row["response"].startswith("It is 42.") for row in rows)
+    assert all(row["response"].endswith(end) for row in rows)
+    for row in rows:
+        assert tokenizer(row["prompt"])["input_ids"] == ids
+        assert len(tokenizer(row["response"])["input_ids"]) == scored
+    openrlhf.stage_model(base, tmp_path / "staged", end)
     from transformers import AutoTokenizer
 
     staged = AutoTokenizer.from_pretrained(tmp_path / "staged")
     assert staged.eos_token == end
-    text = made.rows[0]["prompt"] + made.rows[0]["response"]
+    text = rows[0]["prompt"] + rows[0]["response"]
     assert staged(text)["input_ids"] == tokenizer(text)["input_ids"]
 
 
@@ -234,24 +219,26 @@ def test_long_documents():
     tokenizer = models.tokenizer()
     long = [chat("ok"), chat("word " * 200), chat("ok", prompt="word " * 200)]
     with pytest.raises(MergelawError, match=r"^here: document d has \d+ tokens, max_tokens is 64"):
-        openrlhf.texts(tokenizer, long, recipe(max_tokens=64), "here")
+        openrlhf.render(tokenizer, long, recipe(max_tokens=64), "here")
     cut = recipe(max_tokens=64, long_documents="truncate")
-    made = openrlhf.texts(tokenizer, long, cut, "here")
-    assert (made.long_documents, made.dropped_documents, len(made.rows)) == (2, 1, 2)
-    prompt, response = made.ids[1]
+    rows, _, facts = openrlhf.render(tokenizer, long, cut, "here")
+    assert len(rows) == facts["documents"] == 2
+    assert (facts["long_documents"], facts["dropped_documents"]) == (2, 1)
+    whole = len(tokenizer(rows[1]["prompt"] + rows[1]["response"])["input_ids"])
     lost_with_the_prompt = len(tokenizer("ok<|end|>")["input_ids"])
-    assert made.dropped_tokens == len(prompt) + len(response) - 64 + lost_with_the_prompt
-    with pytest.raises(MergelawError, match="no document is left to train on"):
-        openrlhf.texts(tokenizer, long[2:], cut, "here")
+    assert facts["dropped_tokens"] == whole - 64 + lost_with_the_prompt
+    for nothing in (long[2:], []):
+        with pytest.raises(MergelawError, match=r"^here: no token to score"):
+            openrlhf.render(tokenizer, nothing, cut, "here")
 
 
 def test_plain_text_and_instructions_do_not_mix():
     tokenizer = models.tokenizer()
     plain = Document("d", None, "A plain text.")
-    made = openrlhf.texts(tokenizer, [plain], recipe(), "here")
-    assert made.rows == [{"text": "A plain text."}] and made.plain and made.end is None
+    rows, end, _ = openrlhf.render(tokenizer, [plain], recipe(), "here")
+    assert rows == [{"text": "A plain text."}] and end is None
     with pytest.raises(MergelawError, match=r"^here: some are instructions, some plain text"):
-        openrlhf.texts(tokenizer, [plain, chat("ok")], recipe(), "here")
+        openrlhf.render(tokenizer, [plain, chat("ok")], recipe(), "here")
 
 
 def test_a_template_without_an_end_is_refused():
@@ -259,8 +246,8 @@ def test_a_template_without_an_end_is_refused():
     kept = tokenizer.chat_template
     try:
         tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}\n{% endfor %}"
-        with pytest.raises(MergelawError, match="ends a response with no special token"):
-            openrlhf.texts(tokenizer, [chat("ok")], recipe(), "here")
+        with pytest.raises(MergelawError, match=r"^here: the chat template does not end every"):
+            openrlhf.render(tokenizer, [chat("ok")], recipe(), "here")
     finally:
         tokenizer.chat_template = kept
 
@@ -276,13 +263,49 @@ def test_no_code_of_a_checkpoint_is_staged(tmp_path):
     assert "auto_map" not in (tmp_path / "staged" / "config.json").read_text()
 
 
-def test_other_tokens_are_found(capsys):
-    made = openrlhf.Texts([], False, "<|end|>", [([1, 2], [3, 4])])
-    assert openrlhf.compare_tokens(made, [[1, 2], [1, 2, 3, 4]], "base") == 0
-    assert openrlhf.compare_tokens(made, [[1, 2], [1, 9, 4]], "base") == 1
-    assert "1 of 1 documents are cut otherwise" in capsys.readouterr().err
-    with pytest.raises(MergelawError, match=r"^base: transformers in OpenRLHF's environment"):
-        openrlhf.compare_tokens(made, [[1, 5], [1, 5, 3, 4]], "base")
+@pytest.mark.parametrize(
+    ("answer", "problem"),
+    [
+        ({"broken": "openrlhf: ImportError: no"}, "cannot import openrlhf"),
+        ({"gpus": 0, "ids": [[1, 2]]}, "no GPU"),
+        ({"gpus": 1, "ids": [[1, 3]]}, "other tokens"),
+    ],
+)
+def test_what_openrlhf_lacks_is_found_before_training(monkeypatch, tmp_path, answer, problem):
+    def tokenizer(texts, **_):
+        return {"input_ids": [[1, 2] for _ in texts]}
+
+    rows = [{"prompt": "a", "response": "b"}]
+    monkeypatch.setattr(openrlhf, "ask", lambda *_: answer)
+    with pytest.raises(MergelawError, match=problem):
+        openrlhf.examine("python", recipe(), tokenizer, rows, tmp_path)
+    monkeypatch.setattr(openrlhf, "ask", lambda *_: {"gpus": 1, "ids": [[1, 2]]})
+    assert openrlhf.examine("python", recipe(), tokenizer, rows, tmp_path)["gpus"] == 1
+
+
+# The checkpoint
+
+
+@pytest.mark.parametrize(
+    ("dtypes", "expected"),
+    [(("bfloat16", "bfloat16"), "bfloat16"), (("bfloat16", "float32"), "float32")],
+)
+def test_the_checkpoint_names_the_dtype_of_its_weights(tmp_path, dtypes, expected):
+    """Of mixed ones always the same, whatever the order of a set."""
+    base, output, folder = (tmp_path / name for name in ("base", "output", "expert"))
+    models.write_checkpoint(base)
+    output.mkdir()
+    (output / "config.json").write_bytes((base / "config.json").read_bytes())
+    folder.mkdir()
+    weights = {f"{i}": torch.ones(2, dtype=getattr(torch, d)) for i, d in enumerate(dtypes)}
+    save_file(weights, output / "model.safetensors")
+    openrlhf.collect(base, output, folder)
+    settings = json.loads((folder / "config.json").read_text())
+    assert settings.get("dtype", settings.get("torch_dtype")) == expected
+    assert (folder / "tokenizer.json").read_bytes() == (base / "tokenizer.json").read_bytes()
+    save_file({"w": torch.tensor([1.0, float("nan")])}, output / "model.safetensors")
+    with pytest.raises(MergelawError, match=r"^training: .*'w'"):
+        openrlhf.collect(base, output, folder)
 
 
 # State
@@ -332,9 +355,8 @@ def test_the_interpreter_is_checked_before_anything_starts(tmp_path):
         return message
 
     assert "is not set" in said(None) and "is not set" in said("")
-    assert "no such program" in said(str(tmp_path / "nowhere"))
-    assert "no such program" in said(str(tmp_path))
-    assert "does not answer as a Python interpreter" in said("/bin/true")
+    for no_python in (str(tmp_path / "nowhere"), str(tmp_path), "/bin/true"):
+        assert f"{no_python} does not answer" in said(no_python)
     assert "has no openrlhf; install openrlhf==0.11.2" in said(fake(tmp_path / "none", None))
     old = fake(tmp_path / "old", "0.9.4")
     assert f"{old} has openrlhf 0.9.4; install openrlhf==0.11.2" in said(old)

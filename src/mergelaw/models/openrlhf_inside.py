@@ -1,72 +1,59 @@
-"""What is asked of the interpreter that OpenRLHF is installed for: JSON on stdin, JSON on the last
-line of stdout. It runs there as a text, so it imports nothing of mergelaw.
+"""Answer questions within OpenRLHF's environment: JSON on stdin, JSON as stdout's last line.
 
-    versions    of the packages that make a training; imports nothing
-    machine     whether OpenRLHF can be imported, which GPUs it sees, how its tokenizer cuts texts
-    losses      what the training logged
+    versions    of the packages that matter to a training
+    machine     whether modules import, which GPUs there are, the token ids of texts
+    losses      of the training's log
+
+The file is passed to that environment's Python as a text, so it imports nothing of mergelaw.
 """
 
 import json
 import sys
+from contextlib import suppress
 from importlib import import_module, metadata
 from pathlib import Path
+from typing import Any
 
-PACKAGES = (
-    "openrlhf",
-    "deepspeed",
-    "transformers",
-    "torch",
-    "flash-attn",
-    "ring-flash-attn",
-    "peft",
-    "datasets",
-)
+PACKAGES = ("openrlhf", "deepspeed", "transformers", "torch", "flash-attn", "peft", "datasets")
 
 
-def versions() -> dict:
-    found = {"python": ".".join(map(str, sys.version_info[:3]))}
+def versions(data: Any) -> dict[str, str]:
+    """Versions of Python and of the installed :data:`PACKAGES`."""
+    installed = {"python": sys.version.split()[0]}
     for package in PACKAGES:
-        try:
-            found[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            continue
-    return found
+        with suppress(metadata.PackageNotFoundError):
+            installed[package] = metadata.version(package)
+    return installed
 
 
-def machine(question: dict) -> dict:
-    for module in question["modules"]:
+def machine(data: Any) -> dict[str, Any]:
+    """Number and name of the GPUs and token ids of texts, or the module that fails to import."""
+    for module in data["modules"]:
         try:
             import_module(module)
-        except Exception as error:  # whatever a half-installed package raises
+        except Exception as error:  # a half-installed package raises anything
             return {"broken": f"{module}: {type(error).__name__}: {error}"}
     import torch
     from transformers import AutoTokenizer
 
     gpus = torch.cuda.device_count()
-    memory = [torch.cuda.mem_get_info(device)[1] for device in range(gpus)]
-    tokenizer = AutoTokenizer.from_pretrained(question["model"])
-    ids = [
-        tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-        for text in question["texts"]
-    ]
-    name = torch.cuda.get_device_name(0) if gpus else "cpu"
-    return {"gpus": gpus, "memory": min(memory, default=0), "device": name, "ids": ids}
+    tokenizer = AutoTokenizer.from_pretrained(data["model"])
+    ids = tokenizer(data["texts"], add_special_tokens=False, verbose=False)["input_ids"]
+    return {"gpus": gpus, "device": torch.cuda.get_device_name(0) if gpus else "cpu", "ids": ids}
 
 
-def losses(question: dict) -> dict:
-    """By step, as the first process counts them. A resumed training has logged some steps twice, of
-    which the last counts, and may lack some before the kill."""
+def losses(log: Any) -> list[tuple[int, float]]:
+    """(step, loss) of the first process. A resumed training logs steps again; the last counts."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    found: dict[int, float] = {}
-    for path in sorted(Path(question["log"]).rglob("events.*"), key=lambda p: p.stat().st_mtime):
+    by_step: dict[int, float] = {}
+    for path in sorted(Path(log).rglob("events.*"), key=lambda path: path.stat().st_mtime):
         events = EventAccumulator(str(path)).Reload()
         if "train/loss_mean" in events.Tags()["scalars"]:
-            found |= {event.step: event.value for event in events.Scalars("train/loss_mean")}
-    return {"losses": sorted(found.items())}
+            by_step |= {event.step: event.value for event in events.Scalars("train/loss_mean")}
+    return sorted(by_step.items())
 
 
 if __name__ == "__main__":
-    asked = json.load(sys.stdin)
-    told = {"versions": lambda _: versions(), "machine": machine, "losses": losses}[sys.argv[1]]
-    print(json.dumps(told(asked)))
+    answers = {"versions": versions, "machine": machine, "losses": losses}
+    print(json.dumps(answers[sys.argv[1]](json.load(sys.stdin))))
