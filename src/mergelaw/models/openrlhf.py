@@ -164,9 +164,6 @@ def slurm_job(environ: Mapping[str, str] = os.environ) -> tuple[int, str, str]:
     return int(nodes), job or "0", environ.get("SLURMD_NODENAME", host)
 
 
-# -- the other environment ---------------------------------------------------------------------
-
-
 def interpreter(environ: Mapping[str, str] = os.environ) -> tuple[str, dict[str, str]]:
     """OpenRLHF's Python and its package versions. Raises MergelawError for another version."""
     if not environ.get(INTERPRETER):
@@ -228,9 +225,6 @@ def run(words: list[str], python: str, state: Path) -> None:
         )
 
 
-# -- documents and model -----------------------------------------------------------------------
-
-
 def render(
     tokenizer: Any, documents: Sequence[Document], recipe: Training, where: str
 ) -> tuple[list[dict[str, str]], str | None, dict[str, int]]:
@@ -251,14 +245,12 @@ def render(
     windows = [w for w in encoded.windows if plain or w.start < recipe.max_tokens - 2]
     pairs = [tokenize.texts(tokenizer, documents[window.document]) for window in windows]
     end = None if plain else end_of_turn(tokenizer, [response for _, response in pairs], where)
-    if end is None:
-        rows = [{"text": start + text} for start, text in pairs]
-    else:
-        cuts = [response.rindex(end) + len(end) for _, response in pairs]
-        rows = [
-            {"prompt": prompt, "response": response[:cut]}
-            for (prompt, response), cut in zip(pairs, cuts, strict=True)
-        ]
+    rows = [
+        {"text": start + text}
+        if end is None
+        else {"prompt": start, "response": text[: text.rindex(end) + len(end)]}
+        for start, text in pairs
+    ]
     facts = {
         "documents": len(rows),
         "long_documents": encoded.long_documents,
@@ -309,9 +301,6 @@ def stage_model(base: Path, folder: Path, end: str | None) -> None:
                 settings["eos_token"] = end
             path.unlink(missing_ok=True)
             path.write_text(json.dumps(settings, indent=1), encoding="utf-8")
-
-
-# -- training ----------------------------------------------------------------------------------
 
 
 def fine_tune(
@@ -367,8 +356,9 @@ def examine(
     python: str, recipe: Training, tokenizer: Any, rows: list[dict[str, str]], state: Path
 ) -> dict[str, Any]:
     """The GPUs that OpenRLHF sees. Raises MergelawError where it cannot run or reads other ids."""
-    ring = recipe.openrlhf and recipe.openrlhf.ring_attn_size > 1
-    modules = [*(["ring_flash_attn"] if ring else []), "openrlhf.cli.train_sft"]
+    modules = ["openrlhf.cli.train_sft"]
+    if recipe.openrlhf and recipe.openrlhf.ring_attn_size > 1:
+        modules.insert(0, "ring_flash_attn")
     texts = ["".join(row.values()) for row in rows[:SAMPLE]]
     question = {"modules": modules, "model": MODEL, "texts": texts}
     machine: dict[str, Any] = ask(python, "machine", question, state)
