@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from functools import partial
 from itertools import combinations
 from pathlib import Path
 
@@ -43,6 +44,7 @@ def measure(settings: dict[str, int], folder: Path) -> dict[str, float]:
 
     from mergelaw.artifacts import lineage, store
     from mergelaw.data import documents as corpus
+    from mergelaw.data.recipe import Source, SplitRecipe
     from mergelaw.evaluation import read_rows
     from mergelaw.evaluation import shard as evaluate
     from mergelaw.evaluation.recipe import Evaluation
@@ -54,13 +56,16 @@ def measure(settings: dict[str, int], folder: Path) -> dict[str, float]:
         store.make(folder / name, stage, {}, {}, lambda made, state: work(made) and None)
         return folder / name
 
-    recipe = {
-        "source": {"synthetic": "algebra"}, "eval_source": None, "train_documents": 200,
-        "eval_documents": settings["documents"], "seed": 0,
-    }  # fmt: skip
-    documents = artifact("corpus", "corpus", lambda made: corpus.build(recipe, made))
+    recipe = SplitRecipe(
+        source=Source(synthetic="algebra"), train_documents=200,
+        eval_documents=settings["documents"], seed=0,
+    )  # fmt: skip
+    train, documents = (
+        artifact(split, "corpus", partial(corpus.write_split, recipe, split, {}))
+        for split in ("train", "eval")
+    )
     shape = Pretraining(architecture={}, domains=["x"], steps=1, learning_rate=1e-3, max_tokens=512)
-    tokenizer = pretrain.train_tokenizer(shape, corpus.read(documents / "train.parquet"))
+    tokenizer = pretrain.train_tokenizer(shape, corpus.read_split(train))
     width = settings["width"]
     config = LlamaConfig(
         vocab_size=len(tokenizer), hidden_size=width, intermediate_size=3 * width,

@@ -1,5 +1,5 @@
-corpora = pipeline.paths("corpora/{name}@{key}")
-overlap = pipeline.paths("checks/overlap@{key}")
+corpora = pipeline.paths("corpora/{name}/{split}@{key}")
+overlap = pipeline.paths("checks/{name}@{key}")
 
 
 rule build_corpus:
@@ -12,14 +12,16 @@ rule build_corpus:
     params:
         job=corpora.job,
     message:
-        "corpus {wildcards.name}"
+        "{wildcards.split} documents of {wildcards.name}"
     shell:
         "mergelaw stage corpus {params.job:q} &> {log:q}"
 
 
 rule check_overlap:
     input:
-        corpora=overlap.input("corpora"),
+        train=overlap.input("train"),
+        eval=overlap.input("eval"),
+        calibration=overlap.input("calibration"),
     output:
         update(overlap.output),
     log:
@@ -29,6 +31,6 @@ rule check_overlap:
     params:
         job=overlap.job,
     message:
-        "no document trained on here and evaluated there"
+        "{wildcards.name}: no document in two splits"
     shell:
         "mergelaw stage check-overlap {params.job:q} &> {log:q}"

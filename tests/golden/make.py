@@ -23,8 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # of models, for a
 # ---- The library: every name that the golden values use. Where a module moves, change it here. -----
 from mergelaw.artifacts.store import make as make_artifact
 from mergelaw.config import load as load_config
-from mergelaw.data.documents import build as build_corpus
-from mergelaw.data.documents import read as read_documents
+from mergelaw.data.documents import read_split, write_split
 from mergelaw.evaluation.design import sample
 from mergelaw.evaluation.shard import cells_of as cells_of_shard
 from mergelaw.merging.engine import Merger, write_merge
@@ -94,12 +93,12 @@ def documents(folder: Path) -> dict[str, Any]:
     pyarrow decides.
     """
     golden: dict[str, Any] = {}
-    for domain, artifact in demo().corpora.items():
-        recipe = {"eval_source": None, **artifact.recipe, **artifact.sources}
-        build_corpus(recipe, folder / domain)
+    config = demo().config
+    for domain in config.domains:
         golden[domain] = {}
-        for split in ("train", "eval"):
-            found = read_documents(folder / domain / f"{split}.parquet")
+        for split in ("train", "eval", "calibration"):
+            write_split(config.splits_of(domain), split, {}, folder / domain / split)
+            found = read_split(folder / domain / split)
             rows = [[d.document, d.messages, d.response] for d in found]
             golden[domain][split] = {"documents": len(rows), "digest": json_digest(rows)}
     return golden
@@ -214,12 +213,12 @@ def merges(folder: Path) -> dict[str, Any]:
 # Identities of cells
 
 
-def artifact_of(folder: Path, stage: str, files: Sequence[str]) -> Path:
-    """An artifact whose files hold nothing but their path, so that its digest is always the same."""
+def artifact_of(folder: Path, stage: str, files: Sequence[str], content: str = "") -> Path:
+    """An artifact whose files hold ``content`` or else their path: its digest never changes."""
 
     def work(output: Path, state: Path) -> dict[str, Any]:
         for file in files:
-            (output / file).write_text(f"{folder.name}/{file}", encoding="utf-8")
+            (output / file).write_text(content or f"{folder.name}/{file}", encoding="utf-8")
         return {}
 
     make_artifact(folder, stage, {}, {}, work)
@@ -232,8 +231,12 @@ def cells(folder: Path) -> dict[str, Any]:
     files = ["vector.safetensors", "exceptions.safetensors", "statistics.json"]
     vectors = {e: artifact_of(folder / f"vector-{e}", "task_vector", files) for e in "abc"}
     domains = {"algebra": False, "poetry": True}
-    files = ["train.parquet", "eval.parquet"]
-    corpora = {d: artifact_of(folder / f"corpus-{d}", "corpus", files) for d in domains}
+    corpora = {}
+    for domain in domains:
+        # Once a file of this name in a folder of both splits: the identities are still the same.
+        content = f"corpus-{domain}/eval.parquet"
+        split = folder / f"corpus-{domain}"
+        corpora[domain] = artifact_of(split, "corpus", ["documents.parquet"], content)
     subsets = [
         [0, -1, -1, []],
         [1, -1, -1, ["b"]],

@@ -45,7 +45,7 @@ def study(tmp_path_factory) -> Place:
         folder,
         {
             "name": "openrlhf",
-            "corpus": {"eval_documents": 6},
+            "corpus": {"eval_documents": 6, "calibration_documents": 0},
             "domains": files,
             "bases": {"tiny": {"path": str(folder / "base")}},
             "training": TRAINING,
@@ -120,8 +120,9 @@ def test_an_adapter_changes_the_layers_that_it_is_put_on(study):
 
 
 def documents(place: Place, domain: str, split: str) -> list[corpus.Document]:
-    (folder,) = (p for n, p in place.artifacts("corpora").items() if n.startswith(domain))
-    return list(corpus.read(folder / f"{split}.parquet"))
+    corpora = place.artifacts("corpora").items()
+    (folder,) = (path for name, path in corpora if name.startswith(f"{domain}/{split}@"))
+    return list(corpus.read_split(folder))
 
 
 def loss(folder: Path, of: list[corpus.Document], dtype: str = "float32") -> tuple[float, float]:

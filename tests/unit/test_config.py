@@ -140,7 +140,10 @@ def test_the_exhaustive_demo_shares_everything_but_plan_and_evaluations():
     whole = Study(config.load(ROOT / "config" / "demo_exhaustive.yaml"))
     assert {len(whole.subsets(base)) for base in whole.config.bases} == {512}
     assert demo.results == whole.results
-    for stage in ("corpora", "bases", "experts", "task_vectors"):
+    assert {a.path for a in demo.known.values() if a.stage == "corpus"} == {
+        a.path for a in whole.known.values() if a.stage == "corpus"
+    }
+    for stage in ("bases", "experts", "task_vectors"):
         paths = {name: made.path for name, made in getattr(demo, stage).items()}
         assert paths == {name: made.path for name, made in getattr(whole, stage).items()}
     assert demo.overlap.path == whole.overlap.path and demo.laws.path != whole.laws.path
@@ -194,6 +197,7 @@ def test_an_unknown_key_names_the_nearest_known_one(place, value, words):
         ("results", "a{b}", "results: "),
         ("seed", -1, "seed: Input should be greater than or equal to 0 (got -1)"),
         ("corpus__eval_documents", 0, "corpus.eval_documents: "),
+        ("corpus__calibration_documents", -1, "corpus.calibration_documents: "),
         ("domains", {}, "domains: is empty"),
         ("domains", None, "domains: is not a mapping"),
         ("domains__a/b", {"source": {"synthetic": "code"}}, "domains.a/b: a name has up to 64"),
@@ -560,7 +564,7 @@ def test_check_counts_each_bases_own_merges_and_the_base_once():
     path = ROOT / "config" / "qwen2.5.yaml"
     study = Study(config.load(path))
     merges = sum(bool(row[3]) for shard in study.evals.values() for row in shard.rows)
-    cells = (merges + len(study.bases)) * len(study.corpora)
+    cells = (merges + len(study.bases)) * len(study.config.domains)
     told = check(path).stdout
     assert f"{cells:,} cells" in told and "181 to 511 merges per base and method" in told
 

@@ -512,7 +512,7 @@ def test_overlap_of_splits_is_refused_across_domains(tmp_path):
 
 
 def test_what_is_not_a_split_is_refused(tmp_path):
-    with pytest.raises(MergelawError, match=r"documents\.parquet: not a split of a corpus"):
+    with pytest.raises(MergelawError, match="not a split of a corpus"):
         check_overlap({"a": tmp_path}, {}, {})
     written(tmp_path / "documents.parquet", [{"document": "b"}])
     with pytest.raises(MergelawError, match="not a split of a corpus"):
@@ -615,6 +615,6 @@ def test_files_that_changed_after_their_key_was_made_are_noticed(tmp_path):
         identity = split_identity(settings, "train", FileCache())
         write_split(settings, "train", identity, tmp_path / "first")
         written(path, records(9, first=1))
-        with pytest.raises(MergelawError, match="changed since the run began; run again"):
+        with pytest.raises(MergelawError, match="changed since the run began; rerun"):
             write_split(settings, "train", identity, tmp_path / "second")
         assert not (tmp_path / "second").exists()

@@ -50,9 +50,10 @@ def environment(address: str, **more: str) -> dict[str, str]:
 
 def corpus(folder: Path, output: str, documents: int) -> list[str]:
     """A command that builds a corpus; ``output`` is relative to its working directory."""
-    source = {"source": {"synthetic": "algebra"}}
-    recipe = {**source, "train_documents": documents, "eval_documents": 5, "seed": 0}
-    job = jobs.write(folder / "job.json", "corpus", output, recipe, sources=source)
+    source = {"synthetic": "algebra"}
+    recipe = {"source": source, "train_documents": documents, "eval_documents": 5, "seed": 0}
+    sources = {"split": "train", "recipe": recipe}
+    job = jobs.write(folder / "job.json", "corpus", output, {}, sources=sources)
     return [*MERGELAW, "stage", "corpus", str(job)]
 
 

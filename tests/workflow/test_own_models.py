@@ -73,7 +73,7 @@ def own(tmp_path_factory) -> Place:
         folder,
         {
             "name": "own",
-            "corpus": {"eval_documents": 6},
+            "corpus": {"eval_documents": 6, "calibration_documents": 2},
             "domains": write_domains(folder / "data"),
             "bases": {name: {"path": str(folder / name)} for name in BASES},
             "experts": {name: {"checkpoints": checkpoints[name]} for name in EXPERTS},
@@ -135,9 +135,10 @@ def loss(place: Place, folder: Path, domain: str) -> float:
     from transformers import AutoTokenizer
 
     model, tokenizer = models.load(folder), AutoTokenizer.from_pretrained(folder)
-    (corpus_folder,) = (p for n, p in place.artifacts("corpora").items() if n.startswith(domain))
+    corpora = place.artifacts("corpora").items()
+    (evaluation,) = (path for name, path in corpora if name.startswith(f"{domain}/eval@"))
     total, count = 0.0, 0
-    for document in corpus.read(corpus_folder / "eval.parquet"):
+    for document in corpus.read_split(evaluation):
         if document.messages is None:
             text = document.response
             ids, start = tokenizer(text, add_special_tokens=False)["input_ids"], 1

@@ -36,7 +36,7 @@ def test_lineages_are_fit_to_be_shared(trained):
 
 
 FILES = {
-    "corpora": "eval.parquet", "bases": "model.safetensors", "experts": "model.safetensors",
+    "corpora": "documents.parquet", "bases": "model.safetensors", "experts": "model.safetensors",
     "task_vectors": "vector.safetensors", "designs": "design.parquet", "evals": "cells.parquet",
     "laws": "laws.json", "reports": "report.html",
 }  # fmt: skip

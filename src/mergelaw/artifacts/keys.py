@@ -13,8 +13,8 @@ from typing import Any
 # Raise a stage's version when its output changes for the same recipe and inputs: the stage and all
 # that follow from it are then made again. tests/versions.py finds a change that was forgotten.
 STAGES: dict[str, int] = {
-    "corpus": 1,
-    "overlap": 1,
+    "corpus": 2,
+    "overlap": 2,
     "base": 2,
     "expert": 2,
     "task_vector": 3,

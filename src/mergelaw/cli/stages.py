@@ -29,31 +29,31 @@ def run(job: Job, work: store.Work) -> None:
 
 @stages.command()
 def corpus(file: JobFile) -> None:
-    """Build a domain's training and evaluation documents."""
+    """Write a split of a domain's documents."""
     from mergelaw.data import documents
+    from mergelaw.data.recipe import SplitRecipe
 
     job = read_job(file, "corpus")
     sources = job.sources or {}
+    recipe = SplitRecipe.model_validate(sources["recipe"])
 
     def work(folder: Path, state: Path) -> dict[str, Any]:
-        counts = documents.build({"eval_source": None, **job.recipe, **sources}, folder)
-        for name, source in sources.items():
-            documents.check_unchanged(job.recipe[name], source)
-        return {**counts, "sources": [keys.canonical_json(sources)]}
+        return documents.write_split(recipe, sources["split"], job.recipe, folder)
 
     run(job, work)
 
 
 @stages.command("check-overlap")
 def check_overlap(file: JobFile) -> None:
-    """Check that no domain evaluates a document that another one trains on."""
+    """Check that documents of one split are in no other one, whatever the domain."""
     from mergelaw.data import documents
 
     job = read_job(file, "overlap")
+    train, evaluation, calibration = map(job.all, ("train", "eval", "calibration"))
 
     def work(folder: Path, state: Path) -> dict[str, Any]:
-        documents.check_overlap_of_corpora(job.all("corpora"))
-        return {"corpora": len(job.all("corpora"))}
+        documents.check_overlap(train, evaluation, calibration)
+        return {"corpora": len(train) + len(evaluation) + len(calibration)}
 
     run(job, work)
 

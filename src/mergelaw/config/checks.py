@@ -28,8 +28,8 @@ def problems(config: Config) -> Iterator[str]:
         if base.pretraining is not None:
             yield from _pretraining_problems(config, name, base.pretraining.model_fields_set)
     for name, domain in config.domains.items():
-        endless = domain.source.synthetic is not None and not domain.held_out
-        if endless and config.train_documents_of(name) is None:
+        endless = domain.source.synthetic is not None
+        if endless and config.splits_of(name).train_documents is None:
             yield f"domains.{name}.train_documents: a synthetic source has no end; give a number"
     yield from _repeated("training_seeds", config.training_seeds)
     for name in config.bases:
@@ -68,7 +68,7 @@ def _domain_problems(config: Config, where: str, names: Sequence[str]) -> Iterat
     for name in names:
         if config.domains[name].held_out:
             yield f"{where}: domain {name!r} is held out; train on others, or unset 'held_out'"
-        elif config.train_documents_of(name) == 0:
+        elif config.splits_of(name).train_documents == 0:
             yield f"{where}: domain {name!r} has train_documents: 0; give it some"
 
 

@@ -13,6 +13,9 @@ class Corpus(Model):
         None, ge=0, description="training documents per domain; null: all that are left"
     )
     eval_documents: int = Field(200, ge=1, description="evaluation documents per domain")
+    calibration_documents: int = Field(
+        12, ge=0, description="documents per domain to fit merging coefficients to"
+    )
 
 
 class Domain(Model):
@@ -27,5 +30,8 @@ class Domain(Model):
     )
     eval_documents: int | None = Field(
         None, ge=1, description="evaluation documents; null: as in `corpus`"
+    )
+    calibration_documents: int | None = Field(
+        None, ge=0, description="calibration documents; null: as in `corpus`, none if `held_out`"
     )
     held_out: bool = Field(False, description="only evaluate on it; no expert is trained on it")

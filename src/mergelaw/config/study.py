@@ -9,6 +9,7 @@ from mergelaw.config.domains import Corpus, Domain
 from mergelaw.config.merges import Merge, Methods
 from mergelaw.config.partial import Partial, override
 from mergelaw.config.pool import Base, Expert
+from mergelaw.data.recipe import SplitRecipe
 from mergelaw.evaluation.recipe import Evaluation, Sampling
 from mergelaw.models.recipe import Pretraining, Training
 
@@ -79,10 +80,22 @@ class Config(Model):
             return [name for name, domain in self.domains.items() if not domain.held_out]
         return [name]
 
-    def train_documents_of(self, domain: str) -> int | None:
-        """Number of a domain's training documents; None: all that its source has left."""
-        number = self.domains[domain].train_documents
-        return self.corpus.train_documents if number is None else number
+    def splits_of(self, name: str) -> SplitRecipe:
+        """Recipe of a domain's splits: the domain's numbers of documents, or else the study's."""
+        domain, corpus = self.domains[name], self.corpus
+        train, calibration = domain.train_documents, domain.calibration_documents
+        if domain.held_out:
+            train, calibration = 0, calibration or 0
+        return SplitRecipe(
+            source=domain.source,
+            eval_source=domain.eval_source,
+            eval_documents=domain.eval_documents or corpus.eval_documents,
+            train_documents=corpus.train_documents if train is None else train,
+            calibration_documents=(
+                corpus.calibration_documents if calibration is None else calibration
+            ),
+            seed=self.seed,
+        )
 
     def training_of(self, base: str, expert: str) -> Training:
         """Training recipe of an expert: the study's, the base's and the expert's settings merged.

@@ -23,7 +23,6 @@ from mergelaw.data.sources import first_line, kept_records, local_files, unreada
 from mergelaw.demo import GENERATOR_VERSION, draw
 from mergelaw.errors import MergelawError
 
-SPLITS = ("eval", "train", "calibration")
 DOCUMENTS = "documents.parquet"
 DOCUMENT_DIGITS = 16
 
@@ -259,30 +258,31 @@ def content_digest(documents: Iterable[Document]) -> str:
 
 def write_split(
     recipe: SplitRecipe, split: str, identity: Mapping[str, Any], folder: Path
-) -> dict[str, int]:
-    """Write a split to ``folder/documents.parquet``; return what was counted.
+) -> dict[str, Any]:
+    """Write a split to ``folder/documents.parquet``; return facts for its lineage.
 
     The columns are document, messages (JSON text, null for plain text) and response; the same
-    documents give the same bytes. Counted are records, duplicates and invalid records of the
-    source, and documents of the split and the UTF-8 bytes of their prompts and responses. Raises
-    MergelawError for input that makes no split, or another than ``identity`` says; then nothing is
-    written.
+    documents give the same bytes. Facts are the numbers of records, duplicates and invalid records
+    in the source, of documents in the split and of UTF-8 bytes in their prompts and responses, and
+    the source with the SHA-256 of its files. Raises MergelawError for input that makes no split, or
+    another than ``identity`` says; then nothing is written.
     """
     part = recipe.part(split)
     pool = _pool(part)
     documents = _divided(pool, part)[split]
     if identity.get("documents", content := content_digest(documents)) != content:
-        raise MergelawError(f"{part.source}: changed since the run began; run again")
+        raise MergelawError(f"{part.source}: changed since the run began; rerun")
     folder.mkdir(parents=True, exist_ok=True)
     _write(documents, folder / DOCUMENTS)
-    return _counts(pool) | {"documents": len(documents), "bytes": sum(map(_bytes, documents))}
-
-
-def _counts(pool: Pool) -> dict[str, int]:
+    files = local_files(part.source) if part.source.is_local else []
+    digests = [f"{file} sha256:{FileCache().sha256(file)}" for file in files]
     return {
         "records": pool.records,
         "duplicates": pool.records - pool.invalid - len(pool.documents),
         "invalid_records": pool.invalid,
+        "documents": len(documents),
+        "bytes": sum(map(_bytes, documents)),
+        "sources": [canonical_json(part.source.model_dump(exclude_defaults=True)), *digests],
     }
 
 
@@ -316,32 +316,27 @@ def _write(documents: Sequence[Document], path: Path) -> None:
 
 def read_split(folder: Path) -> list[Document]:
     """The documents of a split that ``write_split`` wrote, in its order."""
-    return read(folder / DOCUMENTS)
-
-
-def read(path: Path) -> list[Document]:
-    """The documents of a file."""
     return [
         Document(
             row["document"],
             None if row["messages"] is None else json.loads(row["messages"]),
             row["response"],
         )
-        for row in _rows(path, ["document", "messages", "response"])
+        for row in _rows(folder, ["document", "messages", "response"])
     ]
 
 
-def _rows(path: Path, columns: list[str]) -> list[dict[str, Any]]:
+def _rows(folder: Path, columns: list[str]) -> list[dict[str, Any]]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     try:
-        with pq.ParquetFile(path) as table:
+        with pq.ParquetFile(folder / DOCUMENTS) as table:
             rows: list[dict[str, Any]] = table.read(columns=columns).select(columns).to_pylist()
             return rows
     except (pa.ArrowException, OSError, ValueError, KeyError) as error:
         raise MergelawError(
-            f"{path}: not a split of a corpus: {first_line(error)}; remove the folder and run again"
+            f"{folder}: not a split of a corpus: {first_line(error)}; delete the folder and rerun"
         ) from error
 
 
@@ -359,15 +354,14 @@ def check_overlap(
         ("calibrates", calibration, "evaluates", evaluation),
         ("trains", train, "calibrates", calibration),
     ):
-        identities = {domain: _identities(path) for domain, path in first_folders.items()}
-        for second, path in second_folders.items():
-            documents = read_split(path)
+        identities = {
+            domain: {row["document"] for row in _rows(folder, ["document"])}
+            for domain, folder in first_folders.items()
+        }
+        for second, folder in second_folders.items():
+            documents = read_split(folder)
             for first, known in identities.items():
                 _check_shared(first, first_use, known, second, second_use, documents)
-
-
-def _identities(folder: Path) -> set[str]:
-    return {row["document"] for row in _rows(folder / DOCUMENTS, ["document"])}
 
 
 def _check_shared(
@@ -382,72 +376,3 @@ def _check_shared(
             f" first is {shared[0].document} ({text[:60]!r}); remove them from one of the two"
             " sources, or give the domains sources that have nothing in common"
         )
-
-
-# Corpora of two splits in one artifact, until each split is an artifact
-
-
-def build(recipe: Mapping[str, Any], output: Path) -> dict[str, int]:
-    """Write ``output/train.parquet`` and ``output/eval.parquet``; return what was counted."""
-    fields = {k: v for k, v in recipe.items() if k in SplitRecipe.model_fields}
-    sources = {k: _typed(fields[k]) for k in ("source", "eval_source") if fields.get(k)}
-    whole = SplitRecipe(**fields | sources)
-    counts: dict[str, int] = {}
-    documents = {}
-    for split in ("eval", "train"):
-        part = whole.part(split)
-        if split == "eval" or whole.eval_source is not None:
-            pool = _pool(part)
-            read_counts = _counts(pool)
-            counts = {key: counts.get(key, 0) + value for key, value in read_counts.items()}
-        documents[split] = _divided(pool, part)[split]
-    output.mkdir(parents=True, exist_ok=True)
-    for split in ("train", "eval"):
-        _write(documents[split], output / f"{split}.parquet")
-        counts |= {f"{split}_documents": len(documents[split])}
-        counts |= {f"{split}_bytes": sum(map(_bytes, documents[split]))}
-    return counts
-
-
-def _typed(source: Mapping[str, Any]) -> Source:
-    defaults = {name: info.default for name, info in Source.model_fields.items()}
-    return Source(**{k: v for k, v in source.items() if v != defaults[k]})
-
-
-def check_overlap_of_corpora(corpora: Mapping[str, Path]) -> None:
-    """Refuse corpora of which one trains on what another, or it, evaluates."""
-    for second, folder in corpora.items():
-        documents = read(folder / "eval.parquet")
-        for first, other in corpora.items():
-            identities = {row["document"] for row in _rows(other / "train.parquet", ["document"])}
-            _check_shared(first, "trains", identities, second, "evaluates", documents)
-
-
-def source_identity(source: Mapping[str, Any], cache: Path | None = None) -> dict[str, Any]:
-    """What a source is, as it enters the key of a corpus: digests of files, or an origin."""
-    typed, digests = _typed(source), FileCache(cache)
-    if typed.synthetic is not None:
-        return {"synthetic": typed.synthetic}
-    identity = typed.model_dump(include={"dataset", "revision", "config", "split"})
-    identity = identity if typed.dataset else {}
-    if typed.is_local:
-        files = local_files(typed)
-        root = Path(typed.dataset) if typed.dataset else None
-        try:
-            identity["files"] = [
-                [str(file.relative_to(root)) if root else str(file), digests.sha256(file)]
-                for file in files
-            ]
-        except OSError as error:
-            raise unreadable(Path(error.filename), error) from error
-    return identity
-
-
-def check_unchanged(recipe: Mapping[str, Any], source: Mapping[str, Any]) -> None:
-    """Raise MergelawError where a source's files are not those whose digests the recipe has."""
-    if "files" not in recipe:
-        return
-    found = [value for _, value in source_identity(source)["files"]]
-    known = [value if isinstance(value, str) else value[1] for value in recipe["files"]]
-    if found != known:
-        raise MergelawError(f"{_typed(source)}: changed since the run began; run again")

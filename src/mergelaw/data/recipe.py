@@ -71,6 +71,9 @@ def is_hub_id(dataset: str) -> bool:
     return not dataset.startswith((".", "/")) and not Path(dataset).is_dir()
 
 
+SPLITS = ("train", "eval", "calibration")
+
+
 class SplitRecipe(Model):
     """Splits of a domain's documents: their sources and sizes."""
 
@@ -80,6 +83,10 @@ class SplitRecipe(Model):
     train_documents: int | None  # None: all that are left
     calibration_documents: int = 0
     seed: int
+
+    def splits(self) -> list[str]:
+        """The splits that take any documents."""
+        return [split for split in SPLITS if getattr(self, f"{split}_documents") != 0]
 
     def part(self, split: str) -> Self:
         """The recipe with nothing but the source of ``split`` and the splits of that source."""

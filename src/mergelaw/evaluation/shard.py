@@ -75,7 +75,9 @@ def cells_of(
     """The shard's cells: place in the design, domain, and identities of merge and cell."""
     base_digest = lineage.read(base)["digest"]
     digests = {expert: digest_of(path) for expert, path in vectors.items()}
-    sets = {domain: lineage.read(path)["files"]["eval.parquet"] for domain, path in corpora.items()}
+    sets = {
+        domain: lineage.read(path)["files"][corpus.DOCUMENTS] for domain, path in corpora.items()
+    }
     entries = []
     for k, replicate, place, experts in subsets:
         method = recipe["method"] if experts else None
@@ -146,7 +148,7 @@ def _tokenised(
     return {
         domain: tokens.encode(
             tokenizer,
-            corpus.read(corpora[domain] / "eval.parquet"),
+            corpus.read_split(corpora[domain]),
             settings["max_tokens"],
             settings["long_documents"],
             f"evaluation documents of {domain}",

@@ -23,7 +23,7 @@ LOSSES = 100  # entries of a training's losses that lineage keeps
 
 def training_documents(corpora: Mapping[str, Path]) -> list[corpus.Document]:
     """The training split of every corpus, in order."""
-    return [d for path in corpora.values() for d in corpus.read(path / "train.parquet")]
+    return [d for path in corpora.values() for d in corpus.read_split(path)]
 
 
 def training_arguments(

@@ -19,8 +19,8 @@ class Artifact:
         stage: the stage that makes it, as in ``artifacts.keys.STAGES``.
         folder: its folder below the results folder, without the key.
         recipe: what defines it, as JSON values.
-        base, method, name, seed, shard: its place in the study; name is that of a domain, an
-            expert, a written merge or the study.
+        base, method, name, seed, shard, split: its place in the study; name is that of a domain,
+            an expert, a written merge or the study, split that of a corpus.
         sources: where files from outside lie. The recipe says what they are, so that moving them
             changes no key.
         inputs: what it is made from, by role: one artifact, or several by name.
@@ -36,6 +36,7 @@ class Artifact:
     name: str | None = None
     seed: int | None = None
     shard: int | None = None
+    split: str | None = None
     sources: dict[str, Any] = field(default_factory=dict)
     inputs: Inputs = field(default_factory=dict)
     checks: Mapping[str, "Artifact"] = field(default_factory=dict)

@@ -51,10 +51,10 @@ class Documents:
     train: int | None = None  # where a domain leaves their number open; None: unknown
     tokens: float | None = None  # in a document; None: unknown
 
-    def count(self, artifact: Artifact, split: str) -> float | None:
-        """Documents of a split of an artifact's corpora; None if unknown."""
+    def count(self, artifact: Artifact) -> float | None:
+        """Documents in an artifact's corpora, or in a corpus; None if unknown."""
         corpora = [artifact] if artifact.stage == "corpus" else artifact.of_role("corpora")
-        counts = [corpus.recipe[f"{split}_documents"] for corpus in corpora]
+        counts = [corpus.sources["recipe"][f"{corpus.split}_documents"] for corpus in corpora]
         known = [count for n in counts if (count := self.train if n is None else n) is not None]
         return sum(known) if len(known) == len(counts) else None
 
@@ -72,8 +72,7 @@ def work_of(study: Study, artifact: Artifact, documents: Documents = UNKNOWN) ->
     Raises MergelawError if the base's size cannot be known yet.
     """
     if artifact.stage == "corpus":
-        splits = (documents.count(artifact, split) or 0 for split in ("train", "eval"))
-        tokens = sum(splits) * (documents.tokens or 0)
+        tokens = (documents.count(artifact) or 0) * (documents.tokens or 0)
         return Work(artifact.folder, tokens=tokens, kept=TEXT * tokens)
     if artifact.base is None or artifact.stage == "design":
         return Work(artifact.folder)
@@ -132,7 +131,7 @@ def training(artifact: Artifact, size: Size, stored: float, documents: Documents
         else Pretraining.model_validate(artifact.recipe["pretraining"])
     )
     checkpointing = isinstance(recipe, Training) and recipe.gradient_checkpointing
-    length, count = documents.length(recipe.max_tokens), documents.count(artifact, "train")
+    length, count = documents.length(recipe.max_tokens), documents.count(artifact)
     tokens: float | None = None
     if recipe.steps is not None:
         full = not isinstance(recipe, Training) or recipe.packing
@@ -199,7 +198,7 @@ def evaluation(
     members, merges = len(artifact.names("task_vectors")), len(artifact.rows)
     longest, width = recipe.max_tokens, WIDTH[recipe.dtype]
     length = longest / 2 if documents.tokens is None else documents.length(longest)
-    count = documents.count(artifact, "eval") or 0
+    count = documents.count(artifact) or 0
     tokens = merges * count * length
     widest = 4 * size.hidden + 4 * size.intermediate + size.vocab
     working = width * max(recipe.batch_tokens, longest) * widest

@@ -113,7 +113,7 @@ def measured(study: Study, bases: Sequence[str] | None = None) -> Rates:
         entry["facts"]["tokens"]
         / entry["facts"]["cells"]
         * len(artifact.names("corpora"))
-        / (rates.documents.count(artifact, "eval") or 1)
+        / (rates.documents.count(artifact) or 1)
         for artifact, entry in jobs["evaluate"]
     ]
     if lengths:

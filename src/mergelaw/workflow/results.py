@@ -94,7 +94,7 @@ def unused(studies: Sequence[Study]) -> list[tuple[Path, int]]:
             f"gc: the configurations have {len(roots)} results folders; give those of one"
         )
     (root,) = roots
-    kept = {path for study in studies for path in study.by_path}
+    kept = {path for study in studies for path in study.known}
     # What a killed or failed job left to resume from goes with the artifact it was to become.
     halves = {path: path.name[1:].removesuffix(".work") for path in root.rglob(".*@*.work")}
     places = {path: path.with_name(name) for path, name in halves.items()}

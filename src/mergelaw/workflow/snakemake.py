@@ -101,8 +101,9 @@ class Pipeline:
 
                 openrlhf.interpreter()
             self._lock = lock_results(self.study.results)
-            for artifact in missing:
-                write_job(self.study.results, artifact)
+            for artifact in self.study.known.values():
+                if not self.study.made(artifact):
+                    write_job(self.study.results, artifact)
             here = self.workflow.local_exec and not self._deploys()
             if here and sys.platform == "linux":  # jobs run with this Python
                 self._forks = forkserver.start()
@@ -148,7 +149,7 @@ class Paths:
         self.log = f"<results>/logs/{pattern}.log"
 
     def _artifact(self, wildcards: Any) -> Artifact:
-        return self._pipeline.study.by_path[self._pattern.format(**wildcards)]
+        return self._pipeline.study.known[self._pattern.format(**wildcards)]
 
     def input(self, role: str) -> Callable[[Any], list[Any]]:
         """Input function: the artifacts of a role. An existing path is right, however old.

@@ -9,12 +9,13 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from mergelaw.artifacts.cache import FileCache
 from mergelaw.artifacts.keys import digest
 from mergelaw.artifacts.lineage import LINEAGE
 from mergelaw.config import Config
 from mergelaw.config.pool import Expert
-from mergelaw.data.documents import source_identity
-from mergelaw.data.recipe import Source
+from mergelaw.data.documents import split_identity
+from mergelaw.data.recipe import SPLITS
 from mergelaw.errors import MergelawError
 from mergelaw.evaluation.design import Subset, sample
 from mergelaw.evaluation.recipe import BASELINES
@@ -36,18 +37,10 @@ class Study:
     def __init__(self, config: Config, cache: Path | None = None):
         self.config = config
         self.results = Path(config.results)
-        self._cache = cache or self.results / "cache" / "digests.json"
+        self._cache = FileCache(cache or self.results / "cache" / "digests.json")
         self._sizes: dict[str, Size] = {}
 
     # -- sources -------------------------------------------------------------------------------
-
-    def _documents(self, source: Source) -> dict[str, Any]:
-        """Identity of a source of documents: its contents, without the paths of files."""
-        identity = source_identity(source.model_dump(exclude_none=True), self._cache)
-        if source.files is not None:
-            identity = {"files": [value for _, value in identity["files"]]}
-        skip = {"invalid_records": "skip"} if source.invalid_records == "skip" else {}
-        return identity | {"where": source.where} | skip
 
     def _checkpoint(self, checkpoint: Checkpoint) -> dict[str, Any]:
         """Identity of a ready-made checkpoint: a commit, or the digests of its files."""
@@ -61,36 +54,48 @@ class Study:
             raise MergelawError(
                 f"{folder}: holds no model; give a local Hugging Face checkpoint or LoRA adapter"
             )
-        paths = [str(folder / name) for name in names]
-        identity = source_identity({"files": paths}, self._cache)["files"]
-        return {"files": {Path(name).name: value for name, value in identity}}
+        return {"files": {name: self._cache.sha256(folder / name) for name in names}}
 
     # -- stages --------------------------------------------------------------------------------
 
     @cached_property
-    def corpora(self) -> dict[str, Artifact]:
-        """Corpora by domain."""
-        shared = self.config.corpus
-        corpora = {}
-        for name, domain in self.config.domains.items():
-            train = domain.train_documents
-            train = shared.train_documents if train is None else train
-            both = {"source": domain.source, "eval_source": domain.eval_source}
-            sources = {k: v for k, v in both.items() if v is not None}
-            recipe = {
-                **{k: self._documents(v) for k, v in sources.items()},
-                "train_documents": 0 if domain.held_out else train,
-                "eval_documents": domain.eval_documents or shared.eval_documents,
-                "seed": self.config.seed,
-            }
-            places = {k: v.model_dump(exclude_none=True) for k, v in sources.items()}
-            corpora[name] = Artifact("corpus", f"corpora/{name}", recipe, name=name, sources=places)
+    def corpora(self) -> dict[str, dict[str, Artifact]]:
+        """Corpora by split and domain; a domain lacks the splits that take no documents.
+
+        Raises MergelawError for documents that cannot be read or are too few.
+        """
+        corpora: dict[str, dict[str, Artifact]] = {split: {} for split in SPLITS}
+        errors = []
+        for name in self.config.domains:
+            recipe = self.config.splits_of(name)
+            sources = recipe.model_dump(exclude_defaults=True)
+            try:
+                for split in recipe.splits():
+                    corpora[split][name] = Artifact(
+                        "corpus",
+                        f"corpora/{name}/{split}",
+                        split_identity(recipe, split, self._cache),
+                        name=name,
+                        split=split,
+                        sources={"split": split, "recipe": sources},
+                    )
+            except MergelawError as error:
+                errors.append(str(error))
+        if errors:
+            more = f" ({len(errors) - 1} more domains have errors)" if errors[1:] else ""
+            raise MergelawError(errors[0] + more)
         return corpora
 
     @cached_property
     def overlap(self) -> Artifact:
         """The check that no domain evaluates a document that another one trains on."""
-        return Artifact("overlap", "checks/overlap", {}, inputs={"corpora": self.corpora})
+        splits = {split: self.corpora[split] for split in ("train", "eval")}
+        return Artifact("overlap", "checks/overlap", {}, inputs=splits)
+
+    @cached_property
+    def calibration_overlap(self) -> Artifact:
+        """The same check, and that no domain calibrates on what another one trains or evaluates."""
+        return Artifact("overlap", "checks/calibration-overlap", {}, inputs=self.corpora)
 
     @cached_property
     def bases(self) -> dict[str, Artifact]:
@@ -108,7 +113,7 @@ class Study:
             f"bases/{name}",
             {"pretraining": pretraining.model_dump()},
             base=name,
-            inputs={"corpora": {domain: self.corpora[domain] for domain in pretraining.domains}},
+            inputs={"corpora": {d: self.corpora["train"][d] for d in pretraining.domains}},
             checks={"overlap": self.overlap},
         )
 
@@ -127,7 +132,7 @@ class Study:
             return self._ready_made("expert", folder, checkpoint, base=base, name=name)
         settings = self.config.training_of(base, name)
         unused = {"openrlhf"} if settings.openrlhf is None else set()
-        corpora = {d: self.corpora[d] for d in self.config.expert_domains(name)}
+        corpora = {d: self.corpora["train"][d] for d in self.config.expert_domains(name)}
         return Artifact(
             "expert",
             f"experts/{base}/{name}-s{seed}",
@@ -245,7 +250,7 @@ class Study:
             inputs={
                 "base": self.bases[base],
                 "task_vectors": {name: self.task_vectors[base, name, seed] for name in members},
-                "corpora": self.corpora,
+                "corpora": self.corpora["eval"],
             },
             checks={"overlap": self.overlap},
             rows=rows,
@@ -331,8 +336,9 @@ class Study:
         return (self.results / artifact.path / LINEAGE).exists()
 
     def artifacts(self) -> Iterator[Artifact]:
-        """Every artifact of the study, inputs first."""
-        yield from self.corpora.values()
+        """Every artifact that a run makes, inputs first."""
+        yield from self.corpora["train"].values()
+        yield from self.corpora["eval"].values()
         yield self.overlap
         yield from self.bases.values()
         yield from self.experts.values()
@@ -347,6 +353,12 @@ class Study:
     def by_path(self) -> Mapping[str, Artifact]:
         """Artifacts by path, inputs first; ready-made experts stand once for all seeds."""
         return {artifact.path: artifact for artifact in self.artifacts()}
+
+    @cached_property
+    def known(self) -> Mapping[str, Artifact]:
+        """Artifacts by path, with those that are made only where they are asked for by path."""
+        on_request = [*self.corpora["calibration"].values(), self.calibration_overlap]
+        return {**self.by_path, **{artifact.path: artifact for artifact in on_request}}
 
     def targets(self) -> list[Artifact]:
         """Artifacts that no other one needs."""

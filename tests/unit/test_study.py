@@ -1,0 +1,109 @@
+"""Splits of documents as artifacts of a study: what a change of the data makes again."""
+
+import json
+
+import pytest
+
+from mergelaw.config import parse
+from mergelaw.errors import MergelawError
+from mergelaw.workflow.study import Study
+
+TRAINING = {"steps": 3, "learning_rate": 1e-3}
+
+
+def lines(path, numbers, name):
+    records = ({"prompt": f"{name} {n}?", "response": f"{n}"} for n in numbers)
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return {"files": [str(path)]}
+
+
+def study(folder, **domains) -> Study:
+    """Two trained domains, one of them with evaluation documents of its own, and a held-out one."""
+    both = {
+        "split": {"source": lines(folder / "split.jsonl", range(40), "split")},
+        "apart": {
+            "source": lines(folder / "apart.jsonl", range(40), "apart"),
+            "eval_source": lines(folder / "eval.jsonl", range(12), "other"),
+        },
+        "held": {"source": lines(folder / "held.jsonl", range(9), "held"), "held_out": True},
+    }
+    for name, changes in domains.items():
+        both[name] |= changes
+    architecture = {"model_type": "llama", "hidden_size": 8, "num_hidden_layers": 1}
+    pretraining = {**TRAINING, "domains": ["split", "apart"], "architecture": architecture}
+    return Study(
+        parse(
+            {
+                "name": "study",
+                "results": str(folder / "results"),
+                "corpus": {"eval_documents": 8, "calibration_documents": 5},
+                "domains": both,
+                "pretraining": pretraining,
+                "bases": {"tiny": {"pretraining": {}}},
+                "training": TRAINING,
+                "methods": {"average": {}},
+            },
+            "study.yaml",
+        )
+    )
+
+
+def changed(before: Study, after: Study) -> set[str]:
+    """Folders of the artifacts whose keys differ."""
+    paths = {artifact.folder: artifact.path for artifact in before.known.values()}
+    return {a.folder for a in after.known.values() if paths[a.folder] != a.path}
+
+
+MEASURED = {"evals/tiny/average/s0-000", "laws/study", "reports/study"}
+CHECKS = {"checks/overlap", "checks/calibration-overlap"}
+
+
+def test_splits_are_artifacts_and_calibration_is_made_on_request(tmp_path):
+    whole = study(tmp_path)
+    assert {split: set(domains) for split, domains in whole.corpora.items()} == {
+        "train": {"split", "apart"},
+        "eval": {"split", "apart", "held"},
+        "calibration": {"split", "apart"},
+    }
+    calibration = {"corpora/split/calibration", "corpora/apart/calibration"}
+    planned = {artifact.folder for artifact in whole.by_path.values()}
+    known = {artifact.folder for artifact in whole.known.values()}
+    assert known - planned == calibration | {"checks/calibration-overlap"}
+    assert whole.expert("tiny", "apart", 0).inputs["corpora"] == {
+        "apart": whole.corpora["train"]["apart"]
+    }
+    assert study(tmp_path, held={"calibration_documents": 1}).corpora["calibration"]["held"]
+
+
+def test_new_evaluation_documents_train_nothing(tmp_path):
+    before = study(tmp_path)
+    assert changed(before, study(tmp_path)) == set()
+    more = lines(tmp_path / "eval2.jsonl", range(1, 13), "other")
+    after = study(tmp_path, apart={"eval_source": more})
+    assert changed(before, after) == {"corpora/apart/eval", *CHECKS, *MEASURED}
+
+
+@pytest.mark.parametrize("number", range(40, 60))
+def test_a_new_document_trains_only_what_sees_it(tmp_path, number):
+    before = study(tmp_path)
+    more = lines(tmp_path / "split2.jsonl", [*range(40), number], "split")
+    after = study(tmp_path, split={"source": more})
+    seen = changed(before, after)
+    splits = {folder for folder in seen if folder.startswith("corpora/")}
+    assert splits and splits <= {f"corpora/split/{s}" for s in ("train", "eval", "calibration")}
+    assert ("experts/tiny/split-s0" in seen) == ("corpora/split/train" in seen)
+    # The tiny base is trained on it too, and the other expert starts from that base.
+    assert ("bases/tiny" in seen) == ("corpora/split/train" in seen)
+
+
+def test_a_change_of_calibration_alone_makes_nothing_else_again(tmp_path):
+    before = study(tmp_path, split={"train_documents": 20})
+    after = study(tmp_path, split={"train_documents": 20, "calibration_documents": 3})
+    assert changed(before, after) == {"corpora/split/calibration", "checks/calibration-overlap"}
+
+
+def test_unreadable_documents_are_named_before_anything_runs(tmp_path):
+    gone, few = {"files": [str(tmp_path / "gone.jsonl")]}, lines(tmp_path / "few.jsonl", [1], "few")
+    broken = study(tmp_path, split={"source": gone}, held={"source": few})
+    with pytest.raises(MergelawError, match=r"gone\.jsonl: no such file.*\(1 more domains"):
+        broken.known  # noqa: B018
