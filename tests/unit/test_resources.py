@@ -23,9 +23,9 @@ NODES = Hardware(gpus_per_node=8, gpu_memory_gb=80, node_memory_gb=1000, max_run
 HALF, BIG = size_of_architecture(QWEN_HALF), size_of_architecture(QWEN_72)
 
 
-def corpus(train: int | None = 100, evaluated: int = 100) -> Artifact:
-    recipe = {"train_documents": train, "eval_documents": evaluated}
-    return Artifact("corpus", "corpora/sums", recipe)
+def corpus(split: str, documents: int | None = 100) -> Artifact:
+    sources = {"recipe": {f"{split}_documents": documents}}
+    return Artifact("corpus", f"corpora/sums/{split}", {}, split=split, sources=sources)
 
 
 def training(size: Size, documents: Documents = UNKNOWN, train: int | None = 100, **more) -> Work:
@@ -40,7 +40,7 @@ def training(size: Size, documents: Documents = UNKNOWN, train: int | None = 100
         "gradient_checkpointing": True,
     }
     recipe = {"training": Training.model_validate(settings | more).model_dump(), "seed": 0}
-    inputs = {"corpora": {"sums": corpus(train)}}
+    inputs = {"corpora": {"sums": corpus("train", train)}}
     artifact = Artifact("expert", "experts/72B/sums-s0", recipe, base="72B", inputs=inputs)
     return cost.training(artifact, size, 2 * size.total, documents)
 
@@ -59,7 +59,7 @@ def evaluation(size: Size, merges: int = 128, documents: Documents = UNKNOWN) ->
         "evals/72B/average/s0-000",
         {"evaluation": settings.model_dump()},
         base="72B",
-        inputs={"task_vectors": vectors, "corpora": {"sums": corpus()}},
+        inputs={"task_vectors": vectors, "corpora": {"sums": corpus("eval")}},
         rows=[[9, -1, -1, list(vectors)]] * merges,
     )
     return cost.evaluation(artifact, size, 2 * size.total, 4 * size.total, documents)
