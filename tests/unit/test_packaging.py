@@ -11,6 +11,7 @@ import pytest
 import yaml
 from packaging.requirements import Requirement
 
+import mergelaw
 from mergelaw.errors import MergelawError
 from mergelaw.workflow import deploy
 
@@ -140,3 +141,14 @@ def test_the_readme_configuration_and_python_run(tmp_path):
     assert config.parse(yaml.safe_load(study)).pool().keys() == {"medicine", "law", "support"}
     (program,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
     exec(program, {})
+
+
+def test_the_packages_names_exist_and_cost_nothing_until_they_are_used():
+    assert all(getattr(mergelaw, name) is not None for name in mergelaw.__all__)
+    with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
+        mergelaw.nonsense  # noqa: B018
+    program = "import sys, mergelaw; print(*{'torch', 'numpy', 'pandas'} & set(sys.modules))"
+    run = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+    )
+    assert run.stdout == "\n"

@@ -82,7 +82,9 @@ def test_time_left_follows_from_finished_jobs_of_the_stage_and_base(study, monke
     make(study, "corpus", "overlap", "base", "design")
     for artifact in study.by_path.values():
         if artifact.stage == "expert" and artifact.name == "code":
-            store.make(study.results / artifact.path, "expert", artifact.recipe, {}, lambda f, s: {})
+            store.make(
+                study.results / artifact.path, "expert", artifact.recipe, {}, lambda f, s: {}
+            )
     assert progress.progress(study).seconds_left is None  # no evaluation is finished
     shard = study.evals["small", "average", 0, 0]
     store.make(study.results / shard.path, "evaluate", shard.recipe, {}, lambda f, s: {})

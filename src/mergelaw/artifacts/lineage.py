@@ -17,7 +17,6 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import mergelaw
 from mergelaw.artifacts import keys
 from mergelaw.artifacts.files import file_digest, json_text
 from mergelaw.errors import MergelawError
@@ -129,7 +128,7 @@ def git_commit() -> str | None:
 
     A repository around a virtual environment is not mergelaw's.
     """
-    package = Path(mergelaw.__file__).resolve().parent
+    package = Path(__file__).resolve().parents[1]
 
     def git(*words: str) -> str | None:
         try:

@@ -6,7 +6,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import mergelaw
 from mergelaw.errors import MergelawError
 
 PARTS = ("workflow", "rules", "envs", "profiles", "config", "results")
@@ -14,7 +13,7 @@ PARTS = ("workflow", "rules", "envs", "profiles", "config", "results")
 
 def source() -> Path:
     """The folder that holds the workflow: inside an installed package, or a checkout's root."""
-    package = Path(mergelaw.__file__).resolve().parent
+    package = Path(__file__).resolve().parents[1]
     installed = package / "deploy"
     return installed if installed.is_dir() else package.parents[1]
 
