@@ -150,7 +150,7 @@ def warnings(solution: Solution) -> Iterable[Note]:
                 )
     if "N" in law.levels:
         yield from _on_sizes(law, np.unique(problem.variables["N"]))
-    if solution.given and solution.misfit is None and len(solution.loss) <= len(law.parameters):
+    if solution.parts and solution.misfit is None and len(solution.loss) <= len(law.parameters):
         yield Note(
             "no_misfit",
             "as many parameters as points: the law's own error is unknown, and intervals hold the "

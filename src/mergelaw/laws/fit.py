@@ -66,7 +66,7 @@ class Fit(Result):
             for name, box in law.nonlinear.items()
         }
         table = {name: values[kept] for name, values in self.variables.items()}
-        parts = [part.select(kept) for part in solution.given]
+        parts = [part.select(kept) for part in solution.parts]
         return _fit(
             replace(law, nonlinear=starts),
             {**table, law.response: self.loss[kept]},

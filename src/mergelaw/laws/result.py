@@ -109,7 +109,7 @@ class Result:
         solution, count = self.solution, len(self.law.parameters)
         shapes, residuals = solution.estimated, solution.residuals
         if not shapes and solution.misfit is not None:
-            return deviance(residuals, solution.known, []) + 2 * count
+            return deviance(residuals, solution.fixed, []) + 2 * count
         spent = count + len(shapes)
         left = self.n_points - spent - 1
         if left <= 0 or not shapes:
@@ -117,7 +117,7 @@ class Result:
         least = (1e-13 * float(np.mean(self.loss))) ** 2
         if float(np.mean(residuals**2)) < least:
             residuals = np.full_like(residuals, math.sqrt(least))
-        return deviance(residuals, solution.known, shapes) + 2 * spent * self.n_points / left
+        return deviance(residuals, solution.fixed, shapes) + 2 * spent * self.n_points / left
 
     # ---- parameters and predictions
 

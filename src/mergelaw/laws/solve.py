@@ -31,7 +31,7 @@ class Solution:
     Attributes:
         problem, state: the least-squares problem and its minimum.
         noise: the noise model that weighted the points.
-        given: the covariance that the caller gave.
+        parts: the covariance that the caller gave.
         misfit, scatter: as the caller gave them, or None.
         estimated: matrices whose variances were to be estimated (None: the identity).
         loss: the losses.
@@ -40,7 +40,7 @@ class Solution:
     problem: Problem
     state: State
     noise: Noise
-    given: tuple[Part, ...]
+    parts: tuple[Part, ...]
     misfit: float | None
     scatter: float | None
     estimated: tuple[Array | None, ...]
@@ -58,10 +58,10 @@ class Solution:
         return self.loss - self.problem.law.predict(self.parameters, **self.problem.variables)
 
     @cached_property
-    def known(self) -> Array:
+    def fixed(self) -> Array:
         """Covariance of the points without the parts to be estimated."""
         count = len(self.loss)
-        total = sum(weighing(self.given), np.zeros((count, count)))
+        total = sum(weighing(self.parts), np.zeros((count, count)))
         if self.misfit:
             total = total + self.misfit**2 * np.eye(count)
         base = _same_base(self.problem.variables)
@@ -93,11 +93,11 @@ def solve(
     plain = Problem(law, variables, loss)
     enough = points > len(law.parameters)
     base = _same_base(variables)
-    known = list(parts)
+    fixed = list(parts)
     if misfit:
-        known.append(Part(misfit**2 * np.eye(points)))
+        fixed.append(Part(misfit**2 * np.eye(points)))
     if scatter and base is not None:
-        known.append(Part(scatter**2 * base))
+        fixed.append(Part(scatter**2 * base))
     estimated: tuple[Array | None, ...] = (None,) if misfit is None and enough else ()
     sizes = len(np.unique(variables.get("N", np.empty(0))))
     grouped = scatter is None and base is not None and enough and sizes >= SIZES_FOR_SCATTER
@@ -113,9 +113,9 @@ def solve(
     else:
         pinning = misfit is None and enough
         problem, state, variances, spread = _weighted(
-            plain, state, loss, known, estimated, least, pinning
+            plain, state, loss, fixed, estimated, least, pinning
         )
-        noise = _noise(problem, state, known, estimated, variances, spread, (misfit, scatter))
+        noise = _noise(problem, state, fixed, estimated, variances, spread, (misfit, scatter))
     return Solution(problem, state, noise, parts, misfit, scatter, estimated, loss)
 
 
@@ -123,7 +123,7 @@ def _weighted(
     plain: Problem,
     state: State,
     loss: Array,
-    known: Sequence[Part],
+    fixed: Sequence[Part],
     estimated: tuple[Array | None, ...],
     least: float,
     pinning: bool,
@@ -133,7 +133,7 @@ def _weighted(
     Args:
         plain, state: the unweighted problem and its minimum.
         loss: the losses, not scaled.
-        known: known parts of the covariance.
+        fixed: parts of the covariance that are not estimated.
         estimated: matrices whose variances are to be estimated.
         least: standard deviation added to every point: one without error would have infinite
             weight.
@@ -142,7 +142,7 @@ def _weighted(
     """
     law, points = plain.law, len(loss)
     none = np.zeros((points, points))
-    total, whole = sum(weighing(known), none), sum(weighing(known, whole=True), none)
+    total, whole = sum(weighing(fixed), none), sum(weighing(fixed, whole=True), none)
     pinned = pinning and int(np.sum(np.diag(whole) == 0)) >= len(law.parameters)
     little = max(least**2, SINGULAR * float(np.trace(total)) / points) * np.eye(points)
     total, whole = total + little, whole + little
@@ -165,7 +165,7 @@ def _weighted(
 def _noise(
     problem: Problem,
     state: State,
-    known: Sequence[Part],
+    fixed: Sequence[Part],
     estimated: tuple[Array | None, ...],
     variances: Array,
     spread: Array,
@@ -184,7 +184,7 @@ def _noise(
         scatter=deviations.get("scatter", assumed[1] or 0.0),
         variance=1.0,
         freedom=float(points - _free(problem, state).sum()) if above.any() else math.inf,
-        parts=tuple(known),
+        parts=tuple(fixed),
         shapes=tuple(shape for shape, positive in zip(shapes, above, strict=True) if positive),
         variances=variances[above],
         uncertainty=spread,
