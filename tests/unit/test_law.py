@@ -1,8 +1,10 @@
 """Points and laws: the paper's tables, the finite pool, and what is refused."""
 
+import copy
 import itertools
 import json
 import math
+import pickle
 from pathlib import Path
 
 import numpy as np
@@ -90,6 +92,15 @@ def test_b_below_zero_is_flagged_as_on_its_bound():
     fitted = fit(MERGING_FIXED_N, {"k": k, "ce": 1 + 0.1 / (k - 0.05)})
     assert fitted.parameters["b"] == 0
     assert any("b hit its bound 0" in warning for warning in fitted.warnings)
+
+
+def test_warnings_have_codes_that_survive_copies():
+    warnings = fit(MERGING_FIXED_N, {"k": [1, 2, 4], "ce": [1.2, 1.1, 1.06]}).warnings
+    warning = {warning.code: warning for warning in warnings}["saturated"]
+    assert "as many parameters as points" in warning
+    for other in (pickle.loads(pickle.dumps(warning)), copy.deepcopy(warning)):
+        assert (other, other.code) == (str(warning), "saturated")
+    assert json.loads(json.dumps([warning])) == [warning]
 
 
 def test_losses_that_do_not_fall_leave_b_without_meaning():

@@ -55,7 +55,7 @@ def pooled_text(pooled: Mapping[str, Any]) -> str:
         return "the domains share none of beta, gamma and b (AICc)"
     none = next(way["above"] for way in pooled["ways"] if not way["shared"])
     values = ", ".join(
-        f"{name} = {value:.4g} ({interval(pooled['intervals'][name], 4)})"
+        f"{name} = {value:.4g} (90%: {interval(pooled['intervals'][name], 4)})"
         for name, value in pooled["parameters"].items()
     )
     return f"{len(pooled['domains'])} domains share {values}; AICc {none:.1f} lower than with none"
@@ -104,15 +104,14 @@ def _floor_lines(floor: Mapping[str, Any]) -> tuple[str, str]:
         needed = "no number" if step["k"] is None else f"{step['k']}"
         beyond = "" if step["reachable"] else ", not reachable with this pool"
         steps.append(f"{step['nats']:g} nats: {needed}{beyond}")
-    ends = {
-        kind: ""
-        if floor[f"{kind}_interval"] is None
-        else f" ({interval(floor[f'{kind}_interval'])})"
-        for kind in ("asymptotic", "reachable")
-    }
+    losses = []
+    for kind in ("asymptotic", "reachable"):
+        ends = floor[f"{kind}_interval"]
+        beside = "" if ends is None else f" (90%: {interval(ends)})"
+        losses.append(f"{floor[kind]:.5g}{beside}")
     return (
-        f"  {floor['base']}: floor {floor['asymptotic']:.5g}{ends['asymptotic']}, reachable with "
-        f"these {floor['M']} experts {floor['reachable']:.5g}{ends['reachable']}",
+        f"  {floor['base']}: floor {losses[0]}, reachable with these {floor['M']} experts "
+        f"{losses[1]}",
         f"    experts to come within {'; '.join(steps)}",
     )
 
