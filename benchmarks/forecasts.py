@@ -27,7 +27,8 @@ from mergelaw.evaluation import read_rows
 from mergelaw.evaluation.design import pattern, rotations
 from mergelaw.laws import surrogate
 from mergelaw.laws.points import MACRO, points
-from mergelaw.planning import forecast
+from mergelaw.planning import choose, forecast
+from mergelaw.planning.forecast import END_POINT, THREE_POINT
 from mergelaw.workflow.study import Study
 
 DRAWS = 1200
@@ -54,7 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     print("    snakemake --profile profiles/local --configfile config/demo_exhaustive.yaml")
     print("    python benchmarks/forecasts.py --config config/demo_exhaustive.yaml\n")
-    recipes(curves)
+    schemes(curves)
     pools = {
         (method, base): Table(own, experts)
         for (base, method), own in rows[rows["role"] == "merge"].groupby(
@@ -74,32 +75,31 @@ def table(rows: list[dict[str, object]]) -> None:
     print()
 
 
-# ---- recipes
+# ---- schemes
 
 
-def recipes(curves: pd.DataFrame) -> None:
-    print("## Recipes\n")
+def schemes(curves: pd.DataFrame) -> None:
+    print("## Schemes\n")
     print(
         "Macro loss. Errors are forecast minus measured, in percent of the whole gain "
-        "L(1) - L(M); naive is staying at the recipe's last point. Intervals are 90%, from the "
-        "recipe's record at the other three bases.\n"
+        "L(1) - L(M); naive is staying at the scheme's last point. Intervals are 90%, from the "
+        "scheme's record at the other three bases.\n"
     )
     scored: list[dict[str, object]] = []
-    for recipe in (forecast.THREE_POINT, forecast.END_POINT):
+    for scheme in (THREE_POINT, END_POINT):
         rows: list[dict[str, object]] = []
         for method in curves["method"].unique():
             for domain in curves["domain"].unique():
-                own = forecast.choose(curves, method=method, domain=domain)
+                own = choose(curves, method=method, domain=domain)
                 for base in own["base"].unique():
-                    found = forecast.along_k(own, base, recipe)
-                    measured = forecast.base_of(own, base).set_index("k")["ce"]
+                    told = pd.DataFrame(forecast(own, scheme, base=base).table)
+                    measured = own[own["base"] == base].sort_values("k")["ce"]
                     gain = measured.iloc[0] - measured.iloc[-1]
-                    told = found.table
-                    errors = (told["ce"] - told["measured"]) / gain
+                    errors = told["error"] / gain
                     width = ((told["high"] - told["low"]) / gain).mean()
                     scored.append(
                         {
-                            "recipe": recipe,
+                            "scheme": scheme,
                             "method": method,
                             "macro": domain == MACRO,
                             "held": told["held"].astype(float).mean(),
@@ -108,7 +108,7 @@ def recipes(curves: pd.DataFrame) -> None:
                     )
                     if domain != MACRO:
                         continue
-                    naive = (told["same"] - told["measured"]) / gain
+                    naive = told["naive error"] / gain
                     worst = int(errors.abs().argmax())
                     place = f"(k = {told['k'][worst]:g})"
                     rows.append(
@@ -123,21 +123,21 @@ def recipes(curves: pd.DataFrame) -> None:
                             "intervals held": f"{int(told['held'].sum())} of {len(told)}",
                         }
                     )
-        print(f"### {recipe}\n")
+        print(f"### {scheme}\n")
         table(rows)
     print("### Share of 90% intervals that held, and their mean width in percent of the gain\n")
     own = pd.DataFrame(scored)
     table(
         [
             {
-                "recipe": recipe,
+                "scheme": scheme,
                 "method": method,
                 "macro": f"{group[group['macro']]['held'].mean():.2f}",
                 "domains": f"{group[~group['macro']]['held'].mean():.3f}",
                 "width, macro": f"{100 * group[group['macro']]['width'].mean():.1f}",
                 "width, domains": f"{100 * group[~group['macro']]['width'].mean():.1f}",
             }
-            for (recipe, method), group in own.groupby(["recipe", "method"], sort=False)
+            for (scheme, method), group in own.groupby(["scheme", "method"], sort=False)
         ]
     )
 

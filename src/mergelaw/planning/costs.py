@@ -1,0 +1,76 @@
+"""Costs of training, merging, evaluating and serving by the size of a base."""
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from mergelaw.errors import MergelawError
+from mergelaw.laws.points import TOO_MANY_BILLIONS
+
+KINDS = ("training", "merging", "evaluation", "serving")
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Costs at each size.
+
+    Attributes:
+        table: one row per size: N (billions), training (one expert), merging and evaluation (one
+            merge), serving (a million tokens), all in the same unit; NaN where unknown.
+        unit: its name.
+    """
+
+    table: pd.DataFrame
+    unit: str = "units"
+
+    @classmethod
+    def read(cls, path: Path, unit: str = "units") -> "Costs":
+        """Read a CSV file with the column N and any of the others; missing ones cost 0."""
+        if not path.is_file():
+            raise MergelawError(f"{path}: no such file; give a CSV of costs by N")
+        try:
+            table = pd.read_csv(path)
+        except (ValueError, OSError) as error:
+            raise MergelawError(f"{path}: cannot be read as a table ({error}); fix it") from None
+        unknown = [str(name) for name in table if name not in ("N", *KINDS)]
+        if unknown or "N" not in table or table.empty:
+            raise MergelawError(
+                f"{path}: needs rows with the column N and any of {', '.join(KINDS)}"
+                + (f", not {', '.join(unknown)}" if unknown else "")
+            )
+        costs = table.apply(pd.to_numeric, errors="coerce").astype(float)
+        bad = ~np.isfinite(costs) | (costs < 0)
+        bad["N"] |= ~costs["N"].between(0, TOO_MANY_BILLIONS, inclusive="neither")
+        for row, name in zip(*np.nonzero(bad.to_numpy()), strict=True):
+            value = table.iloc[row, name]
+            raise MergelawError(
+                f"{path}: row {row + 1} has {table.columns[name]} = {value}; give N in billions "
+                "above 0, and costs of 0 or more"
+            )
+        return cls(costs.reindex(columns=["N", *KINDS], fill_value=0.0), unit)
+
+    def at(self, N: float, kind: str) -> float:
+        """Cost of one kind at a size (billions); a power law in N between and beyond the sizes.
+
+        A known cost of 0 at this very size is 0. A kind without any cost above 0 is free.
+        """
+        here = self.table.loc[np.isclose(self.table["N"], N), kind].dropna()
+        if len(here) and not here.any():
+            return 0.0
+        known = self.table[self.table[kind] > 0].groupby("N")[kind].mean()
+        if known.empty:
+            return 0.0
+        sizes, costs = np.log(known.index.to_numpy(dtype=float)), np.log(known.to_numpy())
+        if len(sizes) == 1:  # proportional to N
+            return float(np.exp(costs[0] + math.log(N) - sizes[0]))
+        if sizes[0] <= math.log(N) <= sizes[-1]:
+            return float(np.exp(np.interp(math.log(N), sizes, costs)))
+        slope, start = np.polyfit(sizes, costs, 1)
+        return float(np.exp(start + slope * math.log(N)))
+
+    def of_merge(self, N: float) -> float:
+        """Cost of one merge with its evaluation at a size (billions)."""
+        return self.at(N, "merging") + self.at(N, "evaluation")

@@ -1,0 +1,158 @@
+"""Points for planning: read a table, choose a method and domain, find the size of a question."""
+
+import math
+from collections.abc import Collection
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from mergelaw.errors import MergelawError
+from mergelaw.laws.points import MACRO, TOO_MANY_BILLIONS, read_points
+
+# Sizes that differ by less than this share count as one size.
+SAME_SIZE = 0.02
+# A size is far beyond the measured ones from this share of their range (in log N) on.
+FAR = 0.5
+
+
+def read(source: Path) -> tuple[pd.DataFrame, list[str]]:
+    """Read points from a folder that ``mergelaw fit`` wrote, a file in it, or a table.
+
+    A table is what ``laws.points.read_points`` takes. Standard errors of written points become
+    those of sampling alone: forecasts and plans speak of these evaluation documents.
+
+    Returns:
+        The points, with M and perhaps se; and sentences on what was assumed.
+
+    Raises:
+        MergelawError: there are no points, or they cannot be read.
+    """
+    folder = source.parent if source.name == "laws.json" else source
+    if folder.is_dir():
+        source = folder / "points.parquet"
+        if not source.is_file():
+            raise MergelawError(
+                f"{folder}: holds no points.parquet; give a folder that `mergelaw fit` wrote, or "
+                "a table of points"
+            )
+    table, assumed = read_points(source)
+    if "design" in table:
+        table["_place"] = table.groupby(["method", "family", "domain"]).cumcount()
+        rows = table[["design", "_place"]].itertuples(index=False, name=None)
+        table["se"] = [math.sqrt(max(variances[place], 0.0)) for variances, place in rows]
+    return table, list(map(str, assumed))
+
+
+def choose(
+    points: pd.DataFrame,
+    *,
+    method: str | None = None,
+    domain: str | None = None,
+    family: str | None = None,
+    every: Collection[str] = (),
+) -> pd.DataFrame:
+    """Points of one method, family and domain: the named ones, or the only ones.
+
+    Args:
+        points: as ``read`` gives them.
+        method, domain, family: names; a domain that is not named is the macro-average, if any.
+        every: columns that are left as they are.
+
+    Raises:
+        MergelawError: a name is unknown, or missing where there are several.
+    """
+    for column, name in (("family", family), ("domain", domain), ("method", method)):
+        names = sorted(points[column].unique())
+        if name is None and column == "domain" and MACRO in names:
+            name = MACRO
+        if name is None and len(names) > 1 and column not in every:
+            raise MergelawError(
+                f"points of more than one {column}: {', '.join(names)}; name one with --{column}"
+            )
+        if name is not None:
+            if name not in names:
+                raise MergelawError(f"no points of {column} {name}; choose from {', '.join(names)}")
+            points = points[points[column] == name]
+    return points.sort_values(["N", "base", "k"], ignore_index=True)
+
+
+def base_points(points: pd.DataFrame, base: str) -> pd.DataFrame:
+    """Points of one base, by its name, sorted by k. Raises MergelawError if there is none."""
+    chosen = points[points["base"] == base]
+    if chosen.empty:
+        names = ", ".join(points["base"].unique())
+        raise MergelawError(f"no points of base {base}; choose from {names}")
+    return chosen.sort_values("k", ignore_index=True)
+
+
+def at_size(points: pd.DataFrame, N: float | None, base: str | None) -> tuple[pd.DataFrame, float]:
+    """The size that a question is about, by N or by a base's name; by default the only one.
+
+    Returns:
+        The points, without other bases of the named base's size; and N (billions).
+
+    Raises:
+        MergelawError: both are given, several sizes are measured and neither is, or there is no
+            such base or size.
+    """
+    if base is not None and N is not None:
+        raise MergelawError("--base and --N both name a size; give one of them")
+    if base is not None:
+        N = float(base_points(points, base)["N"].iloc[0])
+        return points[(points["base"] == base) | (points["N"] != N)], N
+    sizes = points["N"].unique()
+    if N is None and len(sizes) > 1:
+        bases = ", ".join(points["base"].unique())
+        raise MergelawError(f"several sizes are measured; give --N, or --base: {bases}")
+    return points, check_size(float(sizes[0]) if N is None else N)
+
+
+def base_of_size(points: pd.DataFrame, N: float) -> str | None:
+    """Name of the base nearest to a size (billions), if one is within 2% of it.
+
+    Raises:
+        MergelawError: several bases are as near.
+    """
+    sizes = points[["base", "N"]].drop_duplicates().sort_values("base")
+    distance = (sizes["N"] / N - 1).abs()
+    names = sizes["base"][(distance <= SAME_SIZE) & (distance == distance.min())].to_list()
+    if len(names) > 1:
+        raise MergelawError(f"N = {N:g} is the size of {', '.join(names)}; name one with --base")
+    return names[0] if names else None
+
+
+def check_size(N: float) -> float:
+    """N, if it can be billions of parameters. Raises MergelawError if not."""
+    if not 0 < N < TOO_MANY_BILLIONS:
+        raise MergelawError(f"N = {N:g} is no size; give it in billions of parameters")
+    return N
+
+
+def beyond_sizes(points: pd.DataFrame, N: float) -> list[str]:
+    """A warning where N (billions) lies outside of the measured sizes, stronger where it is far."""
+    least, most = points["N"].min(), points["N"].max()
+    if least <= N <= most:
+        return []
+    factor, side = (N / most, "above") if most < N else (least / N, "below")
+    far = math.log(factor) > FAR * math.log(most / least)
+    return [
+        f"N = {N:.4g} is {factor:.3g} times {side} the measured sizes, {least:.4g} to {most:.4g}: "
+        + ("far beyond them; measure a size in between first" if far else "this is extrapolated")
+    ]
+
+
+def sampled_without_errors(points: pd.DataFrame) -> list[str]:
+    """A warning where points are means over some subsets and have no standard errors."""
+    if "subsets" not in points:
+        return []
+    subsets = [math.comb(int(M), int(k)) for M, k in zip(points["M"], points["k"], strict=True)]
+    known = points["se"] > 0 if "se" in points else False
+    sampled = points[(points["subsets"] < subsets) & ~np.asarray(known)]
+    if sampled.empty:
+        return []
+    return [
+        f"points at {sampled['k'].nunique()} values of k are means over some subsets and have no "
+        "standard errors: the intervals leave out the sampling error, which moves b most; "
+        "measure three circles or more"
+    ]
