@@ -67,10 +67,7 @@ def test_a_wrong_configuration_is_one_line(ready, tmp_path, path, value, line):
     assert not place.results.exists() or not half_written(place)
 
 
-# Said by the job that meets it
-
-
-def test_wrong_documents_are_named_with_their_line(ready, tmp_path):
+def test_wrong_documents_are_named_with_their_line_before_anything_runs(ready, tmp_path):
     place = Place(tmp_path / "study", ready.config)
     config = place.config
     files = {d: tmp_path / f"{d}.jsonl" for d in ("sums", "tales", "riddles")}
@@ -79,15 +76,22 @@ def test_wrong_documents_are_named_with_their_line(ready, tmp_path):
     write_jsonl(files["riddles"], records("riddles", 3))
     for domain, file in files.items():
         config["domains"][domain]["source"]["files"] = [str(file)]
-    place.configure(config)
-    run = place.snakemake("--until", "check_overlap")
-    assert run.status
-    lines = sorted(run.errors())
-    assert len(lines) == 3
-    assert lines[0].startswith(f"{files['riddles']}: 3 distinct documents, but 6 were asked")
-    assert lines[1].startswith(f"{files['sums']}, line 3: no response among its columns")
-    assert lines[2].startswith(f"{files['tales']}, line 2, column")
-    assert "Traceback" not in run.output and not half_written(place)
+    for domain, words in (
+        ("sums", "line 3: no response among its columns"),
+        ("tales", "line 2, column"),
+        ("riddles", "3 distinct documents, but 6 were asked"),
+    ):
+        place.configure(config)
+        run = place.snakemake()
+        assert run.status and "Traceback" not in run.output
+        (line,) = run.errors()
+        assert re.match(rf"{re.escape(str(files[domain]))}[,:] {words}", line)
+        assert ("more domains have errors" in line) == (domain != "riddles")
+        assert not place.artifacts("corpora") and not half_written(place)
+        write_jsonl(files[domain], records(domain))
+
+
+# Errors of jobs
 
 
 def test_a_document_trained_on_here_and_evaluated_there_is_refused(ready, tmp_path):

@@ -27,7 +27,7 @@ class FileCache:
         ``compute`` returns a value that JSON can hold. Raises OSError for a file that is missing.
         """
         status = [(str(path.absolute()), path.stat()) for path in files]
-        stamps = [[path, found.st_size, found.st_mtime_ns] for path, found in status]
+        stamps = [[path, stat.st_size, stat.st_mtime_ns] for path, stat in status]
         if self._entries is None:
             self._entries = self._read()
         match self._entries.get(name):

@@ -1,1 +1,19 @@
-"""Documents of a domain, read, deduplicated, split and tokenised."""
+"""Documents of a domain: read from its source, deduplicated, split by content, tokenised.
+
+Others write and read splits of documents (`documents`) and turn documents into windows of tokens
+(`tokenize`); the recipes of sources and splits are in `recipe`.
+"""
+
+from mergelaw.data.documents import Document, check_overlap, read_split, split_identity, write_split
+from mergelaw.data.recipe import SPLITS, Source, SplitRecipe
+
+__all__ = [
+    "SPLITS",
+    "Document",
+    "Source",
+    "SplitRecipe",
+    "check_overlap",
+    "read_split",
+    "split_identity",
+    "write_split",
+]

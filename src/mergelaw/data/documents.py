@@ -219,7 +219,7 @@ def _divided(pool: Pool, part: SplitRecipe) -> dict[str, list[Document]]:
 
 
 def split_identity(recipe: SplitRecipe, split: str, cache: FileCache) -> dict[str, Any]:
-    """What a split is, as it enters its key.
+    """Identity of a split, for its key.
 
     A split of local files is the digest of its documents, which ``cache`` remembers for as long as
     the files stay as they are. A split of a hub dataset or a synthetic domain is its source, the
@@ -354,25 +354,21 @@ def check_overlap(
         ("calibrates", calibration, "evaluates", evaluation),
         ("trains", train, "calibrates", calibration),
     ):
-        identities = {
+        used = {
             domain: {row["document"] for row in _rows(folder, ["document"])}
             for domain, folder in first_folders.items()
         }
         for second, folder in second_folders.items():
             documents = read_split(folder)
-            for first, known in identities.items():
-                _check_shared(first, first_use, known, second, second_use, documents)
-
-
-def _check_shared(
-    first: str, uses: str, known: set[str], second: str, other: str, documents: Iterable[Document]
-) -> None:
-    shared = [document for document in documents if document.document in known]
-    if shared:
-        turns = shared[0].messages
-        text = _normalised(turns[-1]["content"] if turns else shared[0].response)
-        raise MergelawError(
-            f"{first} {uses} on documents that {second} {other} on: {len(shared)} of them, the"
-            f" first is {shared[0].document} ({text[:60]!r}); remove them from one of the two"
-            " sources, or give the domains sources that have nothing in common"
-        )
+            for first, digests in used.items():
+                shared = [document for document in documents if document.document in digests]
+                if not shared:
+                    continue
+                turns = shared[0].messages
+                text = _normalised(turns[-1]["content"] if turns else shared[0].response)
+                raise MergelawError(
+                    f"{first} {first_use} on documents that {second} {second_use} on:"
+                    f" {len(shared)} of them, the first is {shared[0].document} ({text[:60]!r});"
+                    " remove them from one of the two sources, or give the domains sources that"
+                    " have nothing in common"
+                )

@@ -10,7 +10,7 @@ from mergelaw.errors import nearest
 
 
 class Source(Model):
-    """Where documents come from: exactly one of `synthetic`, `files` and `dataset`."""
+    """Source of documents: exactly one of `synthetic`, `files` and `dataset`."""
 
     synthetic: str | None = Field(None, description="name of a generator of the demo's documents")
     files: list[str] | None = Field(
@@ -53,7 +53,7 @@ class Source(Model):
 
     @property
     def is_local(self) -> bool:
-        """Whether the documents are in files of this machine: no hub dataset, not synthetic."""
+        """True for files or a folder of this machine, False for a hub dataset or a generator."""
         return self.files is not None or (self.dataset is not None and not is_hub_id(self.dataset))
 
     def __str__(self) -> str:
@@ -67,7 +67,7 @@ class Source(Model):
 
 
 def is_hub_id(dataset: str) -> bool:
-    """Whether a dataset's name means one of the Hugging Face hub, not a local folder."""
+    """True for the name of a dataset of the Hugging Face hub, False for a local folder."""
     return not dataset.startswith((".", "/")) and not Path(dataset).is_dir()
 
 
@@ -89,10 +89,10 @@ class SplitRecipe(Model):
         return [split for split in SPLITS if getattr(self, f"{split}_documents") != 0]
 
     def part(self, split: str) -> Self:
-        """The recipe with nothing but the source of ``split`` and the splits of that source."""
+        """The same recipe without the source, and its splits, that ``split`` is not taken from."""
         if self.eval_source is None:
             return self
         if split != "eval":
             return self.model_copy(update={"eval_source": None, "eval_documents": 0})
-        nothing = {"eval_source": None, "train_documents": 0, "calibration_documents": 0}
-        return self.model_copy(update={**nothing, "source": self.eval_source})
+        others = {"eval_source": None, "train_documents": 0, "calibration_documents": 0}
+        return self.model_copy(update={**others, "source": self.eval_source})

@@ -41,15 +41,15 @@ def local_files(source: Source) -> list[Path]:
     for name in source.files or []:
         path = Path(name)
         if path.is_dir():
-            found = [file for file in _visible_files(path) if _kind(file) in READERS]
+            matches = [file for file in _visible_files(path) if _kind(file) in READERS]
         elif glob.has_magic(name) and not path.exists():
-            matches = map(Path, glob.glob(name, recursive=True))  # noqa: PTH207, skips hidden ones
-            found = [match for match in matches if match.is_file()]
+            named = map(Path, glob.glob(name, recursive=True))  # noqa: PTH207, skips hidden files
+            matches = [match for match in named if match.is_file()]
         else:
-            found = [path]
-        if not found:
+            matches = [path]
+        if not matches:
             raise MergelawError(f"{name}: holds no file to read; {KINDS}")
-        paths.update(found)
+        paths.update(matches)
     return sorted(paths)
 
 

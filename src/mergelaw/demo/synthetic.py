@@ -61,11 +61,6 @@ def draw(domain: str, seed: int) -> Iterator[dict[str, str]]:
         yield {"prompt": prompt, "response": response}
 
 
-def documents(domain: str, count: int, seed: int) -> list[dict[str, str]]:
-    """The first ``count`` documents that ``draw`` draws."""
-    return list(itertools.islice(draw(domain, seed), count))
-
-
 @cache
 def entities(domain: str) -> dict[str, dict[str, str]]:
     """The domain's 400 invented entities, most frequent first: {name: {attribute: value}}."""
