@@ -140,16 +140,15 @@ class Problem:
         lengths[lengths == 0] = 1  # a term that is 0 at every point gets the coefficient 0
         unit = columns / lengths
         # The plain solution if nothing in it is negative, else that of the active coefficients.
-        used = np.ones(len(self.signed), dtype=bool)
         q, r = np.linalg.qr(unit)
-        well_posed = len(r) == len(used) and np.abs(r.diagonal()).min(initial=1) > WELL_POSED
-        solved = np.linalg.solve(r, q.T @ self.loss) if well_posed else np.zeros(len(used))
-        if not well_posed or not ((solved > ROUNDING) | self.signed).all():
+        well_posed = len(r) == r.shape[1] and np.abs(r.diagonal()).min(initial=1) > WELL_POSED
+        coefficients = np.linalg.solve(r, q.T @ self.loss) if well_posed else np.zeros(r.shape[1])
+        if not well_posed or not ((coefficients > ROUNDING) | self.signed).all():
             used = self._used(unit)
             q, r = np.linalg.qr(unit[:, used])
-            solved = np.linalg.solve(r, q.T @ self.loss)
-        coefficients = np.zeros(len(used))
-        coefficients[used] = solved / lengths[used]
+            coefficients = np.zeros(len(used))
+            coefficients[used] = np.linalg.solve(r, q.T @ self.loss)
+        coefficients = coefficients / lengths
         residuals = self.loss - columns @ coefficients
         return State(theta, coefficients, residuals, q, float(residuals @ residuals))
 
