@@ -1,6 +1,7 @@
 """A command run by a fork is the same command: streams, folder, environment, exit status, end."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -128,12 +129,19 @@ def test_without_a_server_the_command_runs_by_itself(tmp_path):
     )
 
 
-def test_a_fork_outlives_the_server(tmp_path):
+@pytest.mark.parametrize("killed", [False, True])
+def test_a_fork_outlives_the_server(tmp_path, killed):
     process, address = started()
     command = subprocess.Popen(
         corpus(tmp_path, str(tmp_path / "some"), 3000), env=environment(address)
     )
     wait_for(lambda: len(forks(address)) == 2)
-    ended(process, address)
+    if killed:
+        process.kill()
+        shutil.rmtree(Path(address).parent)
+    else:
+        process.stdin.close()
     assert command.wait(120) == 0
     assert (tmp_path / "some" / "lineage.json").exists()
+    assert process.wait(10) == (-signal.SIGKILL if killed else 0)
+    assert not Path(address).parent.exists()

@@ -10,7 +10,6 @@ import ctypes
 import gc
 import json
 import os
-import select
 import shutil
 import signal
 import socket
@@ -19,10 +18,13 @@ import sys
 import tempfile
 from collections.abc import Callable
 from contextlib import suppress
+from multiprocessing import active_children, get_context
+from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
 ADDRESS = "MERGELAW_FORKSERVER"
+FORKS = get_context("fork")
 
 
 def start() -> subprocess.Popen[bytes]:
@@ -51,7 +53,7 @@ def run(words: list[str]) -> int | None:
             connection.sendall(job.encode() + b"\n")
         except OSError:  # the server is still importing, or has ended
             return None
-        answer = connection.makefile().read()
+        answer = connection.makefile().readline()
     status = int(answer or -signal.SIGKILL)
     if status >= 0:
         return status
@@ -60,10 +62,7 @@ def run(words: list[str]) -> int | None:
 
 
 def serve(address: str, main: Callable[[], Any]) -> None:
-    """Import the libraries, then run ``main`` in a fork for each command.
-
-    Returns when standard input ends.
-    """
+    """Import the libraries, then run ``main`` in a fork for each command until stdin ends."""
     import datasets  # noqa: F401
     import trl.trainer.sft_trainer  # noqa: F401
     from transformers.models.llama import modeling_llama  # noqa: F401
@@ -76,38 +75,32 @@ def serve(address: str, main: Callable[[], Any]) -> None:
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(address)
         listener.listen()
-        while True:
-            ready, _, _ = select.select([listener, sys.stdin], [], [])
-            with suppress(ChildProcessError):
-                while os.waitpid(-1, os.WNOHANG) != (0, 0):
-                    pass
-            if sys.stdin in ready:
-                return shutil.rmtree(Path(address).parent)
+        while 0 not in wait([listener, 0]):  # standard input
+            active_children()  # reaps those that have ended
             connection, _ = listener.accept()
-            if os.fork() == 0:
-                listener.close()
-                fork_command(connection)
-                return main()
+            FORKS.Process(target=supervise, args=[listener, connection, main]).start()
             connection.close()
+    shutil.rmtree(Path(address).parent)
 
 
-def fork_command(connection: socket.socket) -> None:
-    """Return in a new fork, ready to run the command; this process sends its status and exits."""
+def supervise(listener: socket.socket, connection: socket.socket, main: Callable[[], Any]) -> None:
+    """Run a connection's command in a fork and send its exit status; end it with the connection."""
+    listener.close()
     _, streams, _, _ = socket.recv_fds(connection, 1, 3)
-    words, environment, folder = json.loads(connection.makefile().readline())
-    ended, alive = os.pipe()
-    command = os.fork()
-    if command:
-        os.close(alive)
-        ready, _, _ = select.select([connection.fileno(), ended], [], [])
-        if ended not in ready:  # the waiting command was killed
-            os.kill(command, signal.SIGKILL)
-        status = os.waitstatus_to_exitcode(os.waitpid(command, 0)[1])
-        with suppress(OSError):
-            connection.sendall(str(status).encode())
-        os._exit(0)
-    connection.close()
-    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: end with the parent
+    job = json.loads(connection.makefile().readline())
+    process = FORKS.Process(target=run_here, args=[main, streams, job])
+    process.start()
+    if process.sentinel not in wait([process.sentinel, connection]):
+        process.kill()
+    process.join()
+    with suppress(OSError):  # nobody waits any more
+        connection.sendall(f"{process.exitcode}\n".encode())
+
+
+def run_here(main: Callable[[], Any], streams: list[int], job: list[Any]) -> None:
+    """Run a command in this process, with its streams, environment and folder."""
+    words, environment, folder = job
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: end with the supervisor
     for number, stream in enumerate(streams):
         os.dup2(stream, number)
         os.close(stream)
@@ -115,3 +108,4 @@ def fork_command(connection: socket.socket) -> None:
     os.environ.clear()
     os.environ.update(environment)
     sys.argv = ["mergelaw", *words]
+    main()
