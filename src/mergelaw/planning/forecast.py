@@ -79,10 +79,7 @@ def forecast(
     scheme = scheme or (SIZE if name is None else THREE_POINT)
     used, name = _used(points, scheme, N, base if scheme == SIZE else name)
     curve = Curve(used, N, level=level, law=LAWS[scheme], misfit=misfit)
-    unused = set(range(1, curve.M + 1)) - (set() if scheme == SIZE else set(used["k"]))
-    sizes = sorted(unused if k is None else k)
-    if not sizes:
-        raise MergelawError(f"{scheme} forecast: uses every k of a pool of {curve.M}; give other k")
+    sizes = sorted(_unused(scheme, used, curve.M) if k is None else k)
     rows: list[dict[str, Any]] = [{"k": k, "forecast": curve.loss(k)} for k in sizes]
     record = {} if misfit is not None or scheme == SIZE else _record(points, name, scheme, sizes)
     if len(record) >= BASES:
@@ -124,6 +121,15 @@ def _used(
             + ", ".join(map(str, needed))
         )
     return used, base
+
+
+def _unused(scheme: str, used: pd.DataFrame, M: int) -> set[int]:
+    """The k of a pool of M that a scheme is not fitted to."""
+    every = set(range(1, M + 1))
+    unused = every if scheme == SIZE else every - set(used["k"])
+    if not unused:
+        raise MergelawError(f"{scheme} forecast: uses every k of a pool of {M}; give other k")
+    return unused
 
 
 def _needed(scheme: str, curve: pd.DataFrame) -> tuple[int, ...]:
