@@ -142,7 +142,7 @@ def test_rates_differ_by_stage(tmp_path):
     "text, words",
     [
         ("teraflops: fast", "teraflops: "),
-        ("terraflops: 3", "unknown key; did you mean 'teraflops'?"),
+        ("terraflops: 3", "unknown key 'terraflops'; did you mean 'teraflops'?"),
         ("stages: {experts: {}}", "no stage 'experts'; did you mean 'expert'?"),
         ("stages: {expert: {teraflops: -1}}", "stages.expert.teraflops"),
         ("[1]", "rates.yaml: "),

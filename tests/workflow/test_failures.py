@@ -49,7 +49,7 @@ def half_written(place: Place) -> list[Path]:
             ["nowhere.jsonl"],
             "nowhere.jsonl: no such file; correct the path in the domain's source",
         ),
-        ("methodz", {}, "methodz: unknown key; did you mean 'methods'?"),
+        ("methodz", {}, "unknown key 'methodz'; did you mean 'methods'?"),
     ],
 )
 def test_a_wrong_configuration_is_one_line(ready, tmp_path, path, value, line):

@@ -1,6 +1,6 @@
 """Checks across the sections of a configuration."""
 
-from collections.abc import Collection, Hashable, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator
 from math import comb
 
 from pydantic import ValidationError
@@ -10,7 +10,6 @@ from mergelaw.config.study import Config
 from mergelaw.errors import nearest
 from mergelaw.evaluation.design import MAX_EXHAUSTIVE, exhaustive_levels
 from mergelaw.evaluation.recipe import BASELINES
-from mergelaw.models.recipe import Pretraining, Training
 
 
 def problems(config: Config) -> Iterator[str]:
@@ -31,7 +30,6 @@ def problems(config: Config) -> Iterator[str]:
         endless = domain.source.synthetic is not None
         if endless and config.splits_of(name).train_documents is None:
             yield f"domains.{name}.train_documents: a synthetic source has no end; give a number"
-    yield from _repeated("training_seeds", config.training_seeds)
     for name in config.bases:
         yield from _sampling_problems(config, name)
     for name in config.merges:
@@ -47,7 +45,7 @@ def _expert_problems(config: Config, name: str) -> Iterator[str]:
     if expert.checkpoints is not None:
         if expert.domains is not None or expert.training.model_fields_set:
             yield f"{where}: ready-made checkpoints take no 'domains' and no 'training'"
-        yield from _names(f"{where}.checkpoints", "base", [*expert.checkpoints], config.bases)
+        yield from _unknown(f"{where}.checkpoints", "base", [*expert.checkpoints], config.bases)
         for base in config.bases:
             if base not in expert.checkpoints:
                 yield f"{where}.checkpoints: base {base!r} has none; give one for each base"
@@ -57,14 +55,14 @@ def _expert_problems(config: Config, name: str) -> Iterator[str]:
         try:
             config.training_of(base, name)
         except ValidationError as error:
-            problem = describe(error, Training, "training")
+            problem = describe(error, "training")
             differs = settings.training.model_fields_set | expert.training.model_fields_set
             yield f"{problem} (for {where} on base {base!r})" if differs else problem
 
 
-def _domain_problems(config: Config, where: str, names: Sequence[str]) -> Iterator[str]:
+def _domain_problems(config: Config, where: str, names: Iterable[str]) -> Iterator[str]:
     """Problems of the domains that a model is trained on."""
-    yield from _names(where, "domain", names, config.domains)
+    yield from _unknown(where, "domain", names, config.domains)
     for name in names:
         if config.domains[name].held_out:
             yield f"{where}: domain {name!r} is held out; train on others, or unset 'held_out'"
@@ -78,7 +76,7 @@ def _pretraining_problems(config: Config, base: str, given: set[str]) -> Iterato
     try:
         recipe = config.pretraining_of(base)
     except ValidationError as error:
-        yield f"{describe(error, Pretraining, shared)} (for base {base!r})"
+        yield f"{describe(error, shared)} (for base {base!r})"
         return
     where = own if "domains" in given else shared
     yield from _domain_problems(config, f"{where}.domains", recipe.domains)
@@ -94,7 +92,6 @@ def _sampling_problems(config: Config, base: str) -> Iterator[str]:
     sizes = sampling.k or range(1, pool + 1)
     if max(sizes) > pool:
         yield f"{where}.k: {max(sizes)} is larger than the pool of {pool} experts; remove it"
-    yield from _repeated(f"{where}.k", sizes)
     exhaustive = exhaustive_levels(sampling.design, sizes, pool, sampling.exhaustive_up_to)
     merges = sum(comb(pool, k) for k in exhaustive)
     merges += (len(sizes) - len(exhaustive)) * pool * sampling.circles
@@ -107,26 +104,17 @@ def _sampling_problems(config: Config, base: str) -> Iterator[str]:
 
 def _merge_problems(config: Config, name: str) -> Iterator[str]:
     merge, where = config.merges[name], f"merges.{name}"
-    yield from _names(f"{where}.base", "base", [merge.base], config.bases)
-    yield from _names(f"{where}.method", "method", [merge.method], config.methods)
-    yield from _names(f"{where}.experts", "expert", merge.experts, config.pool())
+    yield from _unknown(f"{where}.base", "base", [merge.base], config.bases)
+    yield from _unknown(f"{where}.method", "method", [merge.method], config.methods)
+    yield from _unknown(f"{where}.experts", "expert", merge.experts, config.pool())
     if merge.weights is not None and len(merge.weights) != len(merge.experts):
         yield f"{where}.weights: {len(merge.weights)} for {len(merge.experts)} experts; give all"
     if merge.seed is not None and merge.seed not in config.training_seeds:
         yield f"{where}.seed: {merge.seed} is not among 'training_seeds'; use one of them"
 
 
-def _names(where: str, what: str, names: Sequence[str], known: Collection[str]) -> Iterator[str]:
-    """Problems of a list of names: unknown or repeated ones."""
+def _unknown(where: str, what: str, names: Iterable[str], known: Collection[str]) -> Iterator[str]:
+    """Names that the configuration does not define."""
     for name in names:
         if name not in known:
             yield f"{where}: no {what} {name!r}{nearest(name, known)}"
-    yield from _repeated(where, names)
-
-
-def _repeated(where: str, values: Iterable[Hashable]) -> Iterator[str]:
-    seen = set()
-    for value in values:
-        if value in seen:
-            yield f"{where}: {value} is given twice; remove one"
-        seen.add(value)

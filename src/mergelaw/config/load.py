@@ -80,7 +80,7 @@ def parse(data: Any, where: str = "configuration") -> Config:
     try:
         config = Config.model_validate(data)
     except ValidationError as error:
-        raise MergelawError(f"{where}: {describe(error, Config)}") from None
+        raise MergelawError(f"{where}: {describe(error)}") from None
     for problem in problems(config):
         raise MergelawError(f"{where}: {problem}")
     return config
@@ -107,11 +107,9 @@ def _check_values(data: Any, where: str) -> None:
 
 def _problem(value: Any) -> str | None:
     """Why JSON cannot hold a value; None if it can."""
-    for text in value if isinstance(value, dict) else [value]:
-        if isinstance(text, str) and any("\ud800" <= letter <= "\udfff" for letter in text):
-            return "is not Unicode text (it has a lone surrogate); retype it"
-        if isinstance(value, dict) and not isinstance(text, str):
-            return f"the key {clip(str(text))} is not text; put it in quotes"
+    for key in value if isinstance(value, dict) else ():
+        if not isinstance(key, str):
+            return f"the key {clip(str(key))} is not text; put it in quotes"
     if isinstance(value, float) and not math.isfinite(value):
         return f"is {value}; give a finite number"
     if isinstance(value, int) and abs(value) >= 2**63:

@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Union
 
 from pydantic import BeforeValidator, Field
 
-from mergelaw.artifacts.recipe import Model, Name
+from mergelaw.artifacts.recipe import Distinct, Model, Name, Seed
 from mergelaw.merging.methods import Method, registry
 
 
@@ -33,8 +33,8 @@ class Merge(Model):
 
     base: Name = Field(description="name of the base")
     method: Name = Field(description="name of one of `methods`")
-    experts: list[Name] = Field(min_length=1, description="names of the experts")
+    experts: Distinct[Name] = Field(description="names of the experts")
     weights: list[Annotated[float, Field(gt=0)]] | None = Field(
         None, description="one weight for each expert; null: equal weights"
     )
-    seed: int | None = Field(None, ge=0, description="training seed; null: the first one")
+    seed: Seed | None = Field(None, description="training seed; null: the first one")

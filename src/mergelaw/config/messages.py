@@ -1,9 +1,8 @@
 """Errors of pydantic as one line: where, what is wrong, what to do."""
 
-from collections.abc import Iterator, Sequence
-from typing import Any, get_args, get_origin
+from typing import Any
 
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 
 from mergelaw.errors import nearest
 from mergelaw.merging.methods import registry
@@ -24,26 +23,23 @@ PLAIN_WORDS = {
 }
 
 
-def describe(error: ValidationError, model: type[BaseModel], where: str = "") -> str:
-    """Format the errors of ``model``, whose settings stand at ``where``, as one line."""
-    problems = list(dict.fromkeys(_describe(item, model, where) for item in error.errors()))
+def describe(error: ValidationError, where: str = "") -> str:
+    """Format validation errors of settings that stand at ``where`` as one line."""
+    problems = list(dict.fromkeys(_describe(item, where) for item in error.errors()))
     more = len(problems) - MAX_PROBLEMS
     return "; ".join(problems[:MAX_PROBLEMS]) + (f"; and {more} more" if more > 0 else "")
 
 
-def _describe(item: Any, model: type[BaseModel], where: str) -> str:
+def _describe(item: Any, where: str) -> str:
     kind, place = item["type"], [part for part in item["loc"] if part != "[key]"]
-    if kind == "extra_forbidden":
-        message = f"unknown key{nearest(str(place[-1]), _keys_at(model, place[:-1]))}"
-    elif kind == "union_tag_invalid":
+    message = item["msg"].removeprefix("Value error, ")
+    if kind == "union_tag_invalid":
         tag = str(item["ctx"]["tag"])
         message = f"no merge method {tag!r}{nearest(tag, registry())}"
-    else:
-        message = item["msg"].removeprefix("Value error, ")
-        if place != ["results"]:  # a path, not a name
-            message = PLAIN_WORDS.get(kind, message)
-        if kind not in ("missing", "value_error"):
-            message += f" (got {clip(repr(item['input']))})"
+    elif place != ["results"]:  # a path, not a name
+        message = PLAIN_WORDS.get(kind, message)
+    if kind not in ("union_tag_invalid", "missing", "value_error"):
+        message += f" (got {clip(repr(item['input']))})"
     if place[:1] == ["methods"]:
         place[2:3] = []  # pydantic's name for the member of the union
     parts = filter(None, [where, *(clip(str(part)) for part in place)])
@@ -53,22 +49,3 @@ def _describe(item: Any, model: type[BaseModel], where: str) -> str:
 def clip(text: str, length: int = 60) -> str:
     """Shorten a text to a number of characters."""
     return text if len(text) <= length else f"{text[: length - 3]}..."
-
-
-def _keys_at(model: type[BaseModel], place: Sequence[Any]) -> list[str]:
-    """The keys that a configuration may have at a place."""
-    parts = iter(place)
-    for part in parts:
-        types = list(_types_in(model.model_fields[part].annotation))
-        if any(get_origin(annotation) in (dict, list) for annotation in types):
-            next(parts)  # a name or an index
-        models = [t for t in types if isinstance(t, type) and issubclass(t, BaseModel)]
-        model = models[0] if len(models) == 1 else registry()[next(parts)]
-    return [field.alias or name for name, field in model.model_fields.items()]
-
-
-def _types_in(annotation: Any) -> Iterator[Any]:
-    """The annotation and all types inside it."""
-    yield annotation
-    for argument in get_args(annotation):
-        yield from _types_in(argument)

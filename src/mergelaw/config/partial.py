@@ -9,6 +9,7 @@ from pydantic import Field, create_model, model_validator
 from mergelaw.artifacts.recipe import Model
 
 Recipe = TypeVar("Recipe")
+Whole = TypeVar("Whole", bound=Model)
 
 
 class _Partial(Model):
@@ -42,6 +43,16 @@ else:
 
         def __class_getitem__(cls, recipe: type[Model]) -> type[Model]:
             return _partial(recipe)
+
+
+def complete(recipe: type[Whole], *parts: Model | None) -> Whole:
+    """The whole recipe of the settings that parts give; later parts win.
+
+    Raises:
+        pydantic.ValidationError: a setting is missing, or settings of different parts disagree.
+    """
+    settings = (part.model_dump(exclude_unset=True) for part in parts if part is not None)
+    return recipe.model_validate(override(*settings))
 
 
 def override(*parts: Mapping[str, Any]) -> dict[str, Any]:

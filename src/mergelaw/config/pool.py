@@ -4,7 +4,7 @@ from typing import ClassVar
 
 from pydantic import Field
 
-from mergelaw.artifacts.recipe import Model, Name
+from mergelaw.artifacts.recipe import Distinct, Model, Name
 from mergelaw.config.partial import Partial
 from mergelaw.evaluation.recipe import Sampling
 from mergelaw.models.recipe import Checkpoint, Pretraining, Training
@@ -32,8 +32,8 @@ class Base(Checkpoint):
 class Expert(Model):
     """An expert: trained by the workflow on its domains, or ready-made checkpoints."""
 
-    domains: list[Name] | None = Field(
-        None, min_length=1, description="domains it is trained on; null: the domain of its name"
+    domains: Distinct[Name] | None = Field(
+        None, description="domains it is trained on; null: the domain of its name"
     )
     training: Partial[Training] = Field(
         {}, validate_default=True, description="what differs from the study and the base"

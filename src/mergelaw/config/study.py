@@ -1,13 +1,13 @@
 """Configuration of a study: all its sections, and the recipes that follow from them."""
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field
 
-from mergelaw.artifacts.recipe import Model, Name
+from mergelaw.artifacts.recipe import Distinct, Model, Name, Seed
 from mergelaw.config.domains import Corpus, Domain
 from mergelaw.config.merges import Merge, Methods
-from mergelaw.config.partial import Partial, override
+from mergelaw.config.partial import Partial, complete
 from mergelaw.config.pool import Base, Expert
 from mergelaw.data.recipe import SplitRecipe
 from mergelaw.evaluation.recipe import Evaluation, Sampling
@@ -29,7 +29,7 @@ class Config(Model):
     results: str = Field(
         "results", pattern=r"^[^{}<>*?\r\n]+$", description="folder that results are written to"
     )
-    seed: int = Field(0, ge=0, description="seed of generated documents and of splits")
+    seed: Seed = Field(0, description="seed of generated documents and of splits")
     corpus: Corpus = Field(Corpus(), description="numbers of documents of all domains")
     domains: dict[Name, Domain] = Field(min_length=1, description="domains by name")
     pretraining: Partial[Pretraining] | None = Field(
@@ -39,8 +39,8 @@ class Config(Model):
     training: Partial[Training] = Field(
         {}, validate_default=True, description="how experts are trained"
     )
-    training_seeds: list[Annotated[int, Field(ge=0)]] = Field(
-        [0], min_length=1, description="train every expert, and measure every merge, with each"
+    training_seeds: Distinct[Seed] = Field(
+        [0], description="train every expert, and measure every merge, with each"
     )
     experts: dict[Name, EmptyOrExpert] | None = Field(
         None,
@@ -98,29 +98,14 @@ class Config(Model):
         )
 
     def training_of(self, base: str, expert: str) -> Training:
-        """Training recipe of an expert: the study's, the base's and the expert's settings merged.
-
-        Raises:
-            pydantic.ValidationError: the merged settings are not a whole recipe.
-        """
+        """Training recipe of an expert. Raises pydantic.ValidationError if it is not complete."""
         parts = (self.training, self.bases[base].training, self.expert(expert).training)
-        return Training.model_validate(override(*map(_settings, parts)))
+        return complete(Training, *parts)
 
     def pretraining_of(self, base: str) -> Pretraining:
-        """Recipe of a pre-trained base: the study's and the base's settings merged.
-
-        Raises:
-            pydantic.ValidationError: the merged settings are not a whole recipe.
-        """
-        parts = (self.pretraining, self.bases[base].pretraining)
-        return Pretraining.model_validate(override(*map(_settings, parts)))
+        """Recipe of a pre-trained base. Raises pydantic.ValidationError if it is not complete."""
+        return complete(Pretraining, self.pretraining, self.bases[base].pretraining)
 
     def sampling_of(self, base: str) -> Sampling:
-        """Sampling design of a base: the study's and the base's settings merged."""
-        parts = (self.sampling, self.bases[base].sampling)
-        return Sampling.model_validate(override(*map(_settings, parts)))
-
-
-def _settings(part: Model | None) -> dict[str, Any]:
-    """The settings that a configuration gives, without defaults."""
-    return part.model_dump(exclude_unset=True) if part is not None else {}
+        """Sampling design of a base."""
+        return complete(Sampling, self.sampling, self.bases[base].sampling)

@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from mergelaw.artifacts.recipe import Model
+from mergelaw.artifacts.recipe import Distinct, Model, Seed
 
 BASELINES = "baselines"  # replaces a method's name in the paths of the baselines' evaluations
 
@@ -15,8 +15,8 @@ class Sampling(Model):
     design: Literal["exhaustive", "ring", "difference"] = Field(
         "ring", description="which subsets are sampled where there are too many to take all"
     )
-    k: list[Annotated[int, Field(ge=1)]] | None = Field(
-        None, min_length=1, description="numbers of experts to merge; null: 1 to M"
+    k: Distinct[Annotated[int, Field(ge=1)]] | None = Field(
+        None, description="numbers of experts to merge; null: 1 to M"
     )
     circles: int = Field(
         3, ge=1, le=1000, description="independent circles; standard errors need at least three"
@@ -25,7 +25,7 @@ class Sampling(Model):
         128, ge=1, description="take all C(M,k) subsets where there are no more than this"
     )
     merges_per_shard: int = Field(128, ge=1, description="merges that one job evaluates")
-    seed: int = Field(0, ge=0, description="seed of the circles")
+    seed: Seed = Field(0, description="seed of the circles")
 
 
 class Evaluation(Model):

@@ -4,7 +4,7 @@ from typing import Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
-from mergelaw.artifacts.recipe import Model, Name
+from mergelaw.artifacts.recipe import Distinct, Model, Name, Seed
 
 
 class Checkpoint(Model):
@@ -62,9 +62,9 @@ class Pretraining(Optimisation):
 
     architecture: dict[str, Any] = Field(description="transformers' `model_type` and its fields")
     vocab_size: int = Field(512, ge=260, description="size of the byte-level BPE tokenizer")
-    domains: list[Name] = Field(min_length=1, description="domains whose documents are mixed")
+    domains: Distinct[Name] = Field(description="domains whose documents are mixed")
     chat_share: float = Field(0.02, ge=0, le=1, description="share of documents in chat format")
-    seed: int = Field(0, ge=0, description="seed of weights and data order")
+    seed: Seed = Field(0, description="seed of weights and data order")
 
 
 class Lora(Model):

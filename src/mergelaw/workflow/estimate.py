@@ -79,7 +79,7 @@ def read_rates(path: Path | None, hardware: Hardware | None = None) -> Rates:
     try:
         rates = Rates.model_validate(config.read(path) or {})
     except ValidationError as error:
-        raise MergelawError(f"{path}: {config.describe(error, Rates)}") from None
+        raise MergelawError(f"{path}: {config.describe(error)}") from None
     for name in rates.stages:
         if name not in TITLES:
             raise MergelawError(f"{path}: stages: no stage {name!r}{nearest(name, TITLES)}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from pydantic import BaseModel, ConfigDict
+from mergelaw.artifacts.recipe import Model
 
 if TYPE_CHECKING:
     import numpy as np
@@ -26,7 +26,7 @@ class Masks(NamedTuple):
     kept: Callable[[str, str, int, int], np.ndarray]
 
 
-class Method(BaseModel):
+class Method(Model):
     """A merge rule: theta = theta_0 + rule(sparse(v_1), ..., sparse(v_k)).
 
     ``thresholds`` and ``masks`` say which values of one expert are dropped, ``rule`` how those of
@@ -34,8 +34,6 @@ class Method(BaseModel):
     tensor and gets the same bits, since :mod:`mergelaw.merging.kernels` rounds additions and
     multiplications one by one, experts in the configuration's order, on every device.
     """
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     def thresholds(self, tensors: Tensors) -> dict[str, float]:
         """The smallest magnitude of one expert that is kept, by tensor; empty: all are kept."""
