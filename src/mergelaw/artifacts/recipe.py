@@ -42,7 +42,10 @@ class Model(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _known_keys(cls, data: Any) -> Any:
-        known = [field.alias or name for name, field in cls.model_fields.items()]
+        known: list[Any] = []
+        for name, field in cls.model_fields.items():
+            alias = field.validation_alias or name
+            known += getattr(alias, "choices", [alias])
         for key in data if isinstance(data, dict) else ():
             if key not in known:
                 raise ValueError(f"unknown key {key!r}{nearest(str(key), known)}")
