@@ -55,9 +55,7 @@ def describe(
         - ``without``: the loss without each expert of the pool in turn, None where not all subsets
           are measured.
     """
-    merges = rows[rows["role"] == "merge"].copy()
-    merges["experts"] = merges["experts"].map(tuple)
-    merges = _with_macro(merges)
+    merges = _merges(rows)
     means = merges.pivot_table(index=[*PLACE, "k"], columns="replicate", values="ce")
     shapes = {key: _shape(group) for key, group in merges.groupby(["family", "base"])}
     jackknife = _jackknife(merges)
@@ -128,8 +126,10 @@ def of_one_circle(rows: pd.DataFrame) -> pd.DataFrame:
     ]
 
 
-def _with_macro(merges: pd.DataFrame) -> pd.DataFrame:
+def _merges(rows: pd.DataFrame) -> pd.DataFrame:
     """Rows of merges, with rows of their macro losses where every domain has a loss."""
+    merges = rows[rows["role"] == "merge"].copy()
+    merges["experts"] = merges["experts"].map(tuple)
     merge = [name for name in POINT if name != "domain"] + [*CIRCLE, "merge"]
     domains = merges.groupby("family")["domain"].nunique()
     macro = merges.groupby(merge).agg(
