@@ -91,7 +91,10 @@ def test_the_examples_of_the_readme_are_valid(block):
 def test_the_readme_begins_with_ten_lines_for_ones_own_models():
     assert BLOCKS[0].count("\n") <= 10 and "checkpoints" in BLOCKS[0]
     study = config.parse(YAML_1_2.load(BLOCKS[0]))
-    assert list(study.pool()) == ["lawyer", "doctor"] and list(study.methods) == ["average", "ties"]
+    assert list(study.pool()) == ["lawyer", "doctor", "coder"] and list(study.methods) == [
+        "average",
+        "ties",
+    ]
 
 
 def test_the_readmes_tables_are_the_generated_ones():

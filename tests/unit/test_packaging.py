@@ -122,27 +122,6 @@ def test_pip_expands_where_mergelaw_lies(tmp_path, monkeypatch):
     assert found.requirement == str(ROOT) and found.is_editable
 
 
-def test_every_command_of_the_readme_exists():
-    from typer.main import get_command
-
-    from mergelaw.cli.app import app
-
-    known = set(get_command(app).commands)
-    blocks = re.findall(r"```sh\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    used = re.findall(r"^mergelaw ([a-z-]+)", "\n".join(blocks), re.MULTILINE)
-    assert used and set(used) <= known
-
-
-def test_the_readme_configuration_and_python_run(tmp_path):
-    from mergelaw import config
-
-    text = (ROOT / "README.md").read_text()
-    (study,) = re.findall(r"```yaml\n(.*?)```", text, re.DOTALL)
-    assert config.parse(yaml.safe_load(study)).pool().keys() == {"medicine", "law", "support"}
-    (program,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
-    exec(program, {})
-
-
 def test_the_packages_names_exist_and_cost_nothing_until_they_are_used():
     assert all(getattr(mergelaw, name) is not None for name in mergelaw.__all__)
     with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
