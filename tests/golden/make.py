@@ -29,7 +29,7 @@ from mergelaw.evaluation.shard import cells_of as cells_of_shard
 from mergelaw.merging.engine import Merger, write_merge
 from mergelaw.merging.methods import method_of
 from mergelaw.merging.task_vector import TaskVector
-from mergelaw.workflow.study import Study, design_rows
+from mergelaw.workflow.study import Study
 from models import DTYPES, bits, read_tensors, write_task_vector, write_tensors
 
 # ---------------------------------------------------------------------------------------------------
@@ -261,7 +261,7 @@ def cells(folder: Path) -> dict[str, Any]:
 # Designs
 
 
-def design(rows: list[list[Any]]) -> dict[str, Any]:
+def design(rows: Sequence[Sequence[Any]]) -> dict[str, Any]:
     """A plan: how many rows (k, replicate, place, experts), their digest, and some of them."""
     sampled = next((i for i, row in enumerate(rows) if row[1] >= 0), 0)
     shown = [*rows[:3], *rows[sampled : sampled + 3], rows[-1]]
@@ -275,7 +275,7 @@ def designs(folder: Path) -> dict[str, Any]:
     for name in ("config", "demo_exhaustive", "pool16"):
         study = Study(load_config(ROOT / "config" / f"{name}.yaml"))
         for base in study.config.bases:
-            golden[f"{name}, {base}"] = design(design_rows(study.subsets(base)))
+            golden[f"{name}, {base}"] = design(study.subsets(base))
         pool = list(study.config.pool())
     for kind in ("ring", "difference", "exhaustive"):
         rows = sample(
@@ -287,7 +287,7 @@ def designs(folder: Path) -> dict[str, Any]:
             seed=5,
             base="3B",
         )
-        golden[f"pool16's experts, {kind}"] = design(design_rows(rows))
+        golden[f"pool16's experts, {kind}"] = design(rows)
     return golden
 
 

@@ -1,11 +1,10 @@
 """Cells: single measurements of cross-entropy, their identities and their append-only store.
 
 A cell is the cross-entropy of one merge on one evaluation set. Its identity is a digest of all
-that defines it: base, task vectors, weights, method, evaluation set and evaluation settings. A
-store is a folder of files. Each line of a file holds a checksum and a cell as JSON. Every process
-appends to its own file, which it creates exclusively and syncs after every merge. A kill therefore
-costs at most the merge in flight, and readers ignore the torn line it may leave. A process locks a
-merge before it measures it, so that two processes never measure the same merge.
+that defines it. A store is a folder of files; a line holds a checksum and a cell as JSON. Every
+process appends to its own file, which it creates exclusively and syncs after every merge. A kill
+therefore costs at most the merge in flight, and readers ignore the torn line it may leave. A
+process locks a merge before it measures it, so that two never measure the same merge.
 """
 
 import fcntl
@@ -29,49 +28,26 @@ CELL_VERSION = 1
 Cell = dict[str, Any]
 
 
-def merge_of(
-    base: str, vectors: Sequence[str], method: Mapping[str, Any] | None
-) -> tuple[Cell, str]:
-    """Recipe and identity (16 hexadecimal digits) of an equally weighted merge.
+def identities(
+    base: str,
+    vectors: Sequence[str],
+    method: Mapping[str, Any] | None,
+    evaluation: Mapping[str, Any],
+    sets: Mapping[str, str],
+) -> tuple[str, dict[str, str]]:
+    """Identity of an equally weighted merge, and of its cells by domain: 16 and 32 hex digits.
 
-    Args:
-        base: digest of the base.
-        vectors: digests of the task vectors, in the order of the pool.
-        method: recipe of the merge method; None for the base itself.
+    ``vectors`` are digests in the order of the pool, ``sets`` those of the evaluation sets by
+    domain. ``method`` and ``evaluation`` are recipes; the base itself has no method.
     """
     merge = {"base": base, "vectors": [*vectors], "weights": [1.0] * len(vectors), "method": method}
-    return merge, digest(merge)[:16]
-
-
-def identity_of(merge: Mapping[str, Any], evaluation: Mapping[str, Any], documents: str) -> str:
-    """Identity of a cell (32 hexadecimal digits).
-
-    Args:
-        merge: recipe of the merge, from :func:`merge_of`.
-        evaluation: evaluation settings.
-        documents: digest of the evaluation set.
-    """
-    recipe = {"version": CELL_VERSION, "evaluation": evaluation, "set": documents, **merge}
-    return digest(recipe)[:32]
+    cell = {"version": CELL_VERSION, "evaluation": evaluation, **merge}
+    return digest(merge)[:16], {name: digest(cell | {"set": sets[name]})[:32] for name in sets}
 
 
 def checksum(text: str) -> str:
     """Checksum of a cell's JSON text: 16 hexadecimal digits."""
     return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-def parse(line: bytes, wanted: Container[str] | None) -> Cell | None:
-    """The cell of a line, or None if it is not wanted; ValueError if the line is damaged."""
-    mark, _, text = line.decode().partition(" ")
-    if mark != checksum(text):
-        raise ValueError("checksum")
-    # Most lines of a large store belong to other shards; a look at the text is cheaper than JSON.
-    if wanted is not None and text.partition('"cell":"')[2].partition('"')[0] not in wanted:
-        return None
-    cell = json.loads(text)
-    if not isinstance(cell, dict) or not isinstance(cell.get("cell"), str):
-        raise ValueError("no cell")
-    return cell
 
 
 class Store:
@@ -111,12 +87,13 @@ class Store:
 
     def _add(self, line: bytes) -> bool:
         """Add the cell of a line to the known ones; False if the line is damaged."""
-        try:
-            cell = parse(line, self.wanted) if line else None
-        except ValueError:
+        mark, _, text = line.decode(errors="replace").partition(" ")
+        identity = text.partition('"cell":"')[2].partition('"')[0]
+        if mark != checksum(text) or not identity:
             return False
-        if cell:
-            self.known[cell["cell"]] = cell
+        # Most lines of a large store belong to other shards and need not be parsed.
+        if self.wanted is None or identity in self.wanted:
+            self.known[identity] = json.loads(text)
         return True
 
     @contextmanager

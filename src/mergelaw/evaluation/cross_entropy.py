@@ -38,59 +38,44 @@ def cut(lengths: Sequence[int], batch_tokens: int) -> list[tuple[int, int]]:
     most ``PADDING`` of the set's tokens.
     """
 
-    def cuts(share: float) -> tuple[list[tuple[int, int]], int]:
-        """Greedy batches with at most ``share`` padding each, and the padding of all of them."""
-        ranges, start, tokens, padding = [], 0, 0, 0
+    def cuts(share: float) -> list[tuple[int, int]]:
+        """Greedy batches with at most ``share`` padding each."""
+        ranges, start, tokens = [], 0, 0
         for stop, length in enumerate(lengths):
             size = lengths[start] * (stop - start + 1)
-            waste = size - tokens - length
-            if stop > start and (size > batch_tokens or waste > share * size):
+            if stop > start and (size > batch_tokens or size - tokens - length > share * size):
                 ranges.append((start, stop))
-                padding += lengths[start] * (stop - start) - tokens
                 start, tokens = stop, 0
             tokens += length
-        padding += lengths[start] * (len(lengths) - start) - tokens
-        return [*ranges, (start, len(lengths))], padding
+        return [*ranges, (start, len(lengths))]
 
     # Bisect: few long documents may be padded more where many short ones are padded less.
-    low, high = 0.0, 1.0
-    for _ in range(12):
-        share = (low + high) / 2
-        if cuts(share)[1] <= PADDING * sum(lengths):
-            low = share
-        else:
-            high = share
-    return cuts(low)[0]
+    share, tokens = 0.0, sum(lengths)
+    for step in range(1, 13):
+        wider = share + 2.0**-step
+        padded = sum(lengths[start] * (stop - start) for start, stop in cuts(wider))
+        if padded - tokens <= PADDING * tokens:
+            share = wider
+    return cuts(share)
 
 
 def batches(windows: Sequence[Window], batch_tokens: int, device: Any) -> list[Batch]:
     """Batches of windows on ``device``, longest first, at most ``batch_tokens`` tokens each."""
-    ordered = sorted(windows, key=lambda w: (-len(w.ids), w.document, w.start))
-    ranges = cut([len(w.ids) for w in ordered], batch_tokens)
-    return [_batch(ordered[start:stop], device) for start, stop in ranges]
-
-
-def _batch(rows: Sequence[Window], device: Any) -> Batch:
     import numpy as np
     import torch
+    from torch.nn.utils.rnn import pad_sequence
 
-    ids = torch.zeros(len(rows), len(rows[0].ids), dtype=torch.long)
-    keep = sorted({t - 1 for w in rows for t in range(w.start, w.stop)})
-    column = {step: index for index, step in enumerate(keep)}
-    scored, targets, documents = [], [], []
-    for row, window in enumerate(rows):
-        ids[row, : len(window.ids)] = torch.tensor(window.ids)
-        for t in range(window.start, window.stop):
-            scored.append(row * len(keep) + column[t - 1])
-            targets.append(window.ids[t])
-            documents.append(window.document)
-    return Batch(
-        ids.to(device),
-        keep,
-        np.array(scored),
-        torch.tensor(targets).to(device),
-        np.array(documents),
-    )
+    ordered = sorted(windows, key=lambda w: (-len(w.ids), w.document, w.start))
+    result = []
+    for first, last in cut([len(w.ids) for w in ordered], batch_tokens):
+        rows = ordered[first:last]
+        ids = pad_sequence([torch.tensor(w.ids) for w in rows], batch_first=True)
+        scored = [(n, t, w.document) for n, w in enumerate(rows) for t in range(w.start, w.stop)]
+        row, time, document = np.array(scored).T
+        keep, column = np.unique(time - 1, return_inverse=True)
+        index, targets = row * len(keep) + column, ids[row, time]
+        result.append(Batch(ids.to(device), keep.tolist(), index, targets.to(device), document))
+    return result
 
 
 def nll(model: Any, batches: Sequence[Batch], documents: int) -> "np.ndarray":

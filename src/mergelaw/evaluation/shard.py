@@ -4,7 +4,7 @@ import base64
 import math
 import os
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +13,13 @@ from mergelaw.data import documents as corpus
 from mergelaw.data import tokenize as tokens
 from mergelaw.errors import MergelawError
 from mergelaw.evaluation import cells, cross_entropy
-from mergelaw.evaluation.table import row_of, write_rows
+from mergelaw.evaluation.table import write_table
 from mergelaw.merging.engine import Merger
 from mergelaw.merging.methods import method_of
 from mergelaw.merging.task_vector import TaskVector, digest_of
 from mergelaw.models import causal_lm
 from mergelaw.models.checkpoint import Tensors
 from mergelaw.models.size import count_parameters
-
-PROGRESS_SECONDS = 10
 
 
 def evaluate(
@@ -34,20 +32,14 @@ def evaluate(
     name: str,
     output: Path,
 ) -> dict[str, Any]:
-    """Measure the cells that the store lacks and write the shard's table to ``output``.
+    """Measure the cells that the store lacks and write the shard's table.
 
-    Args:
-        recipe: method, evaluation settings, domains (whether each is held out) and labels.
-        subsets: rows (k, replicate, place, experts) of the design.
-        base: the base's folder.
-        vectors: task vectors' folders, by expert.
-        corpora: corpora's folders, by domain.
-        folder: the cell store's.
-        name: begins the name of this process's file in the store.
-        output: where the table goes.
+    ``recipe`` holds method, evaluation settings, domains (whether each is held out) and labels,
+    ``subsets`` rows (k, replicate, place, experts) of the design. Folders are those of the base, of
+    task vectors by expert, of corpora by domain, of the cell store (``folder``), and of the table
+    (``output``). ``name`` begins the name of this process's file in the store.
 
-    Returns:
-        Counts for the lineage: cells, cells measured here, seconds and scored tokens.
+    Returns counts for the lineage: cells, cells measured here, seconds and scored tokens.
     """
     entries = cells_of(recipe, subsets, base, vectors, corpora)
     facts: dict[str, Any] = {"cells": len(entries), "measured": 0}
@@ -57,12 +49,8 @@ def evaluate(
             started = time.perf_counter()
             measured = _measure(recipe, missing, base, vectors, corpora, store)
             facts |= {"measured": measured, "seconds": round(time.perf_counter() - started, 3)}
-    base_digest = lineage.read(base)["digest"]
-    digests = {expert: digest_of(path) for expert, path in vectors.items()}
-    known = store.known
-    rows = [row_of(recipe, e, known[e["cell"]], base_digest, digests) for e in entries]
-    write_rows(rows, output)
-    return facts | {"tokens": sum(row["tokens"] for row in rows)}
+    write_table(recipe, entries, store.known, output)
+    return facts | {"tokens": sum(store.known[entry["cell"]]["tokens"] for entry in entries)}
 
 
 def cells_of(
@@ -72,28 +60,20 @@ def cells_of(
     vectors: Mapping[str, Path],
     corpora: Mapping[str, Path],
 ) -> list[dict[str, Any]]:
-    """The shard's cells: place in the design, domain, and identities of merge and cell."""
+    """The shard's cells: place in the design, domain, identities and digests."""
     base_digest = lineage.read(base)["digest"]
     digests = {expert: digest_of(path) for expert, path in vectors.items()}
-    sets = {
-        domain: lineage.read(path)["files"][corpus.DOCUMENTS] for domain, path in corpora.items()
-    }
+    sets = {d: lineage.read(corpora[d])["files"][corpus.DOCUMENTS] for d in recipe["domains"]}
     entries = []
     for k, replicate, place, experts in subsets:
+        members = [digests[expert] for expert in experts]
         method = recipe["method"] if experts else None
-        merge, merge_id = cells.merge_of(base_digest, [digests[e] for e in experts], method)
-        for domain in recipe["domains"]:
-            entries.append(
-                {
-                    "k": k,
-                    "replicate": replicate,
-                    "place": place,
-                    "experts": list(experts),
-                    "merge": merge_id,
-                    "domain": domain,
-                    "cell": cells.identity_of(merge, recipe["evaluation"], sets[domain]),
-                }
-            )
+        merge, by_domain = cells.identities(
+            base_digest, members, method, recipe["evaluation"], sets
+        )
+        row = {"k": k, "replicate": replicate, "place": place, "experts": list(experts)}
+        row |= {"merge": merge, "base_digest": base_digest, "vector_digests": members}
+        entries += [row | {"domain": domain, "cell": cell} for domain, cell in by_domain.items()]
     return entries
 
 
@@ -105,47 +85,9 @@ def _measure(
     corpora: Mapping[str, Path],
     store: cells.Store,
 ) -> int:
-    """Measure the missing cells into the store; returns how many were measured here.
-
-    Merges that another process has claimed come last, when most of them are measured.
-    """
-    settings = recipe["evaluation"]
-    sets = _tokenised(settings, base, corpora, dict.fromkeys(entry["domain"] for entry in missing))
-    model = load_model(base, settings["dtype"])
-    batches = {
-        domain: cross_entropy.batches(documents.windows, settings["batch_tokens"], model.device)
-        for domain, documents in sets.items()
-    }
-    counts, method = count_parameters(model), method_of(recipe["method"])
-    experts = {expert for entry in missing for expert in entry["experts"]}
-    pool = {expert: TaskVector(path) for expert, path in vectors.items() if expert in experts}
-    # A merge's cells are measured together; a merge on two circles is measured once.
-    merges: dict[str, dict[str, Mapping[str, Any]]] = {}
-    for entry in missing:
-        merges.setdefault(entry["merge"], {})[entry["cell"]] = entry
-    room, prepared = memory_for_vectors(model.device), store.folder / "prepared"
-    measured, elsewhere = 0, list[str]()
-    with Merger(model, base, pool, method, room, prepared) as merger:
-        for wait, queue in ((False, list(merges)), (True, elsewhere)):
-            for merge in queue:
-                with store.claim(merge, wait) as claimed:
-                    if not claimed:
-                        elsewhere.append(merge)
-                        continue
-                    group = [e for e in merges[merge].values() if e["cell"] not in store.known]
-                    if group:
-                        facts = {**counts, "merge_seconds": _merge(merger, group[0]["experts"])}
-                        store.append([_cell(model, e, batches, sets, facts) for e in group])
-                        measured += len(group)
-    return measured
-
-
-def _tokenised(
-    settings: Mapping[str, Any], base: Path, corpora: Mapping[str, Path], domains: Iterable[str]
-) -> dict[str, tokens.Encoded]:
-    """The evaluation sets of domains, tokenised by the base's tokenizer."""
-    tokenizer = causal_lm.load_tokenizer(base)
-    return {
+    """Measure the missing cells into the store; returns how many were measured here."""
+    settings, tokenizer = recipe["evaluation"], causal_lm.load_tokenizer(base)
+    sets = {
         domain: tokens.encode(
             tokenizer,
             corpus.read_split(corpora[domain]),
@@ -154,51 +96,78 @@ def _tokenised(
             f"evaluation documents of {domain}",
             settings["protocol"],
         )
-        for domain in domains
+        for domain in dict.fromkeys(entry["domain"] for entry in missing)
     }
+    model = load_model(base, settings["dtype"])
+    batches = {
+        domain: cross_entropy.batches(documents.windows, settings["batch_tokens"], model.device)
+        for domain, documents in sets.items()
+    }
+    experts = {expert for entry in missing for expert in entry["experts"]}
+    pool = {expert: TaskVector(path) for expert, path in vectors.items() if expert in experts}
+    # A merge's cells are measured together; a merge on two circles is measured once.
+    merges: dict[str, dict[str, Mapping[str, Any]]] = {}
+    for entry in missing:
+        merges.setdefault(entry["merge"], {})[entry["cell"]] = entry
+    method, room = method_of(recipe["method"]), memory_for_vectors(model.device)
+    measured, elsewhere = 0, list[str]()
+    with Merger(model, base, pool, method, room, store.folder / "prepared") as merger:
+        # Merges that another process has claimed come last, when most of them are measured.
+        for wait, queue in ((False, list(merges)), (True, elsewhere)):
+            for merge in queue:
+                with store.claim(merge, wait) as claimed:
+                    if not claimed:
+                        elsewhere.append(merge)
+                        continue
+                    group = [e for e in merges[merge].values() if e["cell"] not in store.known]
+                    if group:
+                        store.append(_measure_merge(merger, model, group, sets, batches))
+                        measured += len(group)
+    return measured
 
 
-def _merge(merger: Merger, experts: Sequence[str]) -> float:
-    """Merge experts in the resident model; returns the seconds it took."""
-    import torch
-
-    started = time.perf_counter()
-    merger.merge(experts)
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.perf_counter() - started
-
-
-def _cell(
+def _measure_merge(
+    merger: Merger,
     model: Any,
-    entry: Mapping[str, Any],
-    batches: Mapping[str, list[cross_entropy.Batch]],
+    entries: Sequence[Mapping[str, Any]],
     sets: Mapping[str, tokens.Encoded],
-    facts: Mapping[str, Any],
-) -> cells.Cell:
-    """Measure one cell of the merge that the model holds."""
+    batches: Mapping[str, Sequence[cross_entropy.Batch]],
+) -> list[cells.Cell]:
+    """Merge in the resident model and measure some of the merge's cells."""
+    import numpy as np
     import torch
 
-    documents = sets[entry["domain"]]
-    scored = [0] * documents.documents
-    for window in documents.windows:
-        scored[window.document] += window.stop - window.start
     started = time.perf_counter()
-    nll = cross_entropy.nll(model, batches[entry["domain"]], documents.documents)
+    merger.merge(entries[0]["experts"])
     on_gpu = model.device.type == "cuda"
-    return {
-        "cell": entry["cell"],
-        "document_nll": base64.b64encode(nll.astype("<f8").tobytes()).decode(),
-        "document_tokens": scored,
-        "tokens": sum(scored),
-        "bytes": documents.scored_bytes,
-        "long_documents": documents.long_documents,
-        "dropped_tokens": documents.dropped_tokens,
-        "eval_seconds": time.perf_counter() - started,
+    if on_gpu:
+        torch.cuda.synchronize()
+    facts = {
+        "merge_seconds": time.perf_counter() - started,
         "device": torch.cuda.get_device_name() if on_gpu else model.device.type,
         "threads": torch.get_num_threads(),
-        **facts,
+        **count_parameters(model),
     }
+    measured = []
+    for entry in entries:
+        documents, started = sets[entry["domain"]], time.perf_counter()
+        nll = cross_entropy.nll(model, batches[entry["domain"]], documents.documents)
+        seconds = time.perf_counter() - started
+        scored = np.concatenate([batch.documents for batch in batches[entry["domain"]]])
+        measured.append(
+            {
+                "cell": entry["cell"],
+                "document_nll": base64.b64encode(nll.astype("<f8").tobytes()).decode(),
+                "document_tokens": np.bincount(scored, minlength=len(nll)).tolist(),
+                "tokens": len(scored),
+                "bytes": documents.scored_bytes,
+                "long_documents": documents.long_documents,
+                "dropped_tokens": documents.dropped_tokens,
+                "eval_seconds": seconds,
+                **facts,
+            }
+        )
+    return measured
 
 
 def load_model(base: Path, dtype: str) -> Any:
@@ -251,8 +220,7 @@ def memory_for_vectors(device: Any) -> int:
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0] // 2
     free: int = psutil.virtual_memory().available
+    cores = os.cpu_count() or 1
+    share = free * min(torch.get_num_threads(), cores) // cores
     allotted = int(os.environ.get("SLURM_MEM_PER_NODE", 0)) << 20
-    if not allotted:
-        cores = os.cpu_count() or 1
-        allotted = free * min(torch.get_num_threads(), cores) // cores
-    return min(free, allotted) // 2
+    return min(free, allotted or share) // 2

@@ -18,64 +18,50 @@ if TYPE_CHECKING:
     import pandas as pd
 
 TABLE = "cells.parquet"
+COLUMNS = [
+    "family", "base", "N", "N_total", "N_nominal", "method", "recipe", "seed", "role", "k",
+    "replicate", "place", "experts", "weights", "merge", "domain", "held_out", "nll", "tokens",
+    "ce", "bytes", "bits_per_byte", "finite", "document_nll", "document_tokens", "long_documents",
+    "dropped_tokens", "dtype", "merge_seconds", "eval_seconds", "device", "threads", "cell",
+    "base_digest", "vector_digests",
+]  # fmt: skip
 
 
-def row_of(
+def write_table(
     recipe: Mapping[str, Any],
-    entry: Mapping[str, Any],
-    cell: Mapping[str, Any],
-    base: str,
-    vectors: Mapping[str, str],
-) -> dict[str, Any]:
-    """The row of a cell.
+    entries: Sequence[Mapping[str, Any]],
+    cells: Mapping[str, Mapping[str, Any]],
+    folder: Path,
+) -> None:
+    """Write a shard's table: one row for each of ``entries``, from ``shard.cells_of``.
 
-    Args:
-        recipe: the shard's, with its labels.
-        entry: k, replicate, place, experts, merge and domain, from ``shard.cells_of``.
-        cell: the measurement, as stored.
-        base, vectors: digests of the base and, by expert, of the task vectors.
+    ``recipe`` is the shard's, with its labels; ``cells`` holds the measurements by identity.
     """
     import numpy as np
-
-    labels = recipe["labels"]
-    nll = np.frombuffer(base64.b64decode(cell["document_nll"]), "<f8")
-    total = math.fsum(nll) if np.isfinite(nll).all() else math.nan
-    kind = "baseline" if labels["method"] == BASELINES else "merge"
-    return {
-        "family": labels["family"],
-        "base": labels["base"],
-        "N": cell["non_embedding"] / 1e9,
-        "N_total": cell["parameters"] / 1e9,
-        "N_nominal": labels["N_nominal"],
-        "method": labels["method"],
-        "recipe": canonical_json(recipe["method"]),
-        "seed": labels["seed"],
-        "role": kind if entry["k"] else "base",
-        **{name: entry[name] for name in ("k", "replicate", "place", "experts")},
-        "weights": [1.0] * len(entry["experts"]),
-        **{name: entry[name] for name in ("merge", "domain")},
-        "held_out": recipe["domains"][entry["domain"]],
-        "nll": total,
-        "tokens": cell["tokens"],
-        "ce": total / cell["tokens"],
-        "bytes": cell["bytes"],
-        "bits_per_byte": total / cell["bytes"] / math.log(2),
-        "finite": math.isfinite(total),
-        "document_nll": nll.tolist(),
-        **{name: cell[name] for name in ("document_tokens", "long_documents", "dropped_tokens")},
-        "dtype": recipe["evaluation"]["dtype"],
-        **{name: cell[name] for name in ("merge_seconds", "eval_seconds", "device", "threads")},
-        "cell": entry["cell"],
-        "base_digest": base,
-        "vector_digests": [vectors[expert] for expert in entry["experts"]],
-    }
-
-
-def write_rows(rows: Sequence[Mapping[str, Any]], folder: Path) -> None:
-    """Write rows as the table of a shard."""
     import pandas as pd
 
-    table = pd.DataFrame(rows).astype({"N_nominal": "float64"})
+    rows = []
+    for entry in entries:
+        cell, domain, labels = cells[entry["cell"]], entry["domain"], recipe["labels"]
+        nll = np.frombuffer(base64.b64decode(cell["document_nll"]), "<f8")
+        total = math.fsum(nll) if np.isfinite(nll).all() else math.nan
+        kind = "baseline" if labels["method"] == BASELINES else "merge"
+        derived = {
+            "N": cell["non_embedding"] / 1e9,
+            "N_total": cell["parameters"] / 1e9,
+            "recipe": canonical_json(recipe["method"]),
+            "role": kind if entry["k"] else "base",
+            "weights": [1.0] * len(entry["experts"]),
+            "held_out": recipe["domains"][domain],
+            "nll": total,
+            "ce": total / cell["tokens"],
+            "bits_per_byte": total / cell["bytes"] / math.log(2),
+            "finite": math.isfinite(total),
+            "document_nll": nll.tolist(),
+            "dtype": recipe["evaluation"]["dtype"],
+        }
+        rows.append({**labels, **entry, **cell, **derived})
+    table = pd.DataFrame(rows, columns=COLUMNS).astype({"N_nominal": "float64"})
     table.to_parquet(folder / TABLE, index=False)
 
 
@@ -97,13 +83,11 @@ def read_rows(shards: Sequence[Path], documents: bool = False) -> "pd.DataFrame"
     for shard in shards:
         file = shard / TABLE
         try:
-            columns = None
-            if not documents:
-                columns = [n for n in pq.read_schema(file).names if not n.startswith("document_")]
+            names = pq.read_schema(file).names
+            columns = [n for n in names if documents or not n.startswith("document_")]
             tables.append(pd.read_parquet(file, columns=columns))
         except (OSError, ValueError) as error:
-            reason = str(error).splitlines()[0]
             raise MergelawError(
-                f"{file}: cannot be read ({reason}); delete {shard} and rerun"
+                f"{file}: cannot be read ({str(error).splitlines()[0]}); delete {shard} and rerun"
             ) from None
     return pd.concat(tables, ignore_index=True)

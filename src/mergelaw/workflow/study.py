@@ -23,12 +23,7 @@ from mergelaw.merging.methods.average import Average
 from mergelaw.models.checkpoint import files, read_config
 from mergelaw.models.recipe import Checkpoint
 from mergelaw.models.size import Size, size_of_architecture, size_of_nominal
-from mergelaw.workflow.artifact import Artifact, Inputs, Row
-
-
-def design_rows(subsets: list[Subset]) -> list[Row]:
-    """Rows of a design as JSON values: k, circle, place, experts."""
-    return [[s.k, s.replicate, s.place, list(s.experts)] for s in subsets]
+from mergelaw.workflow.artifact import Artifact, Inputs
 
 
 class Study:
@@ -182,9 +177,9 @@ class Study:
         return sample(experts=list(self.config.pool()), base=base, **settings)
 
     @cached_property
-    def rows(self) -> dict[str, list[Row]]:
+    def rows(self) -> dict[str, list[Subset]]:
         """Rows of each base's design, the same for every method and training seed."""
-        return {base: design_rows(self.subsets(base)) for base in self.config.bases}
+        return {base: self.subsets(base) for base in self.config.bases}
 
     @cached_property
     def designs(self) -> dict[str, Artifact]:
@@ -207,7 +202,7 @@ class Study:
             shards = [rows[start : start + size] for start in range(0, len(rows), size)]
             work = {method: (recipe, shards) for method, recipe in methods.items()}
             if self.config.baselines:
-                alone: list[Row] = [[1, -1, -1, [name]] for name in self.config.baselines]
+                alone = [Subset(1, -1, -1, (name,)) for name in self.config.baselines]
                 work[BASELINES] = (single, [alone])
             for method, (recipe, parts) in work.items():
                 for seed in self.config.training_seeds:
@@ -224,9 +219,9 @@ class Study:
         seed: int,
         shard: int,
         recipe: Mapping[str, Any],
-        rows: list[Row],
+        rows: list[Subset],
     ) -> Artifact:
-        members = sorted({name for row in rows for name in row[3]})
+        members = sorted({name for row in rows for name in row.experts})
         return Artifact(
             "evaluate",
             f"evals/{base}/{method}/s{seed}-{shard:03d}",
