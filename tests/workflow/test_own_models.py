@@ -212,9 +212,9 @@ def test_a_baseline_and_two_training_seeds_beside_ready_made_experts(ready, tmp_
     done = place.lineages()
     new = sorted(path.split("@")[0] for path in done.keys() - before.keys())
     assert new == [
+        "designs/tiny",
         "evals/tiny/baselines/s0-000", "evals/tiny/baselines/s1-000",
         "experts/tiny/multitask-s0", "experts/tiny/multitask-s1",
-        "designs/tiny",
         "task_vectors/tiny/multitask-s0", "task_vectors/tiny/multitask-s1",
     ]  # fmt: skip
 
