@@ -1,20 +1,19 @@
 """Values computed from files, remembered for as long as the files stay as they are."""
 
-import hashlib
 import json
-import os
-import tempfile
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
+
+from mergelaw.artifacts.files import file_digest, write_json
 
 
 class FileCache:
     """JSON values by name, each with the path, size and modification time of its files.
 
-    ``path`` is the JSON file that keeps them; None keeps them in memory only. Parsing the workflow
-    uses this, in every job: so nothing heavy is imported here.
+    ``path`` is the JSON file that keeps them; None keeps them in memory only. Every job that parses
+    the workflow uses it: the last one to write wins, and values that it lacks are computed again.
     """
 
     def __init__(self, path: Path | None = None):
@@ -22,7 +21,7 @@ class FileCache:
         self._entries: dict[str, Any] | None = None
 
     def value(self, name: str, files: Iterable[Path], compute: Callable[[], Any]) -> Any:
-        """The remembered value of ``name``; computed anew where one of ``files`` has changed.
+        """The remembered value of ``name``; computed anew if one of ``files`` has changed.
 
         ``compute`` returns a value that JSON can hold. Raises OSError for a file that is missing.
         """
@@ -33,19 +32,16 @@ class FileCache:
         match self._entries.get(name):
             case [before, value] if before == stamps:
                 return value
-        value = compute()
-        self._entries[name] = [stamps, value]
-        self._write(self._entries)
-        return value
+        self._entries[name] = [stamps, compute()]
+        if self.path is not None:
+            with suppress(OSError):  # a folder that cannot be written is no reason to fail
+                self.path.parent.mkdir(parents=True, exist_ok=True)
+                write_json(self.path, self._entries)
+        return self._entries[name][1]
 
     def sha256(self, path: Path) -> str:
-        """The SHA-256 digest of a file. Raises OSError where it cannot be read."""
-
-        def compute() -> str:
-            with path.open("rb") as content:
-                return hashlib.file_digest(content, "sha256").hexdigest()
-
-        return str(self.value(f"sha256 {path.absolute()}", [path], compute))
+        """SHA-256 of a file. Raises OSError if it cannot be read."""
+        return str(self.value(f"sha256 {path.absolute()}", [path], lambda: file_digest(path)))
 
     def _read(self) -> dict[str, Any]:
         # A damaged cache costs reading the files again, nothing else.
@@ -54,19 +50,3 @@ class FileCache:
         except (OSError, ValueError, RecursionError):
             return {}
         return entries if isinstance(entries, dict) else {}
-
-    def _write(self, entries: Mapping[str, Any]) -> None:
-        # Many jobs parse the workflow at once. Each writes a file of its own and renames it; the
-        # last one wins, and values that it lacks are computed again. A folder that cannot be
-        # written is no reason to fail.
-        if self.path is None:
-            return
-        with suppress(OSError):
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            handle, name = tempfile.mkstemp(dir=self.path.parent, prefix=f".{self.path.name}.")
-            try:
-                with os.fdopen(handle, "w", encoding="utf-8") as content:
-                    json.dump(entries, content)
-                Path(name).replace(self.path)
-            finally:
-                Path(name).unlink(missing_ok=True)

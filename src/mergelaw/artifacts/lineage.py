@@ -12,7 +12,7 @@ import os
 import resource
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -179,23 +179,13 @@ def ancestors(artifact: Path) -> dict[Path, dict[str, Any]]:
     return lineages
 
 
-def tree(artifact: Path, verify: bool = False) -> tuple[list[str], list[str]]:
-    """Lineage back to the sources as indented lines, and the problems of what is used.
-
-    With ``verify`` every file is compared with its digest.
-    """
+def tree(artifact: Path) -> list[str]:
+    """Lineage back to the sources as indented lines. Raises MergelawError for a damaged one."""
     lines: list[str] = []
-    wrong: list[str] = []
     seen: set[Path] = set()
 
-    def visit(folder: Path, name: str, depth: int, expected: str | None) -> None:
-        indent = "  " * depth
-        try:
-            lineage = read(folder)
-        except MergelawError as error:
-            lines.append(f"{indent}{name}: {error}")
-            wrong.append(str(error))
-            return
+    def visit(folder: Path, name: str, depth: int) -> None:
+        indent, lineage = "  " * depth, read(folder)
         title = f"{indent}{name}: {lineage['artifact']}  {lineage['digest'][:12]}"
         if folder in seen:
             lines.append(f"{title}  (above)")
@@ -208,15 +198,46 @@ def tree(artifact: Path, verify: bool = False) -> tuple[list[str], list[str]]:
             f"{lineage['ended']}, {lineage['wall_seconds']:.1f} s"
         )
         lines.extend(f"{indent}  source: {s}" for s in lineage["facts"].get("sources", []))
-        if expected not in (None, lineage["digest"]):
-            wrong.append(
-                f"{folder}: is not the one that was used (digest {lineage['digest'][:12]}, "
-                f"used {str(expected)[:12]})"
-            )
-        if verify:
-            wrong.extend(problems(folder, lineage))
         for child, below in input_paths(folder, lineage).items():
-            visit(below, child, depth + 1, lineage["inputs"][child]["digest"])
+            visit(below, child, depth + 1)
 
-    visit(Path(artifact).absolute(), "artifact", 0, None)
-    return lines, wrong
+    visit(Path(artifact).absolute(), "artifact", 0)
+    return lines
+
+
+def verify(artifacts: Iterable[Path], root: Path | None = None) -> tuple[int, list[str]]:
+    """Compare artifacts, and all that they were made from, with their lineages.
+
+    ``root`` is the results folder that no input may lie outside of. Returns the number of artifacts
+    and the problems, one line each.
+    """
+    pending = [Path(os.path.normpath(path.absolute())) for path in artifacts]
+    digests: dict[Path, str | None] = {}
+    uses: list[tuple[Path, Path, str]] = []
+    wrong: list[str] = []
+    while pending:
+        folder = pending.pop()
+        if folder in digests:
+            continue
+        digests[folder] = None
+        try:
+            lineage = read(folder)
+        except MergelawError as error:
+            wrong.append(str(error))
+            continue
+        digests[folder] = lineage["digest"]
+        if "@" in lineage["artifact"] and lineage["artifact"] != folder.name:
+            wrong.append(f"{folder}: has the lineage of {lineage['artifact']}; delete the folder")
+        wrong += problems(folder, lineage)
+        for name, path in input_paths(folder, lineage).items():
+            if root is not None and not path.is_relative_to(root.absolute()):
+                wrong.append(f"{folder}: its input {name} lies outside of {root}; delete it")
+                continue
+            uses.append((folder, path, lineage["inputs"][name]["digest"]))
+            pending.append(path)
+    wrong += [
+        f"{path}: is not the one that {user} was made from; delete one of them and rerun"
+        for user, path, digest in uses
+        if digests[path] not in (None, digest)
+    ]
+    return len(digests), wrong

@@ -1,6 +1,7 @@
 """Commands about a study and its results folder."""
 
 import json
+import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -165,25 +166,27 @@ def show_lineage(
     """
     from mergelaw.artifacts.run_lock import MARK, check_layout
 
-    if verify and (path / MARK).exists():
-        from mergelaw.workflow.results import verify_results
+    root: Path | None = None
+    if (path / MARK).exists():
+        from mergelaw.workflow.results import artifacts_in
 
         check_layout(path)
-        count, wrong = verify_results(path)
-        done = f"verified: {count} artifacts, every file is what was written"
+        root, artifacts = path, artifacts_in(path)
+    elif path.suffix in (".yaml", ".yml") and path.is_file():
+        study = load_study(path)
+        artifacts = [study.results / study.report.path]
     else:
-        if path.suffix in (".yaml", ".yml") and path.is_file():
-            study = load_study(path)
-            path = study.results / study.report.path
-        lines, wrong = lineage.tree(lineage.find(path), verify)
-        print("\n".join(lines))
-        done = f"verified: {len(lines)} entries, every file is what was written" if verify else ""
-    for problem in list(dict.fromkeys(wrong))[:-1]:
-        print(f"mergelaw: error: {problem}")
+        artifacts = [lineage.find(path)]
+    if not verify:
+        for artifact in artifacts:
+            print("\n".join(lineage.tree(artifact)))
+        return
+    count, wrong = lineage.verify(artifacts, root)
+    for problem in wrong[:-1]:
+        print(f"mergelaw: error: {problem}", file=sys.stderr)
     if wrong:
         raise MergelawError(wrong[-1])
-    if done:
-        print(done)
+    print(f"verified: {count} artifacts, every file is what was written")
 
 
 def collect_garbage(

@@ -125,30 +125,7 @@ def collect_garbage(studies: Sequence[Study], delete: bool) -> Iterator[tuple[Pa
             yield path, size
 
 
-def verify_results(root: Path) -> tuple[int, list[str]]:
-    """Compare every artifact of a results folder with its lineage, and its inputs with it.
-
-    Returns the number of artifacts and the problems, one line each.
-    """
-    wrong: list[str] = []
-    count = 0
-    for mark in sorted(root.glob(f"*/**/*@*/{LINEAGE}")):
-        folder = mark.parent
-        if any(part.startswith(".") for part in folder.relative_to(root).parts):
-            continue
-        count += 1
-        try:
-            entry = lineage.read(folder)
-        except MergelawError as error:
-            wrong.append(str(error))
-            continue
-        if entry["artifact"] != folder.name:
-            wrong.append(f"{folder}: its lineage is that of {entry['artifact']}; delete the folder")
-        wrong.extend(lineage.problems(folder, entry))
-        for name, path in lineage.input_paths(folder, entry).items():
-            used = entry["inputs"][name]["digest"]
-            if not path.resolve().is_relative_to(root.resolve()):
-                wrong.append(f"{folder}: its input {name} lies outside of {root}")
-            elif not (path / LINEAGE).exists() or lineage.read(path)["digest"] != used:
-                wrong.append(f"{folder}: its input {name} is not the one that was used ({path})")
-    return count, wrong
+def artifacts_in(root: Path) -> list[Path]:
+    """Folders of all artifacts in a results folder, without those in the making."""
+    folders = (mark.parent for mark in sorted(root.glob(f"*/**/*@*/{LINEAGE}")))
+    return [f for f in folders if not any(p.startswith(".") for p in f.relative_to(root).parts)]
