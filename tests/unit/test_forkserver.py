@@ -66,7 +66,7 @@ def forks(address: str) -> list[psutil.Process]:
 
 @pytest.mark.parametrize(
     ("words", "status"),
-    [(["config", "schema"], 0), (["nonsense"], 2), (["stage", "fit", "nowhere"], 1)],
+    [(["--version"], 0), (["nonsense"], 2), (["stage", "fit", "nowhere"], 1)],
 )
 def test_it_prints_and_ends_as_by_itself(server, tmp_path, words, status):
     runs = [
@@ -123,7 +123,7 @@ def test_without_a_server_the_command_runs_by_itself(tmp_path):
     nobody = environment(str(tmp_path / "socket"))
     assert (
         subprocess.run(
-            [*MERGELAW, "config", "schema"], env=nobody, capture_output=True, check=False
+            [*MERGELAW, "--version"], env=nobody, capture_output=True, check=False
         ).returncode
         == 0
     )

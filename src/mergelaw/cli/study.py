@@ -50,34 +50,6 @@ def config_check(file: StudyFile = DEFAULT) -> None:
     )
 
 
-@config_app.command("schema")
-def config_schema() -> None:
-    """Print the JSON schema of configurations."""
-    from mergelaw.config import reference
-
-    print(json.dumps(reference.schema(), indent=2, ensure_ascii=False))
-
-
-@config_app.command("table")
-def config_table(
-    into: Annotated[
-        Path | None, typer.Option(help="a Markdown file with markers around its tables")
-    ] = None,
-) -> None:
-    """Print every key of a configuration as Markdown tables."""
-    from mergelaw.config import reference
-
-    if into is None:
-        print(reference.tables())
-        return
-    start, end = "<!-- tables -->", "<!-- end of tables -->"
-    before, opened, rest = into.read_text(encoding="utf-8").partition(start)
-    _, closed, after = rest.partition(end)
-    if not (opened and closed):
-        raise MergelawError(f"{into}: lacks the markers {start} and {end}; add them")
-    into.write_text(f"{before}{start}\n{reference.tables()}\n{end}{after}", encoding="utf-8")
-
-
 def demo(
     folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="a new folder")] = Path(
         "mergelaw-demo"

@@ -1,11 +1,13 @@
 """Documentation of configurations, generated from the models: JSON schema and Markdown tables.
 
-Tests compare workflow/schemas/config.schema.json and config/README.md with it.
+python config/reference.py     writes workflow/schemas/config.schema.json and the tables of
+                               config/README.md; tests compare them
 """
 
 import json
 import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from mergelaw.artifacts.recipe import NAME_PATTERN
@@ -78,3 +80,19 @@ def _type_words(setting: Mapping[str, Any]) -> str:
     limits = {"minimum": "≥", "exclusiveMinimum": ">", "maximum": "≤", "exclusiveMaximum": "<"}
     bounds = [f"{sign} {setting[limit]:g}" for limit, sign in limits.items() if limit in setting]
     return " ".join([words.get(kind, kind), ", ".join(bounds)]).strip()
+
+
+def main() -> None:
+    """Write the schema and the tables."""
+    root = Path(__file__).parents[1]
+    text = json.dumps(schema(), indent=2, ensure_ascii=False) + "\n"
+    (root / "workflow" / "schemas" / "config.schema.json").write_text(text, encoding="utf-8")
+    readme = root / "config" / "README.md"
+    start, end = "<!-- tables -->", "<!-- end of tables -->"
+    before, _, rest = readme.read_text(encoding="utf-8").partition(start)
+    after = rest.partition(end)[2]
+    readme.write_text(f"{before}{start}\n{tables()}\n{end}{after}", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
