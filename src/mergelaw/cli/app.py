@@ -51,7 +51,7 @@ def top(
 
 
 def main() -> None:
-    """Entry point: an error that a user can mend is one line on stderr and exit status 1."""
+    """Entry point: an error that a user can fix is one line on stderr and exit status 1."""
     collect_less()
     quiet()
     try:

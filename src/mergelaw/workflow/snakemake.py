@@ -35,7 +35,7 @@ def fail(message: str) -> NoReturn:
 
 @contextmanager
 def one_line_errors() -> Any:
-    """Turn errors that a user can mend into one line."""
+    """Turn errors that a user can fix into one line."""
     try:
         yield
     except MergelawError as error:
