@@ -205,14 +205,18 @@ def write_checkpoint(
     return folder
 
 
-def write_adapter(base: Path, folder: Path, **config: Any) -> Path:
-    """An adapter as peft saves it, with random weights, in the dtype of its base."""
-    from peft import LoraConfig, get_peft_model
+def write_adapter(base: Path, folder: Path, kind: str = "LoraConfig", **config: Any) -> Path:
+    """An adapter as peft saves it, with random weights, in the dtype of its base.
+
+    ``kind`` is the name of peft's class of configurations.
+    """
+    import peft
 
     with Tensors(base) as tensors:
         dtype = tensors.float_dtype()
     torch.manual_seed(1)
-    wrapped = get_peft_model(load(base, dtype), LoraConfig(task_type="CAUSAL_LM", **config))
+    settings = getattr(peft, kind)(task_type="CAUSAL_LM", **config)
+    wrapped = peft.get_peft_model(load(base, dtype), settings)
     for parameter in wrapped.parameters():
         if parameter.requires_grad:
             parameter.data += torch.randn_like(parameter) * 0.1
