@@ -112,6 +112,24 @@ def write_task_vector(base: Path, expert: Path, folder: Path, **how: Any) -> Tas
     return TaskVector(folder)
 
 
+class InMemory:
+    """A task vector of one tensor ``w`` in memory."""
+
+    names = ("w",)
+
+    def __init__(self, values: torch.Tensor, digest: str = "digest"):
+        self.values, self.digest = values, digest
+
+    def size(self, name: str) -> int:
+        return len(self.values)
+
+    def part(self, name: str, start: int, stop: int, device: Any = None) -> torch.Tensor:
+        return self.values[start:stop]
+
+    def tensors(self) -> list[tuple[str, torch.Tensor]]:
+        return [("w", self.values)]
+
+
 def write_pool(base: Path, folder: Path, size: int, scale: float = 0.01) -> dict[str, TaskVector]:
     """Task vectors of ``size`` experts by name, in canonical order."""
     pool = {}

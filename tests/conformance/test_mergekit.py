@@ -22,7 +22,7 @@ from typer.testing import CliRunner
 import jobs
 from mergelaw.artifacts import store
 from mergelaw.cli.app import app
-from mergelaw.merging.engine import sparse
+from mergelaw.merging.engine import Prepared
 from mergelaw.merging.methods import method_of
 from mergelaw.merging.methods.dare import keep_mask
 from mergelaw.merging.methods.ties import kept
@@ -132,9 +132,7 @@ class Study:
         rule, made = method_of(method), []
         for folder in self.vectors.values():
             vector = TaskVector(folder)
-            prepared = rule.thresholds(lambda v=vector: [(name, v[name])])
-            values = sparse(rule, prepared, vector[name], vector.digest, name, 0)
-            made.append(values.dense().double())
+            made.append(Prepared(rule, vector).part(name, 0, vector.size(name)).double())
         return made
 
 

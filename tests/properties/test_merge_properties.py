@@ -8,12 +8,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mergelaw.merging.engine import sparse as dropped
+from mergelaw.merging.engine import Prepared
 from mergelaw.merging.kernels import combine
 from mergelaw.merging.methods import method_of
 from mergelaw.merging.methods.dare import keep_mask
 from mergelaw.merging.methods.ties import magnitude_threshold
-from models import bits
+from models import InMemory, bits
 
 U = Fraction(1, 2**24)  # half a unit in the last place of fp32, relative
 
@@ -88,11 +88,8 @@ def reference(recipe, vectors, weights) -> list[tuple[Fraction, Fraction]]:
 def combined(recipe, vectors, weights) -> torch.Tensor:
     method = method_of(recipe)
     tensors = [torch.tensor(v, dtype=torch.float32) for v in vectors]
-    parts = []
-    for i, tensor in enumerate(tensors):
-        prepared = method.thresholds(lambda tensor=tensor: [("w", tensor)])
-        parts.append(dropped(method, prepared, tensor, f"e{i}", "w", 0))
-    return combine(parts, method.rule(weights))
+    pool = [Prepared(method, InMemory(tensor, f"e{i}")) for i, tensor in enumerate(tensors)]
+    return combine([v.part("w", 0, len(vectors[0])) for v in pool], method.rule(weights))
 
 
 @settings(max_examples=300)
@@ -113,14 +110,10 @@ def test_methods_work_element_by_element(recipe, merge, cut):
     vectors, weights = merge
     method = method_of(recipe)
     tensors = [torch.tensor(v, dtype=torch.float32) for v in vectors]
-    prepared = [method.thresholds(lambda t=tensor: [("w", t)]) for tensor in tensors]
+    pool = [Prepared(method, InMemory(tensor, f"e{i}")) for i, tensor in enumerate(tensors)]
 
     def part(start, stop):
-        transformed = [
-            dropped(method, p, t[start:stop], f"e{i}", "w", start)
-            for i, (t, p) in enumerate(zip(tensors, prepared, strict=True))
-        ]
-        return combine(transformed, method.rule(weights))
+        return combine([v.part("w", start, stop) for v in pool], method.rule(weights))
 
     size = len(vectors[0])
     cut = min(cut, size)
@@ -162,8 +155,7 @@ def test_ties_keeps_the_count_it_says_of_distinct_magnitudes(size, density, trim
     distinct = torch.from_numpy((rng.permutation(size) + 1).astype(np.float32))
     values = distinct * torch.from_numpy(rng.choice([-1, 1], size).astype(np.float32))
     method = method_of({"method": "ties", "density": density, "trim": trim})
-    prepared = method.thresholds(lambda: [("w", values)])
-    out = dropped(method, prepared, values, "e", "w", 0).dense()
+    out = Prepared(method, InMemory(values)).part("w", 0, size)
     assert int((out != 0).sum()) == max(int(density * size), 1)
     assert math.isclose(out.abs().sum().item(), distinct.sort(descending=True).values[: int((out != 0).sum())].sum().item())  # fmt: skip
 

@@ -380,11 +380,13 @@ def test_a_model_that_is_not_the_base_is_refused(base, tmp_path):
 # What depends on one expert alone is remembered
 
 
-def test_prepared_values_are_remembered_and_remade_when_damaged(pool, tmp_path, monkeypatch):
+def test_thresholds_are_remembered_and_made_again_when_damaged(pool, tmp_path, monkeypatch):
     method = method_of(METHODS["ties"])
     vector = pool["expert0"]
     wanted = thresholds(method, vector, tmp_path)
-    (file,) = tmp_path.iterdir()
+    assert wanted == thresholds(method, vector)
+    contents = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    assert sorted(path.suffix for path in contents) == [".json", ".sha256"]
     calls = []
     plain = type(method).thresholds
     monkeypatch.setattr(
@@ -392,17 +394,17 @@ def test_prepared_values_are_remembered_and_remade_when_damaged(pool, tmp_path, 
     )
     assert thresholds(method, vector, tmp_path) == wanted
     assert not calls
-    whole = file.read_text()
-    for damage in ("", whole[: len(whole) // 2], "[]", "{}", whole.replace("0.3", "0.4")):
-        file.write_text(damage)
-        assert thresholds(method, vector, tmp_path) == wanted
-        assert calls.pop()
-        assert file.read_text() == whole
+    for path, whole in contents.items():
+        for damage in (b"", whole[: len(whole) // 2], b"[]", whole.replace(b"0", b"1")):
+            path.write_bytes(damage)
+            assert thresholds(method, vector, tmp_path) == wanted
+            assert calls.pop()
+            assert {path: path.read_bytes() for path in tmp_path.iterdir()} == contents
     for other in (METHODS["ties_global_count"], {"method": "ties", "density": 0.31}):
         assert thresholds(method_of(other), vector, tmp_path) != wanted
     assert thresholds(method, pool["expert1"], tmp_path) != wanted
     assert thresholds(method_of({"method": "average"}), vector, tmp_path) == {}
-    assert len(list(tmp_path.iterdir())) == 4
+    assert len(list(tmp_path.iterdir())) == 8
 
 
 @pytest.mark.parametrize("name", ["dare_linear", "dare_ties"])

@@ -12,11 +12,12 @@ import torch
 from pydantic import ValidationError
 
 from mergelaw.merging import kernels
-from mergelaw.merging.engine import sparse as dropped
-from mergelaw.merging.kernels import Rule, Sparse, combine
+from mergelaw.merging.engine import Prepared
+from mergelaw.merging.kernels import Rule, combine, drop, pack
 from mergelaw.merging.methods import method_of, registry
 from mergelaw.merging.methods.dare import keep_mask
 from mergelaw.merging.methods.ties import kept, magnitude_threshold
+from models import InMemory
 
 SLICES = [(0, 1), (1, 7), (7, 8), (8, 1000), (1000, 4099)]
 
@@ -25,17 +26,13 @@ def normal(*shape, seed=0) -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
-def sparse(vectors: list[torch.Tensor]) -> list[Sparse]:
-    return [Sparse(vector) for vector in vectors]
-
-
 def ties(**parameters):
     return method_of({"method": "ties", **parameters})
 
 
 def trimmed(method, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     least = method.thresholds(lambda: tensors.items())
-    return {n: dropped(method, least, t, "digest", n, 0).dense() for n, t in tensors.items()}
+    return {n: drop(t, least.get(n, 0.0)) for n, t in tensors.items()}
 
 
 def test_the_registry_knows_each_method_by_its_name():
@@ -165,46 +162,28 @@ def column(*values: float) -> list[torch.Tensor]:
     ],
 )
 def test_consensus_by_hand(values, weights, elect, expected):
-    vectors = sparse(column(*values))
+    vectors = column(*values)
     assert combine(vectors, Rule(elect, weights)).item() == expected
     assert combine(vectors, Rule(elect, weights, 0.5)).item() == expected / 2
 
 
-def drops(what: str, vectors: list[torch.Tensor]) -> list[Sparse]:
-    """The vectors with nothing dropped, small values, a mask, or each of these in turn."""
-    made = []
-    for i, values in enumerate(vectors):
-        kind = ("none", "least", "mask")[i % 3] if what == "mixed" else what
-        kept = kernels.pack(normal(len(values), seed=50 + i).numpy() > 0.3)
-        made.append(
-            {
-                "none": Sparse(values),
-                "least": Sparse(values, least=0.4),
-                "mask": Sparse(values, mask=kept, scale=1 / 0.7),
-            }[kind]
-        )
-    return made
-
-
-@pytest.mark.parametrize("dropped", ["none", "least", "mask", "mixed"])
 @pytest.mark.parametrize("k", [1, 2, 3, 5, 8])
 @pytest.mark.parametrize("threads", [1, 3])
-def test_the_compiled_sums_have_the_bits_of_torch(dropped, k, threads):
+def test_the_compiled_sums_have_the_bits_of_torch(k, threads):
     size = 3 * kernels.SHARE + 1001  # no multiple of anything
     vectors = [normal(size, seed=i) * (normal(size, seed=90 + i) > 0.5) for i in range(k)]
-    given = drops(dropped, vectors)
     bases = normal(size, seed=99), normal(size, seed=99).bfloat16(), normal(size, seed=99).half()
     for weights in ([1.0] * k, [0.3] * k, [1.0 + 0.7 * i for i in range(k)]):
         for elect in ("", "sum", "count"):
             rule = Rule(elect, weights, 0.7)
-            wanted = kernels._by_torch(given, rule)
+            wanted = kernels._by_torch(vectors, rule)
             assert (wanted != 0).any()
             torch.set_num_threads(threads)
             try:
-                assert same_bits(combine(given, rule), wanted)
+                assert same_bits(combine(vectors, rule), wanted)
                 for base in bases:
                     out = torch.empty(size)
-                    kernels.merge(base, given, rule, out)
+                    kernels.merge(base, vectors, rule, out)
                     assert same_bits(out, base.float() + wanted)
             finally:
                 torch.set_num_threads(1)
@@ -212,34 +191,35 @@ def test_the_compiled_sums_have_the_bits_of_torch(dropped, k, threads):
 
 @pytest.mark.parametrize("elect", ["", "sum", "count"])
 def test_lengths_that_do_not_fit_are_refused_before_compiled_code(elect):
-    three = sparse([normal(1000, seed=i) for i in range(3)])
-    out = torch.empty(1000)
+    three = [normal(1000, seed=i) for i in range(3)]
     with pytest.raises(ValueError, match="2 vectors but 3 weights"):
         combine(three[:2], Rule(elect, [1.0, 2.0, 3.0]))
+    for other in (normal(999), normal(1000).double()):
+        with pytest.raises(ValueError, match="1000 fp32 values"):
+            combine([*three, other], Rule(elect, [1.0] * 4))
     with pytest.raises(ValueError, match="1000 fp32 values"):
-        combine([*three, Sparse(normal(999))], Rule(elect, [1.0] * 4))
-    with pytest.raises(ValueError, match="1000 fp32 values"):
-        kernels.merge(normal(999), three, Rule(elect, [1.0] * 3), out)
-    with pytest.raises(ValueError, match="1000 fp32 values"):
-        combine([Sparse(normal(1000).double()), *three], Rule(elect, [1.0] * 4))
-    mask = kernels.pack(normal(400).numpy() > 0)
-    with pytest.raises(ValueError, match="mask of 1000 values has 128 bytes"):
-        combine([Sparse(normal(1000), mask=mask)], Rule(elect, [1.0]))
+        kernels.merge(normal(999), three, Rule(elect, [1.0] * 3), torch.empty(1000))
 
 
 def same_bits(left: torch.Tensor, right: torch.Tensor) -> bool:
     return torch.equal(left.view(torch.int32), right.view(torch.int32))
 
 
-@pytest.mark.parametrize("size", [0, 1, 63, 64, 65, 511, 512, 513, 5000])
-def test_a_packed_mask_is_the_mask(size):
-    kept = normal(size).numpy() > 0.3
-    packed = kernels.pack(kept)
-    assert len(packed) == kernels.packed_size(size) <= size / 8 + 64
-    assert np.array_equal(kernels.unpack(packed, size).numpy(), kept)
-    for start in range(0, size, 1024):
-        part = packed[start // 8 : start // 8 + kernels.packed_size(min(1024, size - start))]
-        assert torch.equal(part, kernels.pack(kept[start : start + 1024]))
+@pytest.mark.parametrize("size", [0, 1, 7, 8, 9, 511, 3 * kernels.SHARE + 1001])
+@pytest.mark.parametrize("threads", [1, 3])
+def test_what_thresholds_and_packed_masks_drop(size, threads, monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    kept, values = normal(size).numpy() > 0.3, normal(size, seed=1)
+    bits = pack(kept)
+    assert len(bits) == -(-size // 8)
+    wanted = torch.where(torch.from_numpy(kept), values * 2.5, 0.0)
+    assert same_bits(drop(values, bits=bits, scale=2.5), wanted)
+    small = torch.where(values.abs() >= 0.4, values, 0.0)
+    assert same_bits(drop(values, 0.4), small)
+    assert same_bits(kernels._drop_by_torch(values, 0.0, bits, 2.5), wanted)
+    assert same_bits(kernels._drop_by_torch(values, 0.4, None, 1.0), small)
+    with pytest.raises(ValueError, match=f"a mask of {size} values has"):
+        drop(values, bits=torch.cat([bits, bits[:1], bits.new_zeros(1)]))
 
 
 def test_no_method_writes_to_the_vectors_it_is_given():
@@ -249,9 +229,11 @@ def test_no_method_writes_to_the_vectors_it_is_given():
         method = method_of({"method": name})
         for weights in ([1.0], [1.0, 1.0, 1.0], [1.0, 2.0, 3.0]):
             given = vectors[: len(weights)]
-            combine(sparse(given), method.rule(weights))
+            combine(given, method.rule(weights))
             least = method.thresholds(lambda given=given: [("w", given[0])])
-            dropped(method, least, given[0], "digest", "w", 0).dense()
+            bits = pack(normal(100).numpy() > 0)
+            drop(given[0], least.get("w", 0.0))
+            drop(given[0], bits=bits, scale=2.0)
         assert all(torch.equal(*pair) for pair in zip(vectors, before, strict=True))
 
 
@@ -313,7 +295,7 @@ def test_a_mask_keeps_its_share_everywhere(drop_rate):
 def test_dare_rescales_what_it_keeps(name):
     method = method_of({"method": name, "drop_rate": 0.75})
     values = normal(1000)
-    out = dropped(method, {}, values, "expert", "w", 0).dense()
+    out = Prepared(method, InMemory(values, "expert")).part("w", 0, 1000)
     mask = torch.from_numpy(keep_mask(0, "expert", "w", 0, 1000, 0.75))
     assert torch.equal(out, torch.where(mask, values * 4, 0.0))
 

@@ -1,4 +1,4 @@
-"""The merge engine: theta_0 + rule(sparse(v_1), ..., sparse(v_k)).
+"""The merge engine: theta_0 + rule(kept(v_1), ..., kept(v_k)).
 
 :class:`Merger` overwrites the parameters of a resident model, so that a merge that is only
 evaluated never becomes a file; :func:`write_merge` writes a checkpoint. Both compute in fp32, in
@@ -7,7 +7,7 @@ element, so both give the same values.
 """
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,109 +23,88 @@ from mergelaw.models.parameters import parameters_by_tensor
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from mergelaw.merging.kernels import Rule, Sparse
+    from mergelaw.merging.kernels import Rule
 
 # Elements merged at a time; no bit depends on it. On a processor temporaries stay in each core's
-# cache, on a GPU there is more to compute than kernels to launch. Multiples of a mask's block.
+# cache, on a GPU there is more to compute than kernels to launch. Multiples of 8, for packed masks.
 SLICE = 1 << 18
 GPU_SLICE = 1 << 24
 SHARD = "5GB"  # the largest file of a written merge
 
 
+def stored(path: Path, write: Callable[[Path], None]) -> Path:
+    """A file that is written once for all processes, and again if it is damaged."""
+    seal = path.with_suffix(".sha256")
+    whole = path.exists() and seal.exists()
+    if not (whole and seal.read_bytes() == files.file_digest(path).encode()):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        scratch = path.with_suffix(f".{files.unique()}")
+        try:
+            write(scratch)
+            seal.write_text(files.file_digest(scratch))
+            scratch.replace(path)
+        finally:
+            scratch.unlink(missing_ok=True)
+    return path
+
+
 def thresholds(method: Method, vector: TaskVector, cache: Path | None = None) -> dict[str, float]:
     """``method.thresholds`` of one expert, remembered in the folder ``cache``."""
+    if cache is None or type(method).thresholds is Method.thresholds:
+        return method.thresholds(vector.tensors)
     recipe = {"method": method.model_dump(by_alias=True), "vector": vector.digest}
-    path = cache / f"{digest(recipe)[:32]}.json" if cache else None
-    if path and path.exists():
-        try:
-            entry = json.loads(path.read_text(encoding="utf-8"))
-            if entry["recipe"] == recipe and entry["checksum"] == digest(entry["thresholds"]):
-                return entry["thresholds"]
-        except (OSError, ValueError, KeyError, TypeError):
-            pass  # damaged: computed again
-    least = method.thresholds(vector.tensors)
-    if path and least:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        entry = {"recipe": recipe, "thresholds": least, "checksum": digest(least)}
-        files.write_json(path, entry)
-    return least
 
+    def write(path: Path) -> None:
+        path.write_text(json.dumps(method.thresholds(vector.tensors)), encoding="utf-8")
 
-def sparse(
-    method: Method,
-    least: Mapping[str, float],
-    values: "Tensor",
-    expert: str,
-    name: str,
-    start: int,
-    mask: "Tensor | None" = None,
-) -> "Sparse":
-    """Values of one expert with what a method drops of them.
-
-    ``values``: fp32, elements ``start`` onwards of the flattened tensor ``name`` of the expert with
-    digest ``expert``; ``least``: its thresholds; ``mask``: its packed mask, if it was drawn before.
-    """
-    from mergelaw.merging.kernels import Sparse, pack
-
-    masks = method.masks()
-    if masks is None:
-        return Sparse(values, least.get(name, 0.0))
-    if mask is None:
-        mask = pack(masks.kept(expert, name, start, values.numel()))
-    return Sparse(values, least.get(name, 0.0), mask, masks.scale)
+    path = stored(cache / f"{digest(recipe)[:32]}.json", write)
+    return json.loads(path.read_text(encoding="utf-8"))
 
 
 class Prepared:
-    """A task vector with the values that a method drops, read slice by slice."""
+    """A task vector without the values that a method drops, read slice by slice."""
 
     def __init__(self, method: Method, vector: TaskVector, cache: Path | None = None):
-        self.vector, self._method = vector, method
+        self.vector, self._masks = vector, method.masks()
         self._least = thresholds(method, vector, cache)
         self._file: Any = None
 
     @property
     def whole(self) -> bool:
-        """Whether no value is dropped."""
-        return not self._least and self._method.masks() is None
+        """True if no value is dropped."""
+        return not self._least and self._masks is None
 
     def store_masks(self, cache: Path, stack: ExitStack) -> None:
-        """Draw masks once for all processes, into a file of a bit a value, mapped until stack
-        closes."""
-        from mergelaw.merging.kernels import pack, packed_size
+        """Draw masks once, into a file of a bit a value that is mapped until ``stack`` closes."""
+        from mergelaw.merging.kernels import pack
 
-        masks, vector = self._method.masks(), self.vector
+        masks, vector = self._masks, self.vector
         if masks is None:
             return
-        recipe = {"masks": masks.identity, "vector": vector.digest}
-        path = cache / f"{digest(recipe)[:32]}.safetensors"
-        seal = path.with_suffix(".sha256")
-        whole = path.exists() and seal.exists()
-        if not (whole and seal.read_bytes() == files.file_digest(path).encode()):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            scratch = path.with_suffix(f".{files.unique()}")
-            sizes = {name: vector.size(name) for name in vector.names}
-            layout = {name: ("U8", (packed_size(size),)) for name, size in sizes.items()}
-            try:
-                with Writer(scratch, layout) as writer:
-                    for name, size in sizes.items():
-                        drawn = (masks.kept(vector.digest, name, a, b - a) for a, b in pieces(size))
-                        writer.write_pieces(name, map(pack, drawn))
-                seal.write_text(files.file_digest(scratch))
-                scratch.replace(path)
-            finally:
-                scratch.unlink(missing_ok=True)
-        self._file = open_mapped(path, stack)
+        recipe = {"masks": masks.identity, "vector": vector.digest, "bits": "little"}
+        sizes = {name: vector.size(name) for name in vector.names}
 
-    def part(self, name: str, start: int, stop: int, device: Any = None) -> "Sparse":
-        """Elements ``start`` (a multiple of a mask's block) to ``stop`` of a tensor."""
-        from mergelaw.merging.kernels import packed_size
+        def write(path: Path) -> None:
+            layout = {name: ("U8", (-(-size // 8),)) for name, size in sizes.items()}
+            with Writer(path, layout) as writer:
+                for name, size in sizes.items():
+                    drawn = (masks.kept(vector.digest, name, a, b - a) for a, b in pieces(size))
+                    writer.write_pieces(name, map(pack, drawn))
 
-        mask = None
-        if self._file is not None:
-            place = slice(start // 8, start // 8 + packed_size(stop - start))
-            mask = self._file.get_tensor(name)[place]
-        values = self.vector.part(name, start, stop, device)
-        return sparse(self._method, self._least, values, self.vector.digest, name, start, mask)
+        self._file = open_mapped(stored(cache / f"{digest(recipe)[:32]}.safetensors", write), stack)
+
+    def part(self, name: str, start: int, stop: int, device: Any = None) -> "Tensor":
+        """Elements ``start`` (a multiple of 8) to ``stop`` of a tensor, zero where dropped."""
+        from mergelaw.merging.kernels import drop, pack
+
+        values, least = self.vector.part(name, start, stop, device), self._least.get(name, 0.0)
+        if self._masks is None:
+            return drop(values, least)
+        if self._file is None:
+            bits = pack(self._masks.kept(self.vector.digest, name, start, stop - start))
+        else:
+            bits = self._file.get_tensor(name)[start // 8 : -(-stop // 8)]
+        return drop(values, least, bits, self._masks.scale)
 
 
 def prepare(
@@ -144,7 +123,7 @@ def prepare(
 
 
 def keeps_expert(rule: "Rule", vectors: Sequence[Prepared]) -> bool:
-    """Whether the merge of one expert is that expert: nothing is dropped or scaled."""
+    """True if the vectors are one expert of which nothing is dropped or scaled."""
     return len(vectors) == 1 and vectors[0].whole and rule.plain().scale == 1
 
 
@@ -206,7 +185,7 @@ class Merger:
             self._out[place] = parameter.data.view(-1)
             parameter.data = self._out[place].view(parameter.shape)
             for expert, prepared in self._prepared.items():
-                self._flat[expert][place] = prepared.part(name, 0, count, device).dense()
+                self._flat[expert][place] = prepared.part(name, 0, count, device)
 
     def __enter__(self) -> "Merger":
         return self
@@ -216,13 +195,11 @@ class Merger:
 
     def _slices(
         self, experts: Sequence[str]
-    ) -> Iterator[tuple["Tensor", "Tensor", list["Sparse"]]]:
+    ) -> Iterator[tuple["Tensor", "Tensor", list["Tensor"]]]:
         """(slice of the result, base, vectors), flat, that cover every parameter once."""
-        from mergelaw.merging.kernels import Sparse
-
         if self.resident:
             for start, stop in slices(self._out):
-                vectors = [Sparse(self._flat[expert][start:stop]) for expert in experts]
+                vectors = [self._flat[expert][start:stop] for expert in experts]
                 yield self._out[start:stop], self._flat_base[start:stop], vectors
             return
         for name, parameter in self._parameters.items():

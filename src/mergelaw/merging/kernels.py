@@ -19,49 +19,11 @@ from torch import Tensor
 
 ZERO, ONE = np.float32(0), np.float32(1)
 NOTHING = -0.0  # adding it changes no bit
-BLOCK = 512  # elements of a packed mask's block
-CHUNK = 4 * BLOCK  # elements of each vector that the compiled loops hold in the cache
-LANES = BLOCK // 8  # bytes of a mask's block
+BLOCK = 2048  # elements of each vector that the compiled loops hold in the cache
 SHARE = 1 << 14  # elements that are worth another thread
 RULES = ("", "sum", "count")
 WEIGHTED, SUM, COUNT = range(3)  # positions in RULES
-
-
-class Sparse(NamedTuple):
-    """One expert's values with a lazily applied mask."""
-
-    values: Tensor  # fp32, flat
-    least: float = 0.0  # smaller magnitudes are dropped
-    mask: Tensor | None = None  # uint8, the values that are kept, packed by :func:`pack`
-    scale: float = 1.0  # factor of the values that a mask keeps
-
-    def dense(self) -> Tensor:
-        """The values, with zeros in the place of dropped ones."""
-        if self.mask is not None:
-            kept = unpack(self.mask.to(self.values.device), self.values.numel())
-            return torch.where(kept, self.values * self.scale, 0.0)
-        if self.least:
-            return torch.where(self.values.abs() >= self.least, self.values, 0.0)
-        return self.values
-
-
-def pack(kept: np.ndarray) -> Tensor:
-    """Pack bools into bits, 64 bytes for each 512 elements: bit b of byte i is element 64 b + i."""
-    blocks = np.zeros((-(-len(kept) // BLOCK), 8, LANES), bool)
-    blocks.reshape(-1)[: len(kept)] = kept
-    return torch.from_numpy(np.packbits(blocks, axis=1, bitorder="little").reshape(-1))
-
-
-def packed_size(elements: int) -> int:
-    """Bytes of a packed mask."""
-    return -(-elements // BLOCK) * LANES
-
-
-def unpack(mask: Tensor, elements: int) -> Tensor:
-    """The bools of a packed mask."""
-    places = torch.arange(8, dtype=torch.uint8, device=mask.device).view(1, 8, 1)
-    bits = mask.view(-1, 1, LANES).bitwise_right_shift(places).bitwise_and_(1)
-    return bits.bool().view(-1)[:elements]
+NO_MASK = np.empty(0, np.uint8)
 
 
 class Rule(NamedTuple):
@@ -77,47 +39,49 @@ class Rule(NamedTuple):
     scale: float = 1.0
 
     def plain(self) -> "Rule":
-        """The same rule; equal weights become ones, since products with one are exact."""
+        """Replace equal weights by ones, since products with one are exact."""
         if len(set(self.weights)) > 1:
             return self
         ones = [1.0] * len(self.weights)
         return Rule(self.elect, ones, self.scale if self.elect else self.scale * self.weights[0])
 
 
-def combine(vectors: Sequence[Sparse], rule: Rule) -> Tensor:
-    """Combine vectors by a rule: what is added to the base, fp32, of the vectors' shape."""
-    if vectors[0].values.device.type == "cpu":
-        out = torch.empty_like(vectors[0].values)
-        _compiled(vectors, rule, torch.full_like(out, NOTHING), out)
+def combine(vectors: Sequence[Tensor], rule: Rule) -> Tensor:
+    """Combine flat fp32 vectors by a rule: what is added to the base, fp32."""
+    if vectors[0].device.type == "cpu":
+        out = torch.empty_like(vectors[0])
+        _compiled(torch.full_like(out, NOTHING), vectors, rule, out)
         return out
     return _by_torch(vectors, rule)
 
 
-def merge(base: Tensor, vectors: Sequence[Sparse], rule: Rule, out: Tensor) -> None:
-    """Write base + combine(vectors), rounded once, into ``out``; all flat, of any float dtype."""
+def merge(base: Tensor, vectors: Sequence[Tensor], rule: Rule, out: Tensor) -> None:
+    """Write base + combine(vectors), rounded once, into ``out``; base and out of any float dtype.
+
+    Raises ValueError where lengths differ.
+    """
     if out.device.type == "cpu" and out.dtype == torch.float32:
-        _compiled(vectors, rule, base.float(), out)
+        _compiled(base.float(), vectors, rule, out)
     else:
         out.copy_(base.float() + combine(vectors, rule))
 
 
-def _by_torch(vectors: Sequence[Sparse], rule: Rule) -> Tensor:
+def _by_torch(vectors: Sequence[Tensor], rule: Rule) -> Tensor:
     elect, weights, scale = rule.plain()
-    values = [vector.dense() for vector in vectors]
     if not elect:
-        total = torch.full_like(values[0], NOTHING)
-        for vector, weight in zip(values, weights, strict=True):
+        total = torch.full_like(vectors[0], NOTHING)
+        for vector, weight in zip(vectors, weights, strict=True):
             total += vector if weight == 1 else vector * weight
         return total.mul_(scale)
     # Signs as -1, 0, 1 in fp32: comparisons and masks cost torch more, and a product with a sign
     # is exact.
-    sign, work = torch.zeros_like(values[0]), torch.empty_like(values[0])
-    for vector, weight in zip(values, weights, strict=True):
+    sign, work = torch.zeros_like(vectors[0]), torch.empty_like(vectors[0])
+    for vector, weight in zip(vectors, weights, strict=True):
         vote = torch.sign(vector, out=work) if elect == "count" else vector
         sign += vote if weight == 1 else torch.mul(vote, weight, out=work)
     sign.sign_().add_(0.5).sign_()
     total, mass = torch.zeros_like(sign), torch.zeros_like(sign)
-    for vector, weight in zip(values, weights, strict=True):
+    for vector, weight in zip(vectors, weights, strict=True):
         agreeing = torch.mul(vector, sign, out=work).relu_()  # magnitudes of those that agree
         total += agreeing if weight == 1 else agreeing * weight
         mass += agreeing.sign_().mul_(weight)
@@ -126,37 +90,64 @@ def _by_torch(vectors: Sequence[Sparse], rule: Rule) -> Tensor:
     return total.div_(mass.clamp_min_(least)).mul_(sign).mul_(scale)
 
 
-def _compiled(vectors: Sequence[Sparse], rule: Rule, base: Tensor, out: Tensor) -> None:
-    """base + combine(vectors) into ``out`` by the compiled loops; checks every length first."""
+def _compiled(base: Tensor, vectors: Sequence[Tensor], rule: Rule, out: Tensor) -> None:
+    """The same by compiled loops, which get addresses only: every length is checked here."""
     elect, weights, scale = rule.plain()
     size = out.numel()
-    # Kept here by name: the loops get addresses only.
-    values = [vector.values.contiguous() for vector in vectors]
-    masks = [None if vector.mask is None else vector.mask.contiguous() for vector in vectors]
     if len(vectors) != len(weights):
         raise ValueError(f"{len(vectors)} vectors but {len(weights)} weights")
-    for tensor in (base, *values):
+    for tensor in (base, *vectors):
         if tensor.numel() != size or tensor.dtype != torch.float32 or tensor.device.type != "cpu":
             raise ValueError(f"{size} fp32 values on the processor are needed, not {tensor.shape}")
-    for mask in masks:
-        if mask is not None and (mask.numel(), mask.dtype) != (packed_size(size), torch.uint8):
-            raise ValueError(f"a mask of {size} values has {packed_size(size)} bytes")
-    described = (
-        np.array([tensor.data_ptr() for tensor in values], np.uint64),
-        np.array([vector.least for vector in vectors], np.float32),
-        np.array([0 if mask is None else mask.data_ptr() for mask in masks], np.uint64),
-        np.array([vector.scale for vector in vectors], np.float32),
-        np.array(weights, np.float32),
-    )
+    kept = [vector.contiguous() for vector in vectors]  # alive while their addresses are used
+    addresses = np.array([vector.data_ptr() for vector in kept], np.uint64)
     before, after = base.contiguous().view(-1).numpy(), out.view(-1).numpy()
-    arguments = described, RULES.index(elect), np.float32(scale), before, after
+    shares = np.array(weights, np.float32)
+    _share(_merge, (addresses, shares, RULES.index(elect), np.float32(scale), before, after), size)
+
+
+def pack(kept: np.ndarray) -> Tensor:
+    """Pack bools into bits: bit b of byte i is element 8 i + b."""
+    return torch.from_numpy(np.packbits(kept, bitorder="little"))
+
+
+def drop(
+    values: Tensor, least: float = 0.0, bits: Tensor | None = None, scale: float = 1.0
+) -> Tensor:
+    """Set to zero magnitudes below ``least``, or what a packed mask drops; scale what it keeps.
+
+    ``values``: flat fp32. Raises ValueError for a mask of another length.
+    """
+    size = values.numel()
+    if bits is None and not least:
+        return values
+    if bits is not None and bits.numel() != -(-size // 8):
+        raise ValueError(f"a mask of {size} values has {-(-size // 8)} bytes, not {bits.numel()}")
+    if values.device.type == "cpu":
+        out, mask = torch.empty_like(values), NO_MASK if bits is None else bits.numpy()
+        arrays = out.numpy(), values.contiguous().numpy(), np.float32(least), mask
+        _share(_drop, (*arrays, np.float32(scale)), size)
+        return out
+    return _drop_by_torch(values, least, bits, scale)
+
+
+def _drop_by_torch(values: Tensor, least: float, bits: Tensor | None, scale: float) -> Tensor:
+    if bits is None:
+        return torch.where(values.abs() >= least, values, 0.0)
+    places = torch.arange(8, dtype=torch.uint8, device=values.device)
+    kept = bits.to(values.device).unsqueeze(1).bitwise_right_shift(places).bitwise_and_(1)
+    return torch.where(kept.view(-1)[: values.numel()].bool(), values * scale, 0.0)
+
+
+def _share(loop: Any, arguments: tuple[Any, ...], size: int) -> None:
+    """Run a compiled loop over all elements, in ranges of whole blocks shared among threads."""
     threads = max(min(torch.get_num_threads(), size // SHARE), 1)
-    step = -(-size // (threads * BLOCK)) * BLOCK
-    starts = range(0, size, step or 1)
     if threads == 1:
-        _merge(*arguments, 0, size)
+        loop(*arguments, 0, size)
     else:
-        list(_pool(threads).map(lambda a: _merge(*arguments, a, min(a + step, size)), starts))
+        step = -(-size // (threads * BLOCK)) * BLOCK
+        starts = range(0, size, step)
+        list(_pool(threads).map(lambda a: loop(*arguments, a, min(a + step, size)), starts))
 
 
 @cache
@@ -164,41 +155,33 @@ def _pool(threads: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(threads, thread_name_prefix="kernels")
 
 
-def _pointer(kind: Any) -> Any:
-    """A compiled function that makes an address a pointer to values of this numba type."""
+def _typed(context, address):
+    """A memory address as a pointer to fp32 values."""
 
-    @intrinsic
-    def pointer(context, address):
-        def code(target, builder, signature, arguments):
-            return builder.inttoptr(arguments[0], target.get_value_type(signature.return_type))
+    def code(target, builder, signature, arguments):
+        return builder.inttoptr(arguments[0], target.get_value_type(signature.return_type))
 
-        return types.CPointer(kind)(types.uint64), code
-
-    return pointer
+    return types.CPointer(types.float32)(types.uint64), code
 
 
-_floats, _bytes = _pointer(types.float32), _pointer(types.uint8)
+_pointer: Any = intrinsic(_typed)
 compiled = njit(nogil=True, error_model="numpy", cache=True)
 
 
 @compiled
-def _read(vectors: Any, v: int, size: int, start: int, work: Any) -> Any:
-    """Elements ``start`` onwards of a vector, in ``work`` with zeros for those that are dropped."""
-    addresses, least, masks, scales, _ = vectors
-    values = carray(_floats(addresses[v]), (size,))[start : start + work.size]
-    if masks[v]:
-        mask = carray(_bytes(masks[v]), ((size + BLOCK - 1) // BLOCK * LANES,))[start // 8 :]
-        for first in range(0, work.size, LANES):
-            bit, byte = first // LANES % 8, first // BLOCK * LANES
-            x, y, bits = values[first:], work[first : first + LANES], mask[byte : byte + LANES]
-            for i in range(y.size):
-                y[i] = x[i] * scales[v] if (bits[i] >> bit) & 1 else ZERO
-        return work
-    if least[v] > ZERO:
-        for i in range(work.size):
-            work[i] = values[i] if abs(values[i]) >= least[v] else ZERO
-        return work
-    return values
+def _drop(out: Any, values: Any, least: Any, mask: Any, scale: Any, first: int, last: int) -> None:
+    """Copy elements ``first`` (a multiple of 8) to ``last``, with zeros for those dropped."""
+    if not mask.size:
+        for i in range(first, last):
+            out[i] = values[i] if abs(values[i]) >= least else ZERO
+        return
+    for byte in range(first // 8, last // 8):
+        bits = np.uint32(mask[byte])
+        for b in range(8):
+            kept = (bits >> np.uint32(b)) & np.uint32(1)
+            out[8 * byte + b] = values[8 * byte + b] * scale if kept else ZERO
+    for i in range(max(last // 8 * 8, first), last):
+        out[i] = values[i] * scale if (mask[i // 8] >> (i % 8)) & 1 else ZERO
 
 
 @compiled
@@ -224,19 +207,17 @@ def _add_agreeing(total: Any, mass: Any, sign: Any, x: Any, weight: Any) -> None
 
 
 @compiled
-def _merge(vectors: Any, rule: int, scale: Any, base: Any, out: Any, first: int, last: int) -> None:
-    """Merge elements ``first`` (a multiple of BLOCK) to ``last`` of the base and the vectors.
-
-    ``vectors``: of each vector its address, least magnitude, mask's address (0: none), mask's
-    scale, and weight.
-    """
-    weights, rows = vectors[-1], np.empty((4, CHUNK), np.float32)
-    for start in range(first, last, CHUNK):
-        size = min(CHUNK, last - start)
-        work, total, sign, mass = rows[0, :size], rows[1, :size], rows[2, :size], rows[3, :size]
+def _merge(
+    addresses: Any, weights: Any, rule: int, scale: Any, base: Any, out: Any, first: int, last: int
+) -> None:
+    """Merge elements ``first`` to ``last`` of the base and the vectors at these addresses."""
+    rows = np.empty((3, BLOCK), np.float32)
+    for start in range(first, last, BLOCK):
+        size = min(BLOCK, last - start)
+        total, sign, mass = rows[0, :size], rows[1, :size], rows[2, :size]
         total[:] = NOTHING
         for v in range(weights.size):
-            x = _read(vectors, v, out.size, start, work)
+            x = carray(_pointer(addresses[v]), (out.size,))[start : start + size]
             if rule == COUNT:
                 _add_signs(total, x, weights[v])
             else:
@@ -246,7 +227,7 @@ def _merge(vectors: Any, rule: int, scale: Any, base: Any, out: Any, first: int,
                 sign[i] = ONE if total[i] >= ZERO else -ONE
             total[:], mass[:] = ZERO, ZERO
             for v in range(weights.size):
-                x = _read(vectors, v, out.size, start, work)
+                x = carray(_pointer(addresses[v]), (out.size,))[start : start + size]
                 _add_agreeing(total, mass, sign, x, weights[v])
             for i in range(size):
                 total[i] = (total[i] / (mass[i] if mass[i] > ZERO else ONE)) * sign[i]

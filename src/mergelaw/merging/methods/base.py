@@ -27,7 +27,7 @@ class Masks(NamedTuple):
 
 
 class Method(Model):
-    """A merge rule: theta = theta_0 + rule(sparse(v_1), ..., sparse(v_k)).
+    """A merge rule: theta = theta_0 + rule(kept(v_1), ..., kept(v_k)).
 
     ``thresholds`` and ``masks`` say which values of one expert are dropped, ``rule`` how those of
     several experts become one. All of it is elementwise: the engine may take any slice of any
