@@ -171,17 +171,18 @@ compiled = njit(nogil=True, error_model="numpy", cache=True)
 @compiled
 def _drop(out: Any, values: Any, least: Any, mask: Any, scale: Any, first: int, last: int) -> None:
     """Copy elements ``first`` (a multiple of 8) to ``last``, with zeros for those dropped."""
+    x, y, bytes_ = values[first:last], out[first:last], mask[first // 8 :]
     if not mask.size:
-        for i in range(first, last):
-            out[i] = values[i] if abs(values[i]) >= least else ZERO
+        for i in range(x.size):
+            y[i] = x[i] if abs(x[i]) >= least else ZERO
         return
-    for byte in range(first // 8, last // 8):
-        bits = np.uint32(mask[byte])
+    for byte in range(x.size // 8):  # constant shifts of a byte, which compile to vectors
+        bits = np.uint32(bytes_[byte])
         for b in range(8):
             kept = (bits >> np.uint32(b)) & np.uint32(1)
-            out[8 * byte + b] = values[8 * byte + b] * scale if kept else ZERO
-    for i in range(max(last // 8 * 8, first), last):
-        out[i] = values[i] * scale if (mask[i // 8] >> (i % 8)) & 1 else ZERO
+            y[8 * byte + b] = x[8 * byte + b] * scale if kept else ZERO
+    for i in range(x.size // 8 * 8, x.size):
+        y[i] = x[i] * scale if (bytes_[i // 8] >> (i % 8)) & 1 else ZERO
 
 
 @compiled

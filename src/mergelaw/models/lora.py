@@ -6,7 +6,7 @@ tensors, is refused in one line.
 """
 
 import json
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +17,7 @@ from mergelaw.models.checkpoint import (
     ADAPTER_WEIGHTS,
     Tensors,
     check_vocabulary,
+    open_mapped,
     pickled,
 )
 from mergelaw.models.parameters import parameter_names
@@ -122,15 +123,9 @@ def merge_adapter(base: Tensors, folder: Path, vocabulary: str = "refuse") -> di
 
 
 def read_weights(folder: Path) -> dict[str, "Tensor"]:
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    path = Path(folder) / ADAPTER_WEIGHTS
-    try:
-        return load_file(path)
-    except (SafetensorError, OSError, ValueError) as error:
-        reason = str(error).splitlines()[0]
-        raise MergelawError(f"{path}: corrupt or half-copied ({reason}); copy it again") from None
+    with ExitStack() as stack:
+        file = open_mapped(Path(folder) / ADAPTER_WEIGHTS, stack)
+        return {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
 
 
 def resize(
