@@ -26,7 +26,8 @@ def fine_tune(
     where training diverges.
     """
     from datasets import Dataset
-    from trl import SFTConfig, SFTTrainer
+    from trl.trainer.sft_config import SFTConfig
+    from trl.trainer.sft_trainer import SFTTrainer
 
     tokenizer = causal_lm.load_tokenizer(base)
     documents = trainer.training_documents(corpora)

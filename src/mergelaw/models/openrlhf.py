@@ -46,7 +46,7 @@ os.execvp(sys.argv[2], sys.argv[2:])
 
 
 class Batches(NamedTuple):
-    """How often and in which batches OpenRLHF reads its data file."""
+    """Batches of a training with OpenRLHF, and the data file that they are read from."""
 
     steps: int  # of the optimiser
     rows: int  # of the data file
