@@ -19,7 +19,7 @@ rule pretrain_base:
     params:
         job=bases.job,
     message:
-        "pre-training of base {wildcards.name}"
+        "pre-train base {wildcards.name}"
     shell:
         "mergelaw stage base {params.job:q} --threads {threads} &> {log:q}"
 
@@ -36,6 +36,6 @@ rule fetch_base:
     params:
         job=bases.job,
     message:
-        "base {wildcards.name}"
+        "fetch base {wildcards.name}"
     shell:
         "mergelaw stage base {params.job:q} &> {log:q}"

@@ -1,4 +1,4 @@
-# The study behind the configuration. What it means for rules is in mergelaw.workflow.snakemake.
+# The study of the configuration. What rules take from it is in mergelaw.workflow.snakemake.
 import os
 from pathlib import Path
 
@@ -22,7 +22,7 @@ wildcard_constraints:
     name="[^/@]+",
 
 
-# Seconds of work, or a download: nodes of a cluster may have no network.
+# These take seconds, or download models: nodes of a cluster may have no network.
 localrules:
     all,
     build_corpus,

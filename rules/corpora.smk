@@ -12,7 +12,7 @@ rule build_corpus:
     params:
         job=corpora.job,
     message:
-        "{wildcards.split} documents of {wildcards.name}"
+        "write the {wildcards.split} documents of {wildcards.name}"
     shell:
         "mergelaw stage corpus {params.job:q} &> {log:q}"
 
@@ -31,6 +31,6 @@ rule check_overlap:
     params:
         job=overlap.job,
     message:
-        "{wildcards.name}: no document in two splits"
+        "check {wildcards.name}: no document may be in two splits"
     shell:
         "mergelaw stage check-overlap {params.job:q} &> {log:q}"

@@ -20,7 +20,7 @@ rule evaluate_merges:
         job=evals.job,
         cells=f"{study.results}/cells/{{base}}",
     message:
-        "cross-entropy of {wildcards.method} on {wildcards.base}, shard {wildcards.name}"
+        "evaluate merges by {wildcards.method} on {wildcards.base}, shard {wildcards.name}"
     shell:
         "mergelaw stage evaluate {params.job:q} --threads {threads} --cells {params.cells:q}"
         " &> {log:q}"

@@ -20,7 +20,7 @@ rule train_expert:
     params:
         job=experts.job,
     message:
-        "training of expert {wildcards.name} on {wildcards.base}"
+        "train expert {wildcards.name} on {wildcards.base}"
     shell:
         "mergelaw stage expert {params.job:q} --threads {threads} &> {log:q}"
 
@@ -37,6 +37,6 @@ rule fetch_expert:
     params:
         job=experts.job,
     message:
-        "expert {wildcards.name} on {wildcards.base}"
+        "fetch expert {wildcards.name} on {wildcards.base}"
     shell:
         "mergelaw stage expert {params.job:q} &> {log:q}"

@@ -15,6 +15,6 @@ rule fit_laws:
     params:
         job=laws.job,
     message:
-        "law fits"
+        "fit the laws"
     shell:
         "mergelaw stage fit {params.job:q} &> {log:q}"

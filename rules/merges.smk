@@ -12,7 +12,7 @@ rule sample_design:
     params:
         job=designs.job,
     message:
-        "design of the merges on {wildcards.name}"
+        "choose which subsets are merged on {wildcards.name}"
     shell:
         "mergelaw stage design {params.job:q} &> {log:q}"
 
@@ -32,6 +32,6 @@ rule write_merge:
     params:
         job=merges.job,
     message:
-        "merge {wildcards.name} as a checkpoint"
+        "write merge {wildcards.name} as a checkpoint"
     shell:
         "mergelaw stage merge {params.job:q} &> {log:q}"

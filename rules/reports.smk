@@ -14,6 +14,6 @@ rule write_report:
     params:
         job=reports.job,
     message:
-        "report"
+        "write the report"
     shell:
         "mergelaw stage report {params.job:q} &> {log:q}"

@@ -16,6 +16,6 @@ rule make_task_vector:
     params:
         job=task_vectors.job,
     message:
-        "task vector {wildcards.name} on {wildcards.base}"
+        "subtract base {wildcards.base} from expert {wildcards.name}"
     shell:
         "mergelaw stage task-vector {params.job:q} &> {log:q}"
