@@ -150,3 +150,23 @@ def test_every_question_is_in_the_docs():
     asked = {words[1] if words[0] == "plan" else words[0] for words in QUESTIONS.values()}
     plan = get_command(app).commands["plan"]
     assert asked == {"forecast", *plan.commands}
+
+
+def public_commands(group=None, path=()) -> list[tuple[str, ...]]:
+    """Every command that is not hidden, as words."""
+    found = []
+    for name, command in (group or get_command(app)).commands.items():
+        if not command.hidden:
+            below = hasattr(command, "commands")
+            found += public_commands(command, (*path, name)) if below else [(*path, name)]
+    return found
+
+
+@pytest.mark.parametrize("words", public_commands(), ids=" ".join)
+def test_the_help_of_every_command_has_an_example_of_it(words):
+    text = CliRunner().invoke(app, [*words, "--help"], env={"COLUMNS": "200"}).output
+    (example,) = re.findall(r"^ Example: mergelaw (.*?)\s*$", text, re.MULTILINE)
+    given = shlex.split(example.partition(" > ")[0])
+    assert tuple(given[: len(words)]) == words
+    result = CliRunner().invoke(app, [*given, "--help"])
+    assert result.exit_code == 0, result.output

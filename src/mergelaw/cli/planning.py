@@ -40,15 +40,22 @@ class Asked:
     study: Annotated[
         Path | None,
         typer.Argument(
+            metavar="STUDY",
             help="a study's configuration, a folder of laws or a table of points; default: "
             "config/config.yaml",
         ),
     ] = None
     base: Annotated[str | None, typer.Option(help="a measured base, by its name")] = None
-    N: Annotated[float | None, typer.Option("--N", help="instead: a size in billions")] = None
-    method: Annotated[str | None, typer.Option(help="merge method, if several")] = None
+    N: Annotated[
+        float | None, typer.Option("--N", help="a size in billions, instead of a base")
+    ] = None
+    method: Annotated[
+        str | None, typer.Option(help="merge method; required if there are several")
+    ] = None
     domain: Annotated[str | None, typer.Option(help="evaluation domain; default: macro")] = None
-    family: Annotated[str | None, typer.Option(help="family of bases, if several")] = None
+    family: Annotated[
+        str | None, typer.Option(help="family of bases; required if there are several")
+    ] = None
     level: Annotated[float, typer.Option(help="level of the intervals")] = 0.9
     as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False
     warnings: Annotated[list[str], "of the command itself"] = field(default_factory=list)
@@ -126,9 +133,12 @@ def forecast(
             "elsewhere"
         ),
     ] = None,
-    k: Annotated[str | None, typer.Option("--k", help="numbers of experts: 6,9; else all")] = None,
+    k: Annotated[
+        str | None, typer.Option("--k", help="numbers of experts, as in 6,9; default: all")
+    ] = None,
     misfit: Annotated[
-        float | None, typer.Option(help="standard deviation of what the law misses, in nats")
+        float | None,
+        typer.Option(help="misfit in nats: standard deviation of what the law misses at a point"),
     ] = None,
 ) -> "Answer":
     """Forecast losses from few points, and score the forecast where the rest was measured.
@@ -155,7 +165,7 @@ def forecast(
 @plan_app.command("loss")
 @question
 def loss(asked: Asked, k: K) -> "Answer":
-    """Expect a loss of k experts on a base.
+    """Say which loss to expect of k experts on a base.
 
     Example: mergelaw plan loss --method average --N 0.001 --k 9
     """
@@ -170,7 +180,7 @@ def experts(
     asked: Asked,
     target: Annotated[float, typer.Option(help="loss to reach, in nats per token")],
 ) -> "Answer":
-    """Count the experts that reach a target loss.
+    """Say how many experts reach a target loss.
 
     Example: mergelaw plan experts --method average --base 333k --target 0.978
     """
@@ -183,9 +193,11 @@ def experts(
 @question
 def stop(
     asked: Asked,
-    threshold: Annotated[float, typer.Option(help="a gain that is just worth it, in nats")],
+    threshold: Annotated[
+        float, typer.Option(help="smallest gain that is worth one more expert, in nats")
+    ],
 ) -> "Answer":
-    """Find the number of experts from which on one more gains too little.
+    """Say at how many experts to stop, because one more gains too little.
 
     Example: mergelaw plan stop --method average --base 333k --threshold 0.002
     """
@@ -204,13 +216,15 @@ def budget(
         typer.Option("--budget", help="what may be spent; default: compare gains per cost"),
     ] = None,
     costs: CostsFile = None,
-    have: Annotated[int | None, typer.Option(help="experts trained at this size; else k")] = None,
-    serve: Annotated[float, typer.Option(help="million tokens to be served")] = 0,
+    have: Annotated[
+        int | None, typer.Option(help="experts trained at this size; default: k")
+    ] = None,
+    serve: Annotated[float, typer.Option(help="tokens that will be served, in millions")] = 0,
     larger: Annotated[
         list[float] | None, typer.Option(help="a larger size to consider, in billions; repeatable")
     ] = None,
 ) -> "Answer":
-    """Compare a larger base with more experts as the next thing to pay for.
+    """Say whether the next unit of budget goes to a larger base or to more experts.
 
     Example: mergelaw plan budget --method average --base 161k --k 4 --budget 60
     """
@@ -224,9 +238,11 @@ def budget(
 @partial(question, without=("method",))
 def rule(
     asked: Asked,
-    k: Annotated[int | None, typer.Option("--k", help="number of experts; else every")] = None,
+    k: Annotated[
+        int | None, typer.Option("--k", help="number of experts; default: compare at every k")
+    ] = None,
 ) -> "Answer":
-    """Compare merge methods at one size and k, or over all of them.
+    """Say which merge method is best at one size and k, or at each of them.
 
     Example: mergelaw plan rule --base 333k --k 5
     """
@@ -241,10 +257,12 @@ def rule(
 def measure(
     asked: Asked,
     k: K,
-    share: Annotated[float, typer.Option(help="share of the interval's width to get to")] = 0.5,
+    share: Annotated[
+        float, typer.Option(help="width to reach, as a share of the interval's width now")
+    ] = 0.5,
     costs: CostsFile = None,
 ) -> "Answer":
-    """List the measurements that narrow a forecast's interval most.
+    """Say which measurements narrow a forecast's interval most.
 
     Example: mergelaw plan measure --method average --N 0.001 --k 9
     """

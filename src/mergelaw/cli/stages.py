@@ -16,7 +16,7 @@ stages = typer.Typer(help="Stages of the workflow, run by Snakemake's rules.", n
 
 JobFile = Annotated[Path, typer.Argument(help="the job, a JSON file that the workflow writes")]
 Threads = Annotated[int, typer.Option(min=1, help="processor threads")]
-SaveEvery = Annotated[float, typer.Option(help="seconds between states to resume from")]
+SaveEvery = Annotated[float, typer.Option(help="seconds between saved states")]
 
 
 def run(job: Job, work: store.Work) -> None:
@@ -45,7 +45,7 @@ def corpus(file: JobFile) -> None:
 
 @stages.command("check-overlap")
 def check_overlap(file: JobFile) -> None:
-    """Check that documents of one split are in no other one, whatever the domain."""
+    """Check that no document is in two splits, whatever the domains."""
     from mergelaw.data import documents
 
     job = read_job(file, "overlap")
@@ -74,7 +74,7 @@ def model(job: Job, train: store.Work, threads: int) -> None:
 
 @stages.command()
 def base(file: JobFile, threads: Threads = 1, save_every: SaveEvery = 600) -> None:
-    """Pre-train a base, or link a ready-made one."""
+    """Pre-train a base, or link a ready-made one to its folder."""
     job = read_job(file, "base")
 
     def train(folder: Path, state: Path) -> dict[str, Any]:
@@ -89,7 +89,7 @@ def base(file: JobFile, threads: Threads = 1, save_every: SaveEvery = 600) -> No
 
 @stages.command()
 def expert(file: JobFile, threads: Threads = 1, save_every: SaveEvery = 600) -> None:
-    """Train an expert, or link a ready-made one."""
+    """Train an expert, or link a ready-made one to its folder."""
     job = read_job(file, "expert")
 
     def train(folder: Path, state: Path) -> dict[str, Any]:

@@ -55,7 +55,7 @@ def demo(
         "mergelaw-demo"
     ),
 ) -> None:
-    """Lay the workflow out in a folder and run the demo there; run again, it goes on.
+    """Lay the workflow out in a folder and run the demo there. The same command resumes it.
 
     Example: mergelaw demo study
     """
@@ -70,12 +70,14 @@ def demo(
 
 def estimate(
     file: StudyFile = DEFAULT,
-    rates: Annotated[Path | None, typer.Option(help="rates of the cluster, YAML")] = None,
+    rates: Annotated[
+        Path | None, typer.Option(help="YAML file of rates, as `mergelaw rates` prints them")
+    ] = None,
     profile: Annotated[
-        Path | None, typer.Option(help="Snakemake profile whose nodes the jobs are to run on")
+        Path | None, typer.Option(help="Snakemake profile that describes the cluster's nodes")
     ] = None,
 ) -> None:
-    """Estimate what is left of a study: GPU hours, tokens, bytes, and what its jobs ask for.
+    """Estimate what is left of a study: GPU hours, tokens, bytes, and each kind of job's request.
 
     Example: mergelaw estimate ours.yaml --profile profiles/slurm
     """
@@ -88,7 +90,7 @@ def estimate(
 
 
 def rates(file: StudyFile = DEFAULT) -> None:
-    """Print the rates that a study's results show, for `estimate --rates`.
+    """Print how fast a study's jobs were, as a file for `estimate --rates`.
 
     Example: mergelaw rates config/config.yaml > rates.yaml
     """
@@ -125,16 +127,17 @@ def show_lineage(
     path: Annotated[
         Path,
         typer.Argument(
-            metavar="STUDY|PATH", help="a configuration, an artifact, a file in one, or results"
+            metavar="STUDY|PATH",
+            help="a configuration, an artifact or a file in it; --verify: also a results folder",
         ),
     ] = DEFAULT,
-    verify: Annotated[bool, typer.Option("--verify", help="compare every file's digest")] = False,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="compare every file with its digest")
+    ] = False,
 ) -> None:
-    """Print where an artifact comes from, back to the sources; a study's is its report.
+    """Print where an artifact comes from, back to the sources. A study stands for its report.
 
-    Example: mergelaw lineage config/config.yaml --verify
-
-    With --verify a whole results folder can be given: every artifact in it is checked.
+    Example: mergelaw lineage results --verify
     """
     from mergelaw.artifacts.run_lock import MARK, check_layout
 
@@ -167,7 +170,7 @@ def collect_garbage(
     ],
     delete: Annotated[bool, typer.Option("--delete", help="remove what is listed")] = False,
 ) -> None:
-    """List what none of the given studies refers to; with --delete, remove it.
+    """List what none of the named studies needs. Measured cells are always kept.
 
     Example: mergelaw gc ours.yaml theirs.yaml
     """
@@ -185,15 +188,22 @@ def collect_garbage(
 
 
 def merge(
-    output: Annotated[Path, typer.Option(help="folder of the checkpoint, a new one")],
-    experts: Annotated[list[str], typer.Option("--expert", help="an expert, one or more")],
+    output: Annotated[Path, typer.Option(help="folder of the checkpoint; must be new")],
+    experts: Annotated[
+        list[str], typer.Option("--expert", help="an expert of the study; repeatable")
+    ],
     method: Annotated[str, typer.Option(help="one of the study's methods")],
     file: StudyFile = DEFAULT,
-    base: Annotated[str | None, typer.Option(help="a base, if the study has several")] = None,
-    weights: Annotated[
-        list[float] | None, typer.Option("--weight", help="one for each expert; else equal")
+    base: Annotated[
+        str | None, typer.Option(help="a base of the study; required if it has several")
     ] = None,
-    seed: Annotated[int | None, typer.Option(help="training seed; else the study's first")] = None,
+    weights: Annotated[
+        list[float] | None,
+        typer.Option("--weight", help="one for each expert; default: equal weights"),
+    ] = None,
+    seed: Annotated[
+        int | None, typer.Option(help="training seed; default: the study's first")
+    ] = None,
 ) -> None:
     """Write a merge of a study's experts as a Hugging Face checkpoint.
 
@@ -228,10 +238,16 @@ def merge(
 
 
 def fit(
-    points: Annotated[Path, typer.Option(help="a table of points, CSV or Parquet")],
-    output: Annotated[Path | None, typer.Option(help="folder for the fits, a new one")] = None,
+    points: Annotated[
+        Path,
+        typer.Option(
+            help="CSV or Parquet file with the columns N, k and loss, and any of se, M, domain, "
+            "method, family and base"
+        ),
+    ],
+    output: Annotated[Path | None, typer.Option(help="folder for the fits; must be new")] = None,
 ) -> None:
-    """Fit the laws to a table of points: columns N, k, loss, and if wanted se, M, method, ...
+    """Fit the laws to a table of points that were measured elsewhere.
 
     Example: mergelaw fit --points points.csv --output laws
     """
