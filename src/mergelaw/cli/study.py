@@ -128,7 +128,7 @@ def show_lineage(
         Path,
         typer.Argument(
             metavar="STUDY|PATH",
-            help="a configuration, an artifact or a file in it; --verify: also a results folder",
+            help="a configuration, an artifact, a file in one, or a results folder",
         ),
     ] = DEFAULT,
     verify: Annotated[
