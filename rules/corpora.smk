@@ -33,4 +33,4 @@ rule check_overlap:
     message:
         "check {wildcards.name}: no document may be in two splits"
     shell:
-        "mergelaw stage check-overlap {params.job:q} &> {log:q}"
+        "mergelaw stage overlap {params.job:q} &> {log:q}"

@@ -18,9 +18,7 @@ rule evaluate_merges:
         **evals.resources,
     params:
         job=evals.job,
-        cells=f"{study.results}/cells/{{base}}",
     message:
         "evaluate merges by {wildcards.method} on {wildcards.base}, shard {wildcards.name}"
     shell:
-        "mergelaw stage evaluate {params.job:q} --threads {threads} --cells {params.cells:q}"
-        " &> {log:q}"
+        "mergelaw stage evaluate {params.job:q} --threads {threads} &> {log:q}"

@@ -6,7 +6,7 @@ under them. The file lies beside the job's log.
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,28 +24,31 @@ class Job:
         stage, key, recipe, sources, rows: as in ``Artifact``.
         output: folder of the artifact to be made.
         inputs: folders of the inputs by role: one, or several by name.
+        threads, save_every: processor threads, and seconds between saved states of a training.
     """
 
     stage: str
     output: Path
     recipe: dict[str, Any]
     key: str | None = None
-    sources: dict[str, Any] | None = None
-    inputs: dict[str, Any] | None = None
+    sources: dict[str, Any] = field(default_factory=dict)
+    inputs: dict[str, Any] = field(default_factory=dict)
     rows: Sequence[Row] = ()
+    threads: int = 1
+    save_every: float = 600
 
     def one(self, role: str) -> Path:
         """The input of a role that has one."""
-        return Path((self.inputs or {})[role])
+        return Path(self.inputs[role])
 
     def all(self, role: str) -> dict[str, Path]:
         """The inputs of a role by name; none if the job has none."""
-        return {name: Path(path) for name, path in (self.inputs or {}).get(role, {}).items()}
+        return {name: Path(path) for name, path in self.inputs.get(role, {}).items()}
 
     def make(self, work: store.Work) -> bool:
         """Make the artifact, as ``artifacts.store.make`` does."""
         inputs = {}
-        for role, value in (self.inputs or {}).items():
+        for role, value in self.inputs.items():
             if isinstance(value, str):
                 inputs[role] = Path(value)
             else:
@@ -86,11 +89,12 @@ def write_job(results: Path, artifact: Artifact) -> None:
     )
 
 
-def read_job(path: Path, stage: str) -> Job:
+def read_job(path: Path, stage: str, threads: int = 1, save_every: float = 600) -> Job:
     """The job in a file. Raises MergelawError if it is none of this stage."""
     try:
         entry = json.loads(path.read_text(encoding="utf-8"))
-        job = Job(**entry | {"output": Path(entry["output"])})
+        run = {"output": Path(entry["output"]), "threads": threads, "save_every": save_every}
+        job = Job(**entry | run)
     except OSError as error:
         raise MergelawError(f"{path}: cannot be read ({error.strerror}); rerun snakemake") from None
     except (ValueError, KeyError, TypeError):

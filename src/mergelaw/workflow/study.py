@@ -242,6 +242,7 @@ class Study:
             method=method,
             seed=seed,
             shard=shard,
+            sources={"cells": str(self.results / "cells" / base)},
             inputs={
                 "base": self.bases[base],
                 "task_vectors": {name: self.task_vectors[base, name, seed] for name in members},
