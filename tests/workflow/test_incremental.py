@@ -215,7 +215,7 @@ def without(*rules: str) -> dict[str, int]:
 @pytest.mark.parametrize(
     ("stage", "jobs"),
     [
-        ("corpus", ALL | {"pretrain_base": 1}),
+        ("corpus", without("fetch_base")),
         ("overlap", {"check_overlap": 1}),
         ("base", without("build_corpus", "check_overlap")),
         ("expert", without("build_corpus", "check_overlap", "pretrain_base", "fetch_base")),
