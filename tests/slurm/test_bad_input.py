@@ -26,16 +26,15 @@ from mergelaw.workflow.resources import Hardware
 def test_what_the_profile_names_and_slurm_has_not(profile, line):
     hardware = Hardware(**{"gpus_per_node": 4} | profile)
     with pytest.raises(MergelawError, match=r"^profile: ") as caught:
-        slurm.check(hardware, "sacct", gpu_jobs=True)
+        slurm.check(hardware, gpu_jobs=True)
     assert line in str(caught.value)
 
 
 def test_what_slurm_has_is_accepted():
-    slurm.check(
-        Hardware(gpus_per_node=4, slurm_account="research", gpu_partition="gpus"), "sacct", True
-    )
-    slurm.check(Hardware(gpus_per_node=8, slurm_partition="bare"), "sacct", gpu_jobs=False)
-    slurm.check(Hardware(gpus_per_node=0, slurm_partition="bare"), "squeue", gpu_jobs=True)
+    whole = Hardware(gpus_per_node=4, slurm_account="research", gpu_partition="gpus")
+    slurm.check(whole, gpu_jobs=True)
+    slurm.check(Hardware(gpus_per_node=8, slurm_partition="bare"), gpu_jobs=False)
+    slurm.check(Hardware(gpus_per_node=0, slurm_partition="bare"), gpu_jobs=True)
 
 
 @pytest.fixture

@@ -103,7 +103,7 @@ def test_what_is_left_costs_and_what_is_there_does_not(tmp_path):
         whole["hours"] - sum(before.stages[s]["hours"] for s in ("corpus", "overlap", "base"))
     )
     assert after.chain[0][0].startswith("experts/")
-    assert f"{len(first)} of {whole['jobs']} results are there already" in estimate.text(
+    assert f"{len(first)} of {whole['jobs']:.0f} results are there already" in estimate.text(
         after, Rates()
     )
 

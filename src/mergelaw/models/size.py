@@ -1,8 +1,7 @@
 """Size of a model: parameters, FLOPs and activations, from its configuration, without torch.
 
-Costs have to be known before a model is loaded or even fetched. Decoders of the usual kind
-(grouped-query attention, a gated MLP, RMS norms, or GPT-2's older form) are counted exactly; others
-as a Llama of their dimensions.
+Decoders of the usual kind (grouped-query attention, a gated MLP, RMS norms, or GPT-2's older form)
+are counted exactly; others as a Llama of their dimensions.
 """
 
 from collections.abc import Mapping
@@ -14,7 +13,7 @@ QKV_BIAS = {"qwen2"}  # always, whatever the configuration says
 HEAD_NORMS = {"qwen3", "gemma3_text"}  # queries and keys are normalised head by head
 WIDE_NORMS = {"olmo2"}  # queries and keys are normalised over all heads
 FOUR_NORMS = {"gemma2", "gemma3_text"}  # a block has four norms instead of two
-UNGATED = {"gpt2", "gpt_neox"}
+OLDER = {"gpt2", "gpt_neox"}  # the MLP has no gate; all matrices and norms have biases
 
 
 @dataclass(frozen=True)
@@ -52,11 +51,10 @@ class Size:
     def activations(self, tokens: int, dtype: str, checkpointing: bool = False) -> float:
         """Bytes that autograd keeps of a forward pass over ``tokens`` tokens, logits included.
 
-        Counted from what transformers' decoders save in a layer (norms, rotated queries and keys,
-        the gated MLP, attention's inputs and output): in float32 4 bytes x 6 hidden, 4 query,
-        4 key-value and 4 intermediate widths. In bfloat16 (mixed precision) residual stream and
-        norms stay fp32. Logits take 4 x 4 bytes: widened, log-softmax, gradients. Checkpointing
-        keeps the residual stream of each layer, and one whole layer.
+        Counted from what transformers' decoders save in a layer: in float32 4 bytes x 6 hidden,
+        4 query, 4 key-value and 4 intermediate widths. In bfloat16 (mixed precision) residual
+        stream and norms stay fp32. Logits take 4 x 4 bytes: widened, log-softmax, gradients.
+        Checkpointing keeps the residual stream of each layer, and one whole layer.
         """
         heads = self.query + self.key_value
         layer = 24 * self.hidden + 16 * heads + 16 * self.intermediate
@@ -71,40 +69,34 @@ def size_of_architecture(config: Mapping[str, Any]) -> Size | None:
     """Size of a transformers configuration (a ``config.json``); None if it gives no widths."""
     kind = config.get("model_type")
 
-    def get(*names: str) -> int | None:
-        return next((int(config[name]) for name in names if config.get(name)), None)
+    def get(*names: str) -> int:
+        return next((int(config[name]) for name in names if config.get(name)), 0)
 
     hidden, layers = get("hidden_size", "n_embd"), get("num_hidden_layers", "n_layer")
     heads, vocab = get("num_attention_heads", "n_head"), get("vocab_size")
-    if hidden is None or layers is None or heads is None or vocab is None:
+    if not (hidden and layers and heads and vocab):
         return None
-    gated = kind not in UNGATED
-    intermediate = get("intermediate_size", "n_inner") or (None if gated else 4 * hidden)
-    if intermediate is None:
-        return None
+    older = kind in OLDER
+    intermediate = get("intermediate_size", "n_inner") or 4 * hidden
     width = get("head_dim") or hidden // heads
     query, key_value = heads * width, (get("num_key_value_heads") or heads) * width
-    attention = 2 * hidden * query + 2 * hidden * key_value
-    mlp = (3 if gated else 2) * hidden * intermediate
-    if gated:
-        norm = hidden
-        if kind in QKV_BIAS:
-            attention += query + 2 * key_value
-        elif config.get("attention_bias"):
-            attention += query + 2 * key_value + hidden
-        if config.get("mlp_bias"):
-            mlp += 2 * intermediate + hidden
-    else:  # biases everywhere, also in the norms
-        norm = 2 * hidden
-        attention += query + 2 * key_value + hidden
-        mlp += intermediate + hidden
+    heads_out = query + 2 * key_value
+    attention = hidden * (heads_out + query)
+    if kind in QKV_BIAS:
+        attention += heads_out
+    elif older or config.get("attention_bias"):
+        attention += heads_out + hidden
+    matrices = 2 if older else 3
+    mlp = matrices * hidden * intermediate
+    if older or config.get("mlp_bias"):
+        mlp += (matrices - 1) * intermediate + hidden
     if kind in HEAD_NORMS:
         attention += 2 * width
     elif kind in WIDE_NORMS:
         attention += query + key_value
+    norm = 2 * hidden if older else hidden
     norms = (4 if kind in FOUR_NORMS else 2) * norm
-    tied = config.get("tie_word_embeddings")
-    tied = kind in TIED if tied is None else tied
+    tied = config.get("tie_word_embeddings", kind in TIED)
     embedding = vocab * hidden * (1 if tied else 2)
     if kind == "gpt2":
         embedding += (get("n_positions", "max_position_embeddings") or 1024) * hidden
@@ -129,10 +121,9 @@ def count_parameters(model: Any) -> dict[str, int]:
     """Parameters of a loaded model: all of them, and without embeddings and an untied head."""
     from torch import nn
 
-    total = sum(parameter.numel() for parameter in model.parameters())
-    embeddings = {module.weight for module in model.modules() if isinstance(module, nn.Embedding)}
-    head = model.get_output_embeddings()
-    if head is not None:
-        embeddings.add(head.weight)
-    embedding = sum(weight.numel() for weight in embeddings)
+    layers = [module for module in model.modules() if isinstance(module, nn.Embedding)]
+    if (head := model.get_output_embeddings()) is not None:
+        layers.append(head)
+    embedding = sum(weight.numel() for weight in {layer.weight for layer in layers})
+    total = model.num_parameters()
     return {"parameters": total, "non_embedding": total - embedding}

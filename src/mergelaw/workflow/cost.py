@@ -7,7 +7,9 @@ it. Nothing here imports torch, because every job of the workflow evaluates it.
 import math
 from dataclasses import dataclass, replace
 
+from mergelaw.evaluation.cross_entropy import LOGITS
 from mergelaw.evaluation.recipe import Evaluation
+from mergelaw.merging.engine import GPU_SLICE
 from mergelaw.models.checkpoint import ADAPTER_CONFIG
 from mergelaw.models.recipe import OpenRLHF, Optimisation, Pretraining, Training
 from mergelaw.models.size import Size
@@ -16,8 +18,6 @@ from mergelaw.workflow.study import Study
 
 WIDTH = {"float32": 4, "bfloat16": 2}  # bytes
 PROCESS = 3e9  # bytes of host memory: Python, torch, transformers, a cluster job's two Snakemakes
-SLICE = 1 << 24  # elements merged at a time on a GPU
-LOGITS = 1 << 26  # logits widened to fp32 at a time in an evaluation
 BUCKET = 500_000_000  # gradients that ZeRO reduces at a time
 STATES = 10  # training states that OpenRLHF saves in a training
 TEXT = 4  # bytes of a token's text
@@ -30,7 +30,7 @@ class Work:
 
     what: str  # names the job in messages
     tokens: float = 0
-    flops: float | None = 0  # None: unknown before documents are counted or files are fetched
+    flops: float = 0
     dtype: str = "bfloat16"
     moved: float = 0  # read from storage, or written to it
     streamed: float = 0  # read besides, unless the task vectors stay in GPU memory ...
@@ -46,21 +46,16 @@ class Work:
 
 @dataclass(frozen=True)
 class Documents:
-    """What is assumed of documents before they are counted and tokenised."""
+    """Assumptions about documents before they are counted and tokenised."""
 
-    train: int | None = None  # where a domain leaves their number open; None: unknown
-    tokens: float | None = None  # in a document; None: unknown
+    train: float = math.inf  # where a domain leaves their number open; infinite: unknown
+    tokens: float = math.inf  # in a document; infinite: as many as it may have
 
-    def count(self, artifact: Artifact) -> float | None:
-        """Documents in an artifact's corpora, or in a corpus; None if unknown."""
+    def count(self, artifact: Artifact) -> float:
+        """Documents in an artifact's corpora, or in a corpus."""
         corpora = [artifact] if artifact.stage == "corpus" else artifact.of_role("corpora")
         counts = [corpus.sources["recipe"][f"{corpus.split}_documents"] for corpus in corpora]
-        known = [count for n in counts if (count := self.train if n is None else n) is not None]
-        return sum(known) if len(known) == len(counts) else None
-
-    def length(self, longest: float) -> float:
-        """Tokens of a document that is cut at ``longest``; if unknown, all of these."""
-        return longest if self.tokens is None else min(longest, self.tokens)
+        return sum(self.train if count is None else count for count in counts)
 
 
 UNKNOWN = Documents()
@@ -72,44 +67,38 @@ def work_of(study: Study, artifact: Artifact, documents: Documents = UNKNOWN) ->
     Raises MergelawError if the base's size cannot be known yet.
     """
     if artifact.stage == "corpus":
-        tokens = (documents.count(artifact) or 0) * (documents.tokens or 0)
+        tokens = documents.count(artifact) * documents.tokens
         return Work(artifact.folder, tokens=tokens, kept=TEXT * tokens)
     if artifact.base is None or artifact.stage == "design":
         return Work(artifact.folder)
     size, name = study.size(artifact.base), f"bases.{artifact.base}"
-    pretrained = study.bases[artifact.base].trains
-    stored = WIDTH["float32" if pretrained else "bfloat16"] * size.total
+    stored = WIDTH["float32" if study.bases[artifact.base].trains else "bfloat16"] * size.total
     derived = study.config.storage == "derived"
     vector = stored if derived else 4 * size.total
-    members = len(artifact.names("task_vectors"))
-    match artifact.stage:
-        case "task_vector":
-            return subtraction(artifact, size, stored, derived)
-        case "merge":
-            moved = 2 * stored + members * vector
-            return Work(f"{name}: writing a merge", moved=moved, kept=stored, host=tensorwise(size))
-        case "evaluate":
-            return evaluation(artifact, size, stored, vector, documents)
+    if artifact.stage == "task_vector":
+        return subtraction(artifact, size, stored, derived)
+    if artifact.stage == "merge":
+        moved = 2 * stored + len(artifact.names("task_vectors")) * vector
+        host = PROCESS + 24 * size.largest
+        return Work(f"{name}: writing a merge", moved=moved, kept=stored, host=host)
+    if artifact.stage == "evaluate":
+        return evaluation(artifact, size, stored, vector, documents)
     if artifact.trains:
         return training(artifact, size, stored, documents)
-    return Work(f"{name}: fetching a model", flops=None, moved=stored, kept=stored)
-
-
-def tensorwise(size: Size) -> float:
-    """Host memory of a job that works on one tensor at a time, as stored and in fp32."""
-    return PROCESS + 24 * size.largest
+    return Work(f"{name}: fetching a model", moved=stored, kept=stored)
 
 
 def subtraction(artifact: Artifact, size: Size, stored: float, derived: bool) -> Work:
-    """Cost of a task vector. An adapter's is always kept, and its job holds the base in fp32.
+    """Cost of a task vector: one tensor at a time, as stored and in fp32.
 
-    A hub id may be an adapter: its job asks for as much memory.
+    An adapter's is always kept, and its job holds the base in fp32. A hub id may be an adapter: its
+    job asks for as much memory.
     """
     checkpoint = artifact.of_role("expert")[0].recipe.get("checkpoint", {})
     adapter = ADAPTER_CONFIG in checkpoint.get("files", {})
     loaded = 4 * size.total if adapter or "hub" in checkpoint else 0
     kept = 0 if derived and not adapter else 4 * size.total
-    host = tensorwise(size) + loaded
+    host = PROCESS + 24 * size.largest + loaded
     what = f"bases.{artifact.base}: a task vector"
     return Work(what, moved=2 * stored + kept, kept=kept, host=host)
 
@@ -119,10 +108,7 @@ def training(artifact: Artifact, size: Size, stored: float, documents: Documents
 
     bfloat16 weights and gradients are 2 + 2 bytes a parameter, AdamW's fp32 weights and moments 12;
     in fp32 weights, gradients and moments are 16 as well. Mixed precision by transformers' Trainer
-    or TRL keeps a bfloat16 copy of the weights besides. OpenRLHF trains on several GPUs of a node,
-    by DeepSpeed's ZeRO: they share the 12 from stage 1 on, the gradients from 2, the weights from 3
-    (Rajbhandari et al. 2020, section 3). Offloaded optimiser states are in host memory. With LoRA
-    only the adapter's parameters have gradients and optimiser states.
+    or TRL keeps a bfloat16 copy of the weights besides.
     """
     tuning = artifact.recipe.get("training")
     recipe: Optimisation = (
@@ -130,26 +116,24 @@ def training(artifact: Artifact, size: Size, stored: float, documents: Documents
         if tuning
         else Pretraining.model_validate(artifact.recipe["pretraining"])
     )
-    checkpointing = isinstance(recipe, Training) and recipe.gradient_checkpointing
-    length, count = documents.length(recipe.max_tokens), documents.count(artifact)
-    tokens: float | None = None
+    checkpointing = getattr(recipe, "gradient_checkpointing", False)
+    length = min(recipe.max_tokens, documents.tokens)
     if recipe.steps is not None:
-        full = not isinstance(recipe, Training) or recipe.packing
+        full = getattr(recipe, "packing", True)  # as a pre-training's sequences always are
         tokens = recipe.steps * recipe.batch_size * (recipe.max_tokens if full else length)
-    elif recipe.epochs is not None and count is not None:
-        tokens = recipe.epochs * count * length
-    passes = 4 if checkpointing else 3
+    else:
+        tokens = (recipe.epochs or 0) * documents.count(artifact) * length
     work = Work(
         f"bases.{artifact.base}: {'training an expert' if tuning else 'pre-training'}",
-        tokens=tokens or 0,
-        flops=None if tokens is None else passes * size.forward_flops(tokens, length),
+        tokens=tokens,
+        flops=(4 if checkpointing else 3) * size.forward_flops(tokens, length),
         dtype=recipe.dtype,
         moved=2 * stored,
         kept=stored,
         host=PROCESS + 4 * size.total,
     )
     if isinstance(recipe, Training) and recipe.trainer == "openrlhf":
-        return sharded(work, size, recipe, recipe.openrlhf or OpenRLHF())
+        return sharded(work, size, recipe)
     batch = (recipe.micro_batch_size or recipe.batch_size) * recipe.max_tokens
     copy = WIDTH["bfloat16"] if recipe.dtype == "bfloat16" else 0
     each = (16 + copy) * size.total + size.activations(batch, recipe.dtype, checkpointing)
@@ -157,15 +141,20 @@ def training(artifact: Artifact, size: Size, stored: float, documents: Documents
     return replace(work, counts=(1,), each=each, remedy=f"{remedy} (several GPUs)")
 
 
-def sharded(work: Work, size: Size, recipe: Training, options: OpenRLHF) -> Work:
-    """The same training by OpenRLHF; see :func:`training`."""
-    trained, ring, micro = size.total, options.ring_attn_size, recipe.micro_batch_size or 1
+def sharded(work: Work, size: Size, recipe: Training) -> Work:
+    """The same training by OpenRLHF, on several GPUs of a node by DeepSpeed's ZeRO.
+
+    GPUs share the optimiser's 12 bytes a parameter from stage 1 on, the gradients from 2, the
+    weights from 3 (Rajbhandari et al. 2020, section 3). Offloaded optimiser states are in host
+    memory. With LoRA only the adapter's parameters have gradients and optimiser states.
+    """
+    options, micro = recipe.openrlhf or OpenRLHF(), recipe.micro_batch_size or 1
+    trained, ring, offload = size.total, options.ring_attn_size, options.adam_offload
     if options.lora:
         ends = 2 * (size.hidden + size.query) + 2 * (size.hidden + size.key_value)
         trained = options.lora.rank * size.layers * (ends + 3 * (size.hidden + size.intermediate))
-    offload = options.adam_offload
-    parts = {1: 0 if offload else 12 * trained, 2: 2 * trained, 3: 2 * size.total}
-    shared = sum(part for stage, part in parts.items() if stage <= options.zero_stage)
+    parts = [0 if offload else 12 * trained, 2 * trained, 2 * size.total]
+    shared = sum(parts[: options.zero_stage])
     # ZeRO gathers two layers at a time, and reduces gradients in buckets.
     layers = 2 * size.non_embedding / size.layers
     gathered = 2 * (layers + size.vocab * size.hidden) + 4 * min(trained, BUCKET)
@@ -178,7 +167,7 @@ def sharded(work: Work, size: Size, recipe: Training, options: OpenRLHF) -> Work
         host=PROCESS + 2 * size.total + 14 * trained if offload else work.host,
         counts=tuple(cuts),
         shared=shared,
-        each=sum(parts.values()) - shared + gathered + activations,
+        each=sum(parts) - shared + gathered + activations,
         parallel=True,
         remedy="set openrlhf.zero_stage, adam_offload or lora, gradient_checkpointing: true, or a "
         "smaller micro_batch_size",
@@ -196,13 +185,12 @@ def evaluation(
     """
     recipe = Evaluation.model_validate(artifact.recipe["evaluation"])
     members, merges = len(artifact.names("task_vectors")), len(artifact.rows)
-    longest, width = recipe.max_tokens, WIDTH[recipe.dtype]
-    length = longest / 2 if documents.tokens is None else documents.length(longest)
-    count = documents.count(artifact) or 0
+    longest, width, count = recipe.max_tokens, WIDTH[recipe.dtype], documents.count(artifact)
+    length = longest / 2 if documents.tokens == math.inf else min(longest, documents.tokens)
     tokens = merges * count * length
     widest = 4 * size.hidden + 4 * size.intermediate + size.vocab
     working = width * max(recipe.batch_tokens, longest) * widest
-    working += 12 * LOGITS + 4 * SLICE * (members + 4)
+    working += 12 * LOGITS + 4 * GPU_SLICE * (members + 4)
     return Work(
         f"bases.{artifact.base}: evaluating a merge",
         tokens=tokens,

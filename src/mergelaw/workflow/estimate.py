@@ -19,7 +19,7 @@ from mergelaw.errors import MergelawError, nearest
 from mergelaw.workflow.artifact import Artifact
 from mergelaw.workflow.cost import PROCESS, Documents, work_of
 from mergelaw.workflow.progress import TITLES
-from mergelaw.workflow.resources import Hardware, ask, check
+from mergelaw.workflow.resources import Hardware, ask, problems
 from mergelaw.workflow.study import Study
 
 COLUMNS = ("jobs", "left", "GPU hours", "hours", "tokens", "bytes")
@@ -63,7 +63,7 @@ class Rates(Hardware):
 class Estimate:
     """What a study still costs."""
 
-    stages: dict[str, dict[str, float]]  # :data:`COLUMNS` by stage, and of all as "in all"
+    stages: dict[Any, dict[Any, float]]  # :data:`COLUMNS` by stage, and of all as "in all"
     chain: list[tuple[str, float]]  # longest chain of jobs that wait for one another: name, hours
     requests: dict[str, list[dict[str, Any]]]  # what each job asks a cluster for, by stage
     problems: list[str]  # what does not fit the nodes, a line each
@@ -77,7 +77,7 @@ def read_rates(path: Path | None, hardware: Hardware | None = None) -> Rates:
     if path is None:
         return Rates.model_validate(hardware.model_dump() if hardware else {})
     try:
-        rates = Rates.model_validate(config.read(path) or {})
+        rates = Rates.model_validate(config.read(path))
     except ValidationError as error:
         raise MergelawError(f"{path}: {config.describe(error)}") from None
     for name in rates.stages:
@@ -97,36 +97,40 @@ def measured(study: Study, bases: Sequence[str] | None = None) -> Rates:
     import numpy as np
     from scipy.optimize import nnls
 
-    jobs: dict[str, list[tuple[Artifact, dict[str, Any]]]] = {stage: [] for stage in TITLES}
-    for artifact in study.by_path.values():
-        if study.made(artifact) and (bases is None or artifact.base in (None, *bases)):
-            jobs[artifact.stage].append((artifact, lineage.read(study.results / artifact.path)))
-    if not jobs["expert"] and not jobs["evaluate"]:
+    jobs = [
+        (artifact, lineage.read(study.results / artifact.path))
+        for artifact in study.by_path.values()
+        if study.made(artifact) and (bases is None or artifact.base in (None, *bases))
+    ]
+    if not any(artifact.stage in ("expert", "evaluate") for artifact, _ in jobs):
         raise MergelawError(
             f"{study.results}: holds no expert and no evaluation of {study.config.name} to take "
             "rates from; run the study first"
         )
-    models = [entry["facts"] for _, entry in jobs["base"] + jobs["expert"]]
-    gpus = any("cuda" in str(facts.get("device")) for facts in models)
+    gpus = any("cuda" in str(entry["facts"].get("device")) for _, entry in jobs)
     rates = Rates(float32_share=1, gpus_per_node=8 if gpus else 0)
     lengths = [
         entry["facts"]["tokens"]
         / entry["facts"]["cells"]
         * len(artifact.names("corpora"))
         / (rates.documents.count(artifact) or 1)
-        for artifact, entry in jobs["evaluate"]
+        for artifact, entry in jobs
+        if artifact.stage == "evaluate"
     ]
     if lengths:
         rates = rates.model_copy(update={"tokens_per_document": float(np.median(lengths))})
-    for stage, entries in jobs.items():
-        shares = [(artifact, entry, measured_share(entry)) for artifact, entry in entries]
-        work = [share * rates.working(study, artifact) for artifact, _, share in shares if share]
-        clock = "wall_seconds" if gpus else "cpu_seconds"
-        spent = np.array([entry[clock] for _, entry, share in shares if share])
-        if work:
+    clock = "wall_seconds" if gpus else "cpu_seconds"
+    for stage in TITLES:
+        pairs = [
+            (share * rates.working(study, artifact), entry[clock])
+            for artifact, entry in jobs
+            if artifact.stage == stage and (share := measured_share(entry))
+        ]
+        if pairs:
             # Relative errors: a job of a second counts as much as one of an hour.
-            columns = np.stack([np.ones(len(work)), work], axis=1) / spent[:, None]
-            start, slow = map(float, nnls(columns, np.ones(len(work)))[0])
+            work, spent = np.array(pairs).T
+            columns = np.column_stack([1 / spent, work / spent])
+            start, slow = nnls(columns, np.ones(len(spent)))[0].tolist()
             rates.stages[stage] = StageRate(
                 start_seconds=start,
                 teraflops=rates.teraflops / slow if slow else None,
@@ -149,68 +153,62 @@ def estimate(
     ``hardware`` and ``threads`` of a job are those of a profile; without one, the rates'. Raises
     MergelawError if a base's size cannot be known yet.
     """
-    hardware = hardware or rates
-    totals: dict[str, dict[str, float]] = {}
-    chains: dict[str, tuple[float, list[tuple[str, float]]]] = {"": (0.0, [])}
+    import pandas as pd
+
+    hardware, rows = hardware or rates, []
+    chains: dict[str, tuple[float, list[tuple[str, float]]]] = {}
     requests: dict[str, list[dict[str, Any]]] = {}
-    problems: dict[str, None] = {}
+    misfits: dict[str, None] = {}
     for artifact in study.by_path.values():
         stage, left = artifact.stage, not study.made(artifact)
         work = work_of(study, artifact, rates.documents)
         start = rates.of_stage(stage).start_seconds
         hours = left * (start + rates.working(study, artifact)) / 3600
-        row = (1, left, rates.gpus(work) * hours, hours, left * work.tokens, left * work.kept)
-        for name in (stage, "in all"):
-            total = totals.setdefault(name, dict.fromkeys(COLUMNS, 0))
-            for column, value in zip(COLUMNS, row, strict=True):
-                total[column] += value
+        amounts = rates.gpus(work) * hours, hours, left * work.tokens, left * work.kept
+        rows.append((stage, 1, int(left), *amounts))
         before = [chains[other.path] for other in artifact.dependencies()]
-        end, chain = max(before, default=chains[""])
+        end, chain = max(before, default=(0.0, []))
         chains[artifact.path] = end + hours, chain + [(artifact.folder, hours)] * left
         request = work_of(study, artifact)
         if left and request.host > PROCESS:  # the others ask for what the profile says
             requests.setdefault(stage, []).append(ask(request, hardware, threads))
-            try:
-                check([request], hardware)
-            except MergelawError as error:
-                problems[str(error)] = None
-    stages = {name: totals[name] for name in (*TITLES, "in all") if name in totals}
-    return Estimate(stages, max(chains.values())[1], requests, list(problems))
+            misfits |= dict.fromkeys(problems(request, hardware))
+    totals = pd.DataFrame(rows, columns=["stage", *COLUMNS]).groupby("stage", sort=False).sum()
+    totals.loc["in all"] = totals.sum()
+    stages = totals.to_dict("index")
+    return Estimate(stages, max(chains.values())[1], requests, list(misfits))
 
 
-def text(found: Estimate, rates: Rates) -> str:
+def text(result: Estimate, rates: Rates) -> str:
     """The estimate as tables and sentences."""
-    titles = TITLES | {"in all": "in all"}
-    widths = (6, 6, 12, 12, 10, 10)
-    lines = [" " * 14 + "".join(f"{c:>{w}}" for c, w in zip(COLUMNS, widths, strict=True))]
-    for stage, row in found.stages.items():
-        jobs, left, gpu_hours, hours, tokens, kept = (row[column] for column in COLUMNS)
-        lines.append(
-            f"{titles[stage]:<14}{jobs:>6}{left:>6}{gpu_hours:>12,.1f}{hours:>12,.2f}"
-            f"{short(tokens):>10}{short(kept):>10}"
-        )
-    jobs, left = (round(found.stages["in all"][column]) for column in ("jobs", "left"))
+    import pandas as pd
+
+    count, hour = "{:,.0f}".format, "{:,.2f}".format
+    table = pd.DataFrame.from_dict(result.stages, "index").rename(TITLES)
+    lines = [table.to_string(formatters=[count, count, hour, hour, short, short])]
+    jobs, left = (round(result.stages["in all"][column]) for column in ("jobs", "left"))
     if left < jobs:
         lines.append(f"{jobs - left} of {jobs} results are there already and cost nothing")
-    if found.requests:
-        lines.append(f"\n{'a job asks for':<14}{'GPUs':>12}{'memory, GB':>16}{'hours':>16}")
-    for stage, asked in found.requests.items():
-        units = (("gpu", 1, 12), ("mem_mb", 1000, 16), ("runtime", 60, 16))
-        spans = (f"{span([one[name] / unit for one in asked]):>{w}}" for name, unit, w in units)
-        lines.append(f"{titles[stage]:<14}{''.join(spans)}")
-    hours = sum(spent for _, spent in found.chain)
-    long = [f"{name} ({spent:.2f} h)" for name, spent in found.chain if spent >= hours / 100]
+    asked = {
+        TITLES[stage]: {
+            "GPUs": span([one["gpu"] for one in requests]),
+            "memory, GB": span([one["mem_mb"] / 1000 for one in requests]),
+            "hours": span([one["runtime"] / 60 for one in requests]),
+        }
+        for stage, requests in result.requests.items()
+    }
+    if asked:
+        lines.append("\na job asks for\n" + pd.DataFrame.from_dict(asked, "index").to_string())
+    hours = sum(spent for _, spent in result.chain)
+    long = [f"{name} ({spent:.2f} h)" for name, spent in result.chain if spent >= hours / 100]
     lines.append(
-        f"\nlongest chain: {hours:,.2f} hours of {len(found.chain)} jobs: {' > '.join(long)}"
+        f"\nlongest chain: {hours:,.2f} hours of {len(result.chain)} jobs: {' > '.join(long)}"
     )
-    lines += [f"does not fit: {problem}" for problem in found.problems]
-    gpus = f"GPUs of {rates.gpu_memory_gb} GB, {rates.gpus_per_node} a node"
-    lines.append(
-        f"rates: {gpus if rates.gpus_per_node else 'processors'}; unless a stage differs, "
-        f"{rates.teraflops:g} TFLOP/s, {rates.gigabytes_per_second:g} GB/s, "
-        f"{rates.start_seconds:g} s to start; {rates.tokens_per_document:g} tokens a document, "
-        f"{rates.train_documents:,} documents to train on where their number is open"
-    )
+    lines += [f"does not fit: {problem}" for problem in result.problems]
+    shown = rates.model_dump(exclude={"stages"}, exclude_none=True)
+    lines.append("rates: " + ", ".join(f"{name} {value}" for name, value in shown.items()))
+    if rates.stages:
+        lines.append(f"rates of their own: {', '.join(rates.stages)}")
     return "\n".join(lines)
 
 
@@ -222,8 +220,5 @@ def span(values: Sequence[float]) -> str:
 
 def short(value: float) -> str:
     """``12.3 T``, for a table."""
-    units = iter(("", " k", " M", " G", " T", " P"))
-    unit = next(units)
-    while value >= 999.5 and unit != " P":
-        value, unit = value / 1000, next(units)
-    return f"{value:.3g}{unit}"
+    power = max(int(f"{value:.2e}".split("e")[1]) // 3, 0)
+    return f"{value / 1000**power:.3g} {' kMGTPE'[power]}"

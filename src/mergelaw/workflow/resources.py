@@ -1,10 +1,7 @@
-"""Requests to a cluster: GPUs, memory and time of a job, from its cost and the nodes' hardware.
-
-Requests are meant to be a little too large. What is still missing, the next attempt asks for.
-"""
+"""Requests to a cluster: GPUs, memory and time of a job, from its cost and the nodes' hardware."""
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -45,18 +42,16 @@ class Hardware(Model):
     slurm_account: str | None = None
 
     @staticmethod
-    def of(settings: Mapping[str, Any]) -> "Hardware | None":
+    def of(settings: Any) -> "Hardware | None":
         """Hardware of a profile's `default-resources`; None if they name none, as a laptop's."""
-        if "gpus_per_node" not in settings:
+        if not isinstance(settings, dict) or "gpus_per_node" not in settings:
             return None
         names = {*Hardware.model_fields, "gpu_tflops"} & settings.keys()
         values = {n: v.strip("'\"") if isinstance(v := settings[n], str) else v for n in names}
         try:
             return Hardware.model_validate(values)
         except ValidationError as error:
-            name, value = error.errors()[0]["loc"][0], error.errors()[0]["input"]
-            reason = error.errors()[0]["msg"]
-            raise MergelawError(f"profile: {name} is {value!r}: {reason}; correct it") from None
+            raise MergelawError(config.describe(error, "profile")) from None
 
     def gpus(self, work: Work, factor: float = 1) -> int:
         """GPUs that a job takes: the fewest that hold it, else the most that it can use."""
@@ -72,7 +67,7 @@ class Hardware(Model):
         return fits and gpus <= self.gpus_per_node
 
     def seconds(self, work: Work, gpus: int) -> float:
-        """Seconds of a job's work. An unknown number of FLOPs counts nothing.
+        """Seconds of a job's work.
 
         The task vectors stay in memory on processors, and on a single GPU if they fit half of what
         the model leaves free, as ``merging.engine`` decides.
@@ -82,7 +77,7 @@ class Hardware(Model):
         free = self.gpu_memory_gb * 1e9 - work.shared
         stay = gpus == 0 or (gpus == 1 and work.vectors <= free / 2)
         moved = work.moved + (0 if stay else work.streamed)
-        return (work.flops or 0) / rate + moved / (1e9 * self.gigabytes_per_second)
+        return work.flops / rate + moved / (1e9 * self.gigabytes_per_second)
 
 
 def read_profile(path: Path) -> tuple[Hardware, int]:
@@ -91,10 +86,8 @@ def read_profile(path: Path) -> tuple[Hardware, int]:
     Raises MergelawError if the file cannot be read or names no hardware.
     """
     files = sorted(path.glob("*.yaml"), reverse=True) if path.is_dir() else [path]
-    profile = config.read(files[0]) if files else None
-    profile = profile if isinstance(profile, dict) else {}
-    settings = profile.get("default-resources")
-    hardware = Hardware.of(settings) if isinstance(settings, dict) else None
+    profile = config.read(files[0]) if files else {}
+    hardware = Hardware.of(profile.get("default-resources"))
     if hardware is None:
         raise MergelawError(
             f"{path}: is no profile that names hardware; give one with gpus_per_node among its "
@@ -110,24 +103,18 @@ def ask(work: Work, hardware: Hardware, threads: int = 1, attempt: int = 1) -> d
     as much time again, up to what a node has and a job may take: a job that ran out of time goes on
     where it was.
     """
-    factor = (1 + attempt) / 2
+    factor, longest = (1 + attempt) / 2, hardware.max_runtime or DAY
     gpus = hardware.gpus(work, factor)
     memory = math.ceil(factor / 1e6 * host_memory(work, gpus))
-    if hardware.node_memory_gb:
-        memory = min(memory, hardware.node_memory_gb * 1000)
-    runtime = hardware.max_runtime or DAY
-    if work.flops is not None:
-        core = {"teraflops": CORE * threads, "float32_share": 1}
-        machine = hardware if gpus else hardware.model_copy(update=core)
-        minutes = START + math.ceil(2 * machine.seconds(work, gpus) / 60)
-        runtime = min(minutes * attempt, runtime)
-    partition = hardware.gpu_partition if gpus else None
+    core = {"teraflops": CORE * threads, "float32_share": 1}
+    machine = hardware if gpus else hardware.model_copy(update=core)
+    minutes = math.ceil(min(START + machine.seconds(work, gpus) / 30, longest))
     return {
         "gpu": gpus,
         "nodes": 1,
-        "mem_mb": memory,
-        "runtime": runtime,
-        "slurm_partition": partition or hardware.slurm_partition,
+        "mem_mb": min(memory, hardware.node_memory_gb * 1000 or memory),
+        "runtime": min(minutes * attempt, longest),
+        "slurm_partition": (gpus and hardware.gpu_partition) or hardware.slurm_partition,
     }
 
 
@@ -136,20 +123,19 @@ def host_memory(work: Work, gpus: int) -> float:
     return work.host + (GPU_PROCESS if gpus else work.shared + work.each)
 
 
-def check(works: Iterable[Work], hardware: Hardware) -> None:
-    """Raise MergelawError, one line, for the first job that fits no node."""
-    for work in works:
-        gpus = hardware.gpus(work)
-        if not hardware.holds(work, gpus):
-            memory = (work.shared / gpus + work.each) / USABLE / 1e9
-            raise MergelawError(
-                f"{work.what} takes {gpus} GPU{'s' * (gpus > 1)} of about {memory:,.0f} GB, but "
-                f"the profile's nodes have {hardware.gpus_per_node} of {hardware.gpu_memory_gb} GB "
-                f"(gpus_per_node, gpu_memory_gb); {work.remedy}"
-            )
-        memory = host_memory(work, gpus) / 1e9
-        if 0 < hardware.node_memory_gb < memory:
-            raise MergelawError(
-                f"{work.what} takes about {memory:,.0f} GB of host memory, but the profile's nodes "
-                f"have {hardware.node_memory_gb} GB (node_memory_gb); use larger nodes"
-            )
+def problems(work: Work, hardware: Hardware) -> Iterator[str]:
+    """Reasons why a job fits no node, one line each."""
+    gpus = hardware.gpus(work)
+    if not hardware.holds(work, gpus):
+        memory = (work.shared / gpus + work.each) / USABLE / 1e9
+        yield (
+            f"{work.what} takes {gpus} GPU{'s' * (gpus > 1)} of about {memory:,.0f} GB, but the "
+            f"profile's nodes have {hardware.gpus_per_node} of {hardware.gpu_memory_gb} GB "
+            f"(gpus_per_node, gpu_memory_gb); {work.remedy}"
+        )
+    memory = host_memory(work, gpus) / 1e9
+    if 0 < hardware.node_memory_gb < memory:
+        yield (
+            f"{work.what} takes about {memory:,.0f} GB of host memory, but the profile's nodes "
+            f"have {hardware.node_memory_gb} GB (node_memory_gb); use larger nodes"
+        )

@@ -66,7 +66,9 @@ class Pipeline:
             self.works: list[Work] = []
             if self.hardware and workflow.is_main_process:
                 self.works = [work_of(self.study, artifact) for artifact in missing]
-                resources.check(self.works, self.hardware)
+                for work in self.works:
+                    for problem in resources.problems(work, self.hardware):
+                        raise MergelawError(problem)
         # On one machine, jobs that would use its GPUs take turns, as its profile says.
         self.one_machine = not self.hardware and shutil.which("nvidia-smi") is not None
 
@@ -93,8 +95,7 @@ class Pipeline:
         """Lock the results folder, check what every job needs, write the jobs."""
         with one_line_errors():
             if self.workflow.executor_plugin.name == "slurm":
-                status = self.workflow.executor_settings.status_command
-                slurm.check(self.hardware, status, any(work.counts for work in self.works))
+                slurm.check(self.hardware, any(work.counts for work in self.works))
             missing = [a for a in self.study.by_path.values() if not self.study.made(a)]
             if any(a.recipe.get("training", {}).get("trainer") == "openrlhf" for a in missing):
                 from mergelaw.models import openrlhf
