@@ -100,9 +100,8 @@ class Store:
     def claim(self, merge: str, wait: bool) -> Iterator[bool]:
         """Lock a merge (its identity) while this process measures it; yields whether it has it.
 
-        The lock is on one byte of an empty file and ends with the process. Where another process
-        holds it, ``wait`` says whether to wait. ``known`` is refreshed under the lock, because the
-        previous holder may have measured the merge.
+        The lock is on one byte of an empty file and ends with the process. ``wait`` says whether to
+        wait for another one. Its holder may have measured the merge, so ``known`` is refreshed.
         """
         if self._locks is None:
             self.folder.mkdir(parents=True, exist_ok=True)

@@ -1,9 +1,8 @@
 """Cross-entropy of a resident model on tokenised documents, in nats per scored token.
 
 Windows of similar length share a batch and are padded on the right. Under causal attention no
-scored token sees the padding, so no mask is needed, and every causal architecture gives what it
-gives one document at a time. Padding stays under 5% of the tokens. Batches depend on nothing but
-the evaluation set, so a cell has the same bits whatever else is measured.
+scored token sees the padding, so no mask is needed. Batches depend on nothing but the evaluation
+set, so a cell has the same bits whatever else is measured.
 """
 
 from collections.abc import Sequence

@@ -1,7 +1,7 @@
 """Sampling design: which subsets of the experts are merged and measured.
 
-A pure function of the configuration, known when the workflow is parsed, so this module needs
-nothing but the standard library. The configuration has been checked before (``config.checks``).
+A pure function of the configuration, which ``config`` has checked. It is evaluated when the
+workflow is parsed, so this module needs nothing but the standard library.
 
 ``exhaustive`` measures every subset of every level k. The other designs are *circular* where a
 level has too many subsets to measure all: a circle puts the M experts in an order given by a hash,
@@ -110,12 +110,11 @@ def pattern(design: str, k: int, pool: int | None = None) -> tuple[int, ...]:
 
     ``ring``: k neighbours. ``difference``: among the patterns with at most ``MAX_HOLES`` holes, the
     one whose pairs are balanced best, by the sum of squares of ``pair_counts`` over pools of 3k/2,
-    2k and 3k experts; ties go to fewer holes, then to lexicographic order. Examples: (0, 1, 3) for
-    k = 3, (0, 1, 4, 6) for k = 4.
+    2k and 3k experts; ties go to fewer holes, then to lexicographic order: (0, 1, 4, 6) for k = 4.
 
-    A pattern depends on k alone, or a new expert would change every subset. The exception: where
-    ``pool`` (M) is smaller than the difference pattern's span, ring's is used. That happens only at
-    k >= M - 2, where all pairs balance alike, except those M/2 places apart. None: large enough.
+    A pattern depends on k alone, or a new expert would change every subset. Only where ``pool`` (M;
+    None: large enough) is smaller than the difference pattern's span, ring's is used. There
+    k >= M - 2, and all pairs balance alike, except those M/2 places apart.
     """
     ring = tuple(range(k))
     if design == "ring" or k < 3:

@@ -4,6 +4,7 @@ import base64
 import math
 import os
 import time
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -87,42 +88,34 @@ def _measure(
 ) -> int:
     """Measure the missing cells into the store; returns how many were measured here."""
     settings, tokenizer = recipe["evaluation"], causal_lm.load_tokenizer(base)
-    sets = {
-        domain: tokens.encode(
-            tokenizer,
-            corpus.read_split(corpora[domain]),
-            settings["max_tokens"],
-            settings["long_documents"],
-            f"evaluation documents of {domain}",
-            settings["protocol"],
-        )
-        for domain in dict.fromkeys(entry["domain"] for entry in missing)
-    }
+    limits, sets = (settings["max_tokens"], settings["long_documents"]), {}
+    for domain in dict.fromkeys(entry["domain"] for entry in missing):
+        documents, where = corpus.read_split(corpora[domain]), f"evaluation documents of {domain}"
+        sets[domain] = tokens.encode(tokenizer, documents, *limits, where, settings["protocol"])
     model = load_model(base, settings["dtype"])
     batches = {
-        domain: cross_entropy.batches(documents.windows, settings["batch_tokens"], model.device)
-        for domain, documents in sets.items()
+        domain: cross_entropy.batches(encoded.windows, settings["batch_tokens"], model.device)
+        for domain, encoded in sets.items()
     }
     experts = {expert for entry in missing for expert in entry["experts"]}
     pool = {expert: TaskVector(path) for expert, path in vectors.items() if expert in experts}
     # A merge's cells are measured together; a merge on two circles is measured once.
-    merges: dict[str, dict[str, Mapping[str, Any]]] = {}
+    merges: dict[str, dict[str, Mapping[str, Any]]] = defaultdict(dict)
     for entry in missing:
-        merges.setdefault(entry["merge"], {})[entry["cell"]] = entry
+        merges[entry["merge"]][entry["cell"]] = entry
     method, room = method_of(recipe["method"]), memory_for_vectors(model.device)
-    measured, elsewhere = 0, list[str]()
+    measured = 0
     with Merger(model, base, pool, method, room, store.folder / "prepared") as merger:
         # Merges that another process has claimed come last, when most of them are measured.
-        for wait, queue in ((False, list(merges)), (True, elsewhere)):
-            for merge in queue:
+        for wait in (False, True):
+            for merge, group in merges.items():
+                if group.keys() <= store.known.keys():
+                    continue
                 with store.claim(merge, wait) as claimed:
-                    if not claimed:
-                        elsewhere.append(merge)
-                        continue
-                    group = [e for e in merges[merge].values() if e["cell"] not in store.known]
-                    if group:
-                        store.append(_measure_merge(merger, model, group, sets, batches))
-                        measured += len(group)
+                    left = [e for e in group.values() if claimed and e["cell"] not in store.known]
+                    if left:
+                        store.append(_measure_merge(merger, model, left, sets, batches))
+                        measured += len(left)
     return measured
 
 
@@ -150,19 +143,20 @@ def _measure_merge(
     }
     measured = []
     for entry in entries:
-        documents, started = sets[entry["domain"]], time.perf_counter()
-        nll = cross_entropy.nll(model, batches[entry["domain"]], documents.documents)
+        encoded, parts = sets[entry["domain"]], batches[entry["domain"]]
+        started = time.perf_counter()
+        nll = cross_entropy.nll(model, parts, encoded.documents)
         seconds = time.perf_counter() - started
-        scored = np.concatenate([batch.documents for batch in batches[entry["domain"]]])
+        scored = np.concatenate([batch.documents for batch in parts])
         measured.append(
             {
                 "cell": entry["cell"],
                 "document_nll": base64.b64encode(nll.astype("<f8").tobytes()).decode(),
                 "document_tokens": np.bincount(scored, minlength=len(nll)).tolist(),
                 "tokens": len(scored),
-                "bytes": documents.scored_bytes,
-                "long_documents": documents.long_documents,
-                "dropped_tokens": documents.dropped_tokens,
+                "bytes": encoded.scored_bytes,
+                "long_documents": encoded.long_documents,
+                "dropped_tokens": encoded.dropped_tokens,
                 "eval_seconds": seconds,
                 **facts,
             }
@@ -182,6 +176,7 @@ def load_model(base: Path, dtype: str) -> Any:
     check_gpu_memory(base, dtype)
     count = torch.cuda.device_count()
     model = causal_lm.load(base, dtype, device_map="auto" if count > 1 else "cuda").eval()
+    # transformers would silently leave layers on the processor or on disk.
     if count > 1 and {"cpu", "disk"} & set(map(str, model.hf_device_map.values())):
         raise MergelawError(
             f"{base}: the job's {count} GPUs cannot hold its layers; give the job more GPUs, or "
@@ -191,10 +186,7 @@ def load_model(base: Path, dtype: str) -> Any:
 
 
 def check_gpu_memory(base: Path, dtype: str) -> None:
-    """Raise MergelawError where the job's GPUs cannot hold a model, before it is loaded.
-
-    transformers would silently leave layers on the processor or on disk.
-    """
+    """Raise MergelawError where the job's GPUs cannot hold a model, before it is loaded."""
     import torch
 
     free = [torch.cuda.mem_get_info(index)[0] for index in range(torch.cuda.device_count())]
@@ -211,8 +203,7 @@ def check_gpu_memory(base: Path, dtype: str) -> None:
 def memory_for_vectors(device: Any) -> int:
     """Bytes for base and prepared vectors: half of the free memory, or half of the job's share.
 
-    Without SLURM, a job's share of the free memory is its share of the cores, because other jobs
-    may start on the other cores.
+    Without SLURM that is its share of the cores, because other jobs may start on the others.
     """
     import psutil
     import torch
