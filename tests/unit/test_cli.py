@@ -8,8 +8,10 @@ import pytest
 
 import jobs
 import mergelaw
+from mergelaw import config
 from mergelaw.errors import MergelawError
-from mergelaw.workflow.job import read_job
+from mergelaw.workflow.job import job_file, read_job, write_job
+from mergelaw.workflow.study import Study
 
 
 def run(*words: str) -> subprocess.CompletedProcess:
@@ -29,6 +31,27 @@ def test_a_job_is_read_as_it_was_written(tmp_path):
     assert job.all("task_vectors") == {}
     with pytest.raises(MergelawError, match=r"job of stage expert, not base"):
         read_job(file, "base")
+
+
+def test_a_job_keeps_the_order_of_its_corpora(tmp_path):
+    """Documents are trained on in this order."""
+    order = ["logic", "algebra", "code"]
+    study = {
+        "name": "s",
+        "corpus": {"train_documents": 9},
+        "domains": {name: {"source": {"synthetic": "algebra"}} for name in order},
+        "pretraining": {"domains": order, "steps": 1, "learning_rate": 1e-3,
+                        "architecture": {"model_type": "llama"}},
+        "bases": {"small": {"pretraining": {}}},
+        "experts": {"both": {"domains": order}},
+        "training": {"steps": 1, "learning_rate": 1e-3},
+        "methods": {"average": {}},
+    }  # fmt: skip
+    parsed = Study(config.parse(study))
+    for artifact in [*parsed.bases.values(), *parsed.experts.values()]:
+        write_job(tmp_path, artifact)
+        job = read_job(job_file(tmp_path, artifact), artifact.stage)
+        assert list(job.all("corpora")) == order
 
 
 @pytest.mark.parametrize("text", [None, "", "{}", '"a"', "[1]", "\x00", '{"output": 1}'])

@@ -15,17 +15,17 @@ def file_digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def json_text(value: Any) -> str:
-    """Indented JSON with sorted keys; NaN is refused."""
-    text = json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False, allow_nan=False)
+def json_text(value: Any, sort_keys: bool = True) -> str:
+    """Indented JSON, with sorted keys unless their order matters; NaN is refused."""
+    text = json.dumps(value, indent=1, sort_keys=sort_keys, ensure_ascii=False, allow_nan=False)
     return text + "\n"
 
 
-def write_json(path: Path, value: Any) -> None:
+def write_json(path: Path, value: Any, sort_keys: bool = True) -> None:
     """Write a JSON file whole or not at all, even if the process is killed or the disk is full."""
     scratch = path.with_name(f"{path.name}.{unique()}")
     try:
-        scratch.write_text(json_text(value), encoding="utf-8")
+        scratch.write_text(json_text(value, sort_keys), encoding="utf-8")
         scratch.replace(path)
     except OSError as error:
         error.filename = str(path)

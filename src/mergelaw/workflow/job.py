@@ -86,6 +86,7 @@ def write_job(results: Path, artifact: Artifact) -> None:
             "inputs": inputs,
             "rows": list(artifact.rows),
         },
+        sort_keys=False,  # documents are trained on in the order of the corpora
     )
 
 
