@@ -63,7 +63,7 @@ def test_commands_exist_with_their_options(page):
 @each_page
 def test_links_lead_somewhere(page):
     text = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.DOTALL | re.MULTILINE)
-    for target in re.findall(r"\]\(([^)\s]+)\)", text):
+    for target in re.findall(r"(?:\]\(|src=\")([^)\s\"]+)", text):
         path, _, anchor = target.partition("#")
         other = (page.parent / path).resolve() if path else page
         assert other.exists(), target
