@@ -212,7 +212,7 @@ def surrogates(pools: dict[tuple[str, str], Table]) -> None:
         assert check is not None
         row["check: correlation"] = f"{check.correlation:.3f}"
         row["RMSE / spread"] = f"{check.rmse / check.spread:.2f}"
-        row["usable"] = "yes" if check.passed else "no"
+        row["usable"] = "yes" if found["ring"][1][MACRO].usable else "no"
         rows.append(row)
     table(rows)
 

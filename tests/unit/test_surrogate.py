@@ -98,14 +98,11 @@ def test_one_ring_of_all_k_identifies_Q_and_checks_itself(M):
     )
     w = np.array([np.isin(names(M), s.experts) / s.k for s in plan if s.k])
     found = surrogate.fit(w, loss(parts, w), names(M))[""]
-    assert found.unknown == 0
     assert found.predict(subsets(M, (3,))) == pytest.approx(loss(parts, subsets(M, (3,))), abs=1e-9)
-    # a part of the ring left out leaves a few pairs to the shrinkage
     assert found.usable and found.check.correlation > 0.999
-    assert found.verdict.startswith("may be used")
 
 
-def test_sparse_levels_leave_coefficients_to_the_shrinkage_and_say_so():
+def test_sparse_levels_leave_coefficients_to_the_shrinkage():
     M = 16
     parts = landscape(M, 1)
     w = np.array(
@@ -116,7 +113,6 @@ def test_sparse_levels_leave_coefficients_to_the_shrinkage_and_say_so():
         ]
     )
     found = surrogate.fit(w, loss(parts, w), names(M))[""]
-    assert found.unknown == 136 - 65
     fitted = found.predict(w)
     assert np.sqrt(np.mean((fitted - loss(parts, w)) ** 2)) < 0.1 * loss(parts, w).std()
 
@@ -162,7 +158,6 @@ def test_a_loss_that_is_not_quadratic_fails_the_check():
     w = subsets(M, range(1, M + 1))
     found = surrogate.fit(w, cubic(parts, w, 1.0), names(M))[""]
     assert not found.usable
-    assert found.verdict.startswith("not to be used")
 
 
 def test_noise_is_shrunk_away_where_cells_are_many():
@@ -174,7 +169,6 @@ def test_noise_is_shrunk_away_where_cells_are_many():
     w = subsets(M, (1, 2, 3))
     noisy = loss(parts, w) + 0.01 * random.standard_normal(len(w))
     found = surrogate.fit(w, noisy, names(M))[""]
-    assert found.shrinkage > 0
     columns = np.array([np.outer(row, row)[np.triu_indices(M)] for row in w])
     plain = np.linalg.lstsq(columns, noisy, rcond=None)[0]
     every = subsets(M, range(4, M + 1))
@@ -187,7 +181,6 @@ def test_singles_and_pairs_alone_cannot_be_checked():
     w = subsets(9, (1, 2))
     found = surrogate.fit(w, loss(landscape(9, 0), w), names(9))[""]
     assert found.check is None and not found.usable
-    assert found.verdict.startswith("not checked")
 
 
 # ---- rows and refusals

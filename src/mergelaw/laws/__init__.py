@@ -1,7 +1,6 @@
 """Scaling laws of merging: points and their errors, fits with intervals, diagnostics.
 
 ``fit(LAW, table)`` fits one law, ``fit_all(points)`` all laws of a table; ``LAWS`` lists the laws.
-Depends on numpy, scipy and pandas only.
 """
 
 from mergelaw.laws.fit import Fit, fit

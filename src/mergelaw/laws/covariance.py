@@ -1,10 +1,8 @@
 """Covariance of the points: known parts plus REML estimates of misfit and scatter.
 
-    V = known parts (sampling design, documents) + misfit^2 1 + scatter^2 Z Z'
-
-The misfit is the law's error at each point, the scatter its error common to all points of a base
-(Z maps points to bases). Both are estimated by restricted maximum likelihood (REML; Patterson and
-Thompson 1971). Satterthwaite's rule carries their uncertainty into every interval.
+V = known parts (sampling design, documents) + misfit^2 1 + scatter^2 Z Z': the law's error at each
+point, and that common to all points of a base (Z maps points to bases). Both are estimated by
+restricted maximum likelihood (Patterson and Thompson 1971).
 """
 
 import math
@@ -32,8 +30,7 @@ class Part:
         matrix: (points, points), in nats^2.
         freedom: degrees of freedom with which its scale was estimated; infinite if it is exact.
         weigh: whether the fit weights points by it. Documents' errors shift nearly all points
-            together: weighted by them, a curve may leave the points for where other documents would
-            put them. They widen the intervals instead.
+            together and would pull a weighted curve off the points; they widen intervals instead.
     """
 
     matrix: Array
@@ -52,10 +49,10 @@ class Noise:
     Attributes:
         misfit, scatter: standard deviations (nats per token), NaN if unknown.
         variance: variance of a whitened point; 1 unless the points were not weighted.
-        freedom: degrees of freedom of the residuals if variances were estimated from them; infinite
-            if none was; 0 if the noise is unknown.
+        freedom: degrees of freedom of the residuals; infinite if nothing was estimated from them, 0
+            if the noise is unknown.
         parts: the known parts.
-        shapes, variances: estimated parts above 0: their matrices, and the factors of those.
+        shapes, variances: matrices of the estimated parts above 0, and their factors.
         uncertainty: covariance of those variances, (shapes, shapes).
     """
 
@@ -91,12 +88,11 @@ class Noise:
 
 
 def weighing(parts: Sequence[Part], whole: bool = False) -> list[Array]:
-    """Matrices by which the points are weighted: the parts', with two changes.
+    """Matrices by which the points are weighted.
 
-    Parts with few degrees of freedom get a common scale: weights that follow the chance differences
-    of three circles at each base would make every estimate look better than it is. Of parts that do
-    not weight the points only the average independent variance stays, unless ``whole``. The
-    uncertainty of estimates always follows from the parts themselves.
+    They are the parts' own, but parts with few degrees of freedom get a common scale, since weights
+    must not follow the chance differences of three circles at each base. Of parts that do not
+    weight the points only the average independent variance stays, unless ``whole``.
     """
     rough = [part for part in parts if math.isfinite(part.freedom)]
     scale = sum(part.freedom * float(np.trace(part.matrix)) for part in rough)
@@ -116,8 +112,7 @@ def weighing(parts: Sequence[Part], whole: bool = False) -> list[Array]:
 def circle_part(means: Array, shape: Array) -> Part:
     """Covariance of the mean over circles, scaled by the variance between circles.
 
-    The shape over levels follows from the pairs in the subsets. Estimated level by level from three
-    circles instead, the covariance would have rank two and the weights would trust it.
+    Estimated level by level from three circles, it would have rank two and get trusted weights.
 
     Args:
         means: (circles, levels), each circle's estimates of E[L|k]; two circles or more.
@@ -144,11 +139,8 @@ def restricted(
         jacobian: (points, parameters), derivatives of the fitted losses by the free parameters.
         known: (points, points), the rest of the covariance.
         shapes: (points, points) each; None is the identity and comes first.
-        above_zero: where the likelihood says 0, keep the first variance above it by a prior
-            proportional to its square root (Chung et al. 2013).
-
-    Returns:
-        Variances, 0 or more; and the inverse of the information on those above 0.
+        above_zero: keep the first variance above 0 by a prior proportional to its square root
+            (Chung et al. 2013).
     """
     # Contrasts that no parameter can move have the distribution of the noise alone.
     lengths = np.linalg.norm(jacobian, axis=0)
@@ -172,11 +164,7 @@ def deviance(residuals: Array, known: Array, shapes: Sequence[Array | None]) -> 
 def _likeliest(
     values: Array, known: Array, shapes: Sequence[Array | None], above_zero: bool = False
 ) -> tuple[Array, float, Array]:
-    """Maximum-likelihood variances >= 0 of normal values, by Fisher scoring.
-
-    Returns:
-        The variances, minus twice the log-likelihood, and its expected second derivatives.
-    """
+    """Variances >= 0 by Fisher scoring, minus twice the log-likelihood, its expected curvature."""
     scale = float(values @ values) / len(values) or 1.0
     likelihood = _likelihood(values / math.sqrt(scale), known / scale, shapes)
     if above_zero:

@@ -85,8 +85,8 @@ def holdout(fitted: Result, refit: Refit) -> dict[str, dict[str, Any]]:
 def runs(fitted: Result) -> dict[str, float] | None:
     """Runs of residuals of one sign along the last variable: found, expected and p.
 
-    p is the probability of so few runs if signs were random (Wald and Wolfowitz 1940, normal
-    approximation); None if the residuals are rounding errors or all of one sign.
+    p is the probability of so few runs if signs were random (Wald and Wolfowitz 1940); None if the
+    residuals are rounding errors or all of one sign.
     """
     variables, residuals = fitted.variables, fitted.solution.residuals
     if np.abs(residuals).max() < ROUNDED * np.abs(fitted.loss).max():

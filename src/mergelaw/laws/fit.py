@@ -1,8 +1,4 @@
-"""Fitting a law to points: generalised least squares, intervals and diagnostics.
-
-The points are weighted by their covariance (``covariance``), the law is fitted by variable
-projection (``projection``), and intervals are profile likelihoods (``profile``).
-"""
+"""Fitting a law to points: generalised least squares, intervals and diagnostics."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -116,27 +112,22 @@ def fit(
 ) -> Fit:
     """Fit a law by generalised least squares; no starting values are needed.
 
-    The covariance of the points is V = covariance + misfit^2 1 + scatter^2 Z Z'. The first term is
-    the measurement's (design, documents). The others are errors of the law itself, at each point
-    and common to each base; without them, points measured almost exactly would get all the weight.
+    The covariance of the points is ``covariance`` + misfit^2 1 + scatter^2 Z Z': errors of the
+    measurement, and of the law itself at each point and common to each base.
 
     Args:
         law: one of ``LAWS``, or a law of your own.
         table: the law's variables by name (N > 0 in billions of parameters, k >= 1) and the loss
-            ``ce`` (nats per token, > 0), or the law's other response; one value per point. With a
-            column ``se``, standard errors, the covariance is diag(se^2).
-        covariance: instead, the covariance of the losses, (points, points), in the order of the
-            table's rows; or the parts that sum to it.
-        misfit: standard deviation (nats per token); None estimates it from the residuals, which
-            needs more points than parameters.
-        scatter: standard deviation (nats per token); None estimates it from the residuals of a law
-            of N and k with at least five sizes, and is 0 otherwise.
-        jackknife: for intervals about experts like these: tables with the same columns and some of
-            the rows, whose losses leave out one expert of the pool each.
+            ``ce`` (nats per token, > 0), or the law's other response; optionally standard errors
+            ``se``.
+        covariance: instead of ``se``, (points, points), in the table's order; or parts of it.
+        misfit, scatter: standard deviations (nats per token). None estimates them from the
+            residuals: the misfit of more points than parameters, the scatter of five sizes or more.
+        jackknife: tables with the same columns and some of the rows, whose losses leave out one
+            expert each; for intervals about experts like these.
 
     Raises:
-        MergelawError: missing or impossible values, fewer points than parameters, or too few levels
-            of a variable.
+        MergelawError: missing or impossible values, or too few points or levels of a variable.
     """
     for name, value in (("misfit", misfit), ("scatter", scatter)):
         if value is not None and not (math.isfinite(value) and value >= 0):

@@ -17,7 +17,7 @@ from mergelaw.laws.fit import Fit, fit
 from mergelaw.laws.law import MERGING, MERGING_FIXED_N, VARIANCE, Law
 from mergelaw.laws.noise import GROUP, describe, of_one_circle
 from mergelaw.laws.points import MACRO, points
-from mergelaw.laws.pooled import Pooled, pool_domains
+from mergelaw.laws.pooled import pool_domains
 from mergelaw.laws.result import EXPERTS, POOL
 from mergelaw.laws.solve import ROUNDED
 from mergelaw.laws.summary import study_text
@@ -32,12 +32,9 @@ class StudyFit:
     """A fit and its place in a study.
 
     Attributes:
-        method, family, domain: what was fitted.
         base, N: the base and its size (billions) if the law is for one base, else None.
-        fit: the fit.
-        floors: for each base the pool's size M, the asymptotic floor (k to infinity) and the
-            reachable floor, the fitted loss of the merge of all M experts (nats per token); with
-            90% intervals for the macro loss, or where no domain is named.
+        floors: by base, the pool's size M, the floor (k to infinity) and the fitted loss of the
+            merge of all M experts (nats per token), with 90% intervals where no domain is named.
     """
 
     method: str
@@ -57,12 +54,10 @@ class StudyFit:
 
 @dataclass(frozen=True)
 class StudyFits:
-    """All fits of a study, the points under them, and what could not be fitted, with reasons.
+    """All fits of a study.
 
     Attributes:
-        points: the table of points.
-        fits: fits of the loss.
-        variances: fits of its variance over subsets, base by base.
+        variances: fits of the loss's variance over subsets, base by base.
         pooled: per method and family the joint law of all domains with shared parameters.
         refused: fits that cannot be made: method, family, domain, base, law and reason.
         warnings: warnings on the points.
@@ -71,22 +66,18 @@ class StudyFits:
     points: pd.DataFrame
     fits: tuple[StudyFit, ...]
     variances: tuple[StudyFit, ...]
-    pooled: tuple[Pooled, ...]
+    pooled: tuple[dict[str, Any], ...]
     refused: tuple[dict[str, Any], ...]
     warnings: tuple[str, ...]
 
     def to_dict(self, missing: Sequence[str] = ()) -> dict[str, Any]:
-        """The content of laws.json, as values that strict JSON can hold.
-
-        Args:
-            missing: shards of the design that could not be read.
-        """
+        """The content of laws.json; ``missing``: shards of the design that could not be read."""
         return {
             "units": {"ce": "nats per token", "N": "billions of non-embedding parameters"},
             "laws": {law.name: law.equation for law in (MERGING, MERGING_FIXED_N)},
             "intervals": {"intervals": POOL, "experts_intervals": EXPERTS},
             "fits": [item.to_dict() for item in self.fits],
-            "pooled": [pooled.to_dict() for pooled in self.pooled],
+            "pooled": list(self.pooled),
             "variances": [item.to_dict() for item in self.variances],
             "refused": list(self.refused),
             "warnings": list(map(str, self.warnings)),
@@ -120,8 +111,7 @@ def fit_all(table: pd.DataFrame, warnings: Iterable[str] = ()) -> StudyFits:
     """Fit every method and family, per evaluation domain and macro: jointly, and base by base.
 
     Args:
-        table: points, with the columns method, family, base, N, k, domain, ce and M, the number of
-            experts in the pool; and optionally ``se`` or the columns of ``noise.describe``.
+        table: points as of ``read_points``; optionally with the columns of ``noise.describe``.
         warnings: warnings on the points, to keep with the fits.
     """
     fits: list[StudyFit] = []
@@ -154,16 +144,16 @@ def fit_all(table: pd.DataFrame, warnings: Iterable[str] = ()) -> StudyFits:
     )
 
 
-def _pooled(fits: Sequence[StudyFit]) -> Iterator[Pooled]:
+def _pooled(fits: Sequence[StudyFit]) -> Iterator[dict[str, Any]]:
     """Pooled fits of each method and family with more than one domain."""
     groups: dict[tuple[str, str], dict[str, Fit]] = {}
     for item in fits:
         if item.base is None and item.domain != MACRO:
             groups.setdefault((item.method, item.family), {})[item.domain] = item.fit
     for (method, family), domains in groups.items():
-        pooled = pool_domains(method, family, domains)
+        pooled = pool_domains(domains)
         if pooled is not None:
-            yield pooled
+            yield {"method": method, "family": family, **pooled}
 
 
 def _fit(law: Law, group: pd.DataFrame) -> Fit:
@@ -239,15 +229,10 @@ def _pools(rows: pd.DataFrame) -> dict[tuple[str, str, str], int]:
 
 
 def write(study: StudyFits, output: Path, missing: Sequence[str] = ()) -> dict[str, Any]:
-    """Write laws.json, parameters.parquet, points.parquet and summary.txt.
-
-    Args:
-        study: the fits.
-        output: the folder to write into; created if needed.
-        missing: shards of the design that could not be read.
+    """Write laws.json, parameters.parquet, points.parquet and summary.txt into a folder.
 
     Returns:
-        Counts of points, fits, refused fits and missing shards.
+        Counts of points, fits, refused fits and ``missing`` shards.
     """
     output.mkdir(parents=True, exist_ok=True)
     laws = study.to_dict(missing)

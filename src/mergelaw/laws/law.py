@@ -1,7 +1,7 @@
 """Laws: the expected loss of a merge as a function of the base's size and the number of experts.
 
 A law is declared by its basis: linear coefficients times functions of the variables, with a few
-nonlinear parameters within bounds. ``projection`` fits them.
+nonlinear parameters within bounds.
 """
 
 from collections.abc import Callable, Mapping
@@ -21,17 +21,13 @@ class Law:
     """A law: the sum of linear coefficients times basis functions.
 
     Attributes:
-        name: the law's name in files and on the command line.
-        equation: the law as text.
         levels: the variables, each with the number of distinct values that a fit needs.
         linear: the coefficients' names, in the order of the basis; >= 0 unless in ``signed``.
-        nonlinear: the nonlinear parameters' starting values, ascending; the first and the last are
-            its bounds.
+        nonlinear: the nonlinear parameters' starting values, ascending; the ends are its bounds.
         basis: maps variables and nonlinear parameters, by name, to the basis functions: arrays over
             the points, or numbers. It must broadcast (many parameters are tried at once) and accept
             complex numbers (derivatives are taken by complex steps).
         fixed: columns that must not vary within a table.
-        signed: linear coefficients of either sign.
         response: the column that the law describes; a variance may be 0, a loss may not.
     """
 
@@ -51,22 +47,16 @@ class Law:
         return (*self.linear, *self.nonlinear)
 
     def predict(self, parameters: Mapping[str, float], **variables: ArrayLike) -> Array:
-        """Loss (nats per token) at the variables, broadcast against each other.
-
-        Raises:
-            MergelawError: other variables than the law's.
-        """
+        """Loss (nats per token) at the law's variables, broadcast against each other."""
         if set(variables) != set(self.levels):
             raise MergelawError(
                 f"law {self.name} is a function of {', '.join(self.levels)}, "
                 f"not of {', '.join(variables) or 'nothing'}: pass those"
             )
-        arrays = dict(
-            zip(variables, np.broadcast_arrays(*map(np.asarray, variables.values())), strict=True)
-        )
-        arrays = {name: array.astype(float) for name, array in arrays.items()}
+        values = np.broadcast_arrays(*map(np.asarray, variables.values()))
+        arrays = {n: array.astype(float) for n, array in zip(variables, values, strict=True)}
         columns = self.basis(**arrays, **{name: parameters[name] for name in self.nonlinear})
-        total = np.zeros(next(iter(arrays.values())).shape)
+        total = np.zeros(values[0].shape)
         for name, column in zip(self.linear, columns, strict=True):
             total = total + parameters[name] * column
         return total
@@ -85,13 +75,8 @@ def _laws_in_k(
 ) -> tuple[Law, Law]:
     """One dependence on k as two laws: over all sizes, and for one base (name + "_fixed_N").
 
-    Args:
-        name: name of the law over all sizes.
-        text: the terms in k as text, with {A} for the amplitude.
-        terms: maps k and the nonlinear parameters to the amplitude's basis function, and to those
-            of the extra coefficients.
-        nonlinear: starting values, as in ``Law``.
-        extra: coefficients of the extra terms.
+    ``terms`` maps k and the nonlinear parameters to the basis functions of the amplitude, {A} in
+    ``text``, and of the ``extra`` coefficients.
     """
 
     def joint_basis(N: Any, k: Any, beta: Any, gamma: Any, **others: Any) -> tuple[Any, ...]:
@@ -119,33 +104,34 @@ def _laws_in_k(
     return joint, one_base
 
 
-# E[L | N, k] of Wang et al., arXiv:2509.24244: floor L_star + B N^-beta, tail A0 N^-gamma / (k + b)
-MERGING, MERGING_FIXED_N = _laws_in_k(
-    "merging", "{A} / (k + b)", lambda k, b: (1.0 / (k + b),), {"b": OFFSET}
+# The merging law first, E[L | N, k] of Wang et al., arXiv:2509.24244; then its rivals, which a few
+# points can hardly distinguish from it.
+JOINT, FIXED_N = zip(
+    _laws_in_k("merging", "{A} / (k + b)", lambda k, b: (1.0 / (k + b),), {"b": OFFSET}),
+    _laws_in_k("inverse", "{A} / k", lambda k: (1.0 / k,), {}),
+    _laws_in_k(
+        "power", "{A} k^-a", lambda k, a: (k**-a,), {"a": (0.05, 0.3, 0.6, 1.0, 1.6, 2.5, 5.0)}
+    ),
+    _laws_in_k(
+        "exponential",
+        "{A} exp(-c k)",
+        lambda k, c: (np.exp(-c * k),),
+        {"c": (0.02, 0.1, 0.3, 0.7, 1.2, 2.0, 4.0)},
+    ),
+    _laws_in_k("logarithmic", "{A} (-log k)", lambda k: (-np.log(k),), {}),
+    # A bounded loss that grows with k (theirs for TIES with lambda = 1).
+    _laws_in_k(
+        "interference",
+        "{A} / (k + b) + D k / (k + q)",
+        # k / (k + q), written so that k can be infinite
+        lambda k, b, q: (1.0 / (k + b), 1.0 / (1.0 + q / k)),
+        {"b": OFFSET, "q": (0.1, 0.5, 2.0, 8.0, 20.0)},
+        ("D",),
+    ),
+    strict=True,
 )
-# With interference: a bounded loss that grows with k (theirs for TIES with lambda = 1).
-INTERFERENCE, INTERFERENCE_FIXED_N = _laws_in_k(
-    "interference",
-    "{A} / (k + b) + D k / (k + q)",
-    # k / (k + q), written so that k can be infinite
-    lambda k, b, q: (1.0 / (k + b), 1.0 / (1.0 + q / k)),
-    {"b": OFFSET, "q": (0.1, 0.5, 2.0, 8.0, 20.0)},
-    ("D",),
-)
-# Rivals: other dependences on k, which a few points can hardly distinguish from the merging law.
-INVERSE, INVERSE_FIXED_N = _laws_in_k("inverse", "{A} / k", lambda k: (1.0 / k,), {})
-POWER, POWER_FIXED_N = _laws_in_k(
-    "power", "{A} k^-a", lambda k, a: (k**-a,), {"a": (0.05, 0.3, 0.6, 1.0, 1.6, 2.5, 5.0)}
-)
-EXPONENTIAL, EXPONENTIAL_FIXED_N = _laws_in_k(
-    "exponential",
-    "{A} exp(-c k)",
-    lambda k, c: (np.exp(-c * k),),
-    {"c": (0.02, 0.1, 0.3, 0.7, 1.2, 2.0, 4.0)},
-)
-LOGARITHMIC, LOGARITHMIC_FIXED_N = _laws_in_k(
-    "logarithmic", "{A} (-log k)", lambda k: (-np.log(k),), {}
-)
+MERGING, INVERSE, POWER, EXPONENTIAL, _, INTERFERENCE = JOINT
+MERGING_FIXED_N, INVERSE_FIXED_N, _, _, _, INTERFERENCE_FIXED_N = FIXED_N
 
 # Variance of the loss over random k-subsets of a pool of M. For a loss that is quadratic along
 # equal-weight means the additive part and the pair part of the experts' effects are uncorrelated.
@@ -164,23 +150,7 @@ VARIANCE = Law(
     ),
     response="variance",
 )
-LAWS = {
-    law.name: law
-    for law in (
-        *(MERGING, INVERSE, POWER, EXPONENTIAL, LOGARITHMIC, INTERFERENCE),
-        *(MERGING_FIXED_N, INVERSE_FIXED_N, POWER_FIXED_N, EXPONENTIAL_FIXED_N),
-        *(LOGARITHMIC_FIXED_N, INTERFERENCE_FIXED_N, VARIANCE),
-    )
-}
-
-
-# Rival forms: laws that the same points can hardly distinguish from the merging law.
-RIVALS = {
-    MERGING.name: (INVERSE, POWER, EXPONENTIAL, LOGARITHMIC, INTERFERENCE),
-    MERGING_FIXED_N.name: (
-        *(INVERSE_FIXED_N, POWER_FIXED_N, EXPONENTIAL_FIXED_N),
-        *(LOGARITHMIC_FIXED_N, INTERFERENCE_FIXED_N),
-    ),
-}
+LAWS = {law.name: law for law in (*JOINT, *FIXED_N, VARIANCE)}
+RIVALS = {laws[0].name: laws[1:] for laws in (JOINT, FIXED_N)}
 # The merging law with b = 0: a lower AICc of these does not speak against the merging law.
 NESTED = (INVERSE.name, INVERSE_FIXED_N.name)

@@ -1,7 +1,4 @@
-"""Errors of points, estimated from cells: of the sampling design, the documents and the pool.
-
-They become columns of the table of points, so that a written table can be fitted again.
-"""
+"""Errors of points, estimated from cells: of the sampling design, the documents and the pool."""
 
 import itertools
 from collections import Counter
@@ -41,8 +38,7 @@ def describe(
         table: points, as ``points.points`` returns them.
         rows: the evaluation rows under them.
         documents: the same rows, in any pieces, with the columns document_nll and document_tokens.
-        tau2: scale of the pair part for bases with one circle, from a surrogate; without it their
-            sampling error is unknown.
+        tau2: scale of the pair part for bases with one circle; without it their error is unknown.
 
     Returns:
         Warnings on unknown errors, after the table with the columns
@@ -95,7 +91,7 @@ def describe(
 def _group_design(
     group: pd.DataFrame,
     means: pd.DataFrame,
-    shapes: Mapping[Any, tuple[Shape, bool]],
+    shapes: Mapping[Any, Shape],
     tau2: Tau2,
 ) -> tuple[Array, Array, list[str]]:
     """Sampling covariance of a group's points, its freedom, and the bases where it is unknown."""
@@ -106,8 +102,7 @@ def _group_design(
         rows = np.flatnonzero(group["base"] == base)
         place = (method, family, base, domain)
         circles = pd.DataFrame(means.xs(place)).reindex(group["k"].iloc[rows])
-        shape, balanced = shapes[family, base]
-        part = _design(circles, shape, balanced, tau2.get(place))
+        part = _design(circles, shapes[family, base], tau2.get(place))
         if part is None:
             unknown.append(base)
         else:
@@ -141,59 +136,46 @@ def _merges(rows: pd.DataFrame) -> pd.DataFrame:
     return pd.concat([merges[columns], macro[columns]], ignore_index=True)
 
 
-def _shape(merges: pd.DataFrame) -> tuple[Shape, bool]:
+def _shape(merges: pd.DataFrame) -> Shape:
     """Covariance of one circle's estimates up to tau^2, from which experts share subsets.
 
     q_ij is the share of the circle's subsets that contain both i and j, less its mean over all
     circles; the covariance is the sum over pairs of q q' / (k k')^2.
-
-    Returns:
-        By (k, k'); and whether every circle contains each expert equally often.
     """
     sampled = merges[merges["replicate"] >= 0]
     names = sorted(set(itertools.chain.from_iterable(merges["experts"])))
     place = {name: i for i, name in enumerate(names)}
-    pool, excess, balanced = len(names), {}, True
+    pool, excess = len(names), {}
     if len(sampled):
         first = sampled[sampled["replicate"] == sampled["replicate"].min()]
         for k, level in first.drop_duplicates(["k", "merge"]).groupby("k"):
             member = np.zeros((len(level), pool))
             for i, experts in enumerate(level["experts"]):
                 member[i, [place[name] for name in experts]] = 1
-            balanced &= (len(level) > 1 and np.ptp(member.sum(axis=0)) == 0) or k == pool
             together = member.T @ member / len(level)
             np.fill_diagonal(together, 0)
             together -= k * (k - 1) / (pool * max(pool - 1, 1)) * (1 - np.eye(pool))
             excess[k] = together / k**2
-    shape = {(a, b): float(np.sum(excess[a] * excess[b])) for a in excess for b in excess}
-    return shape, bool(balanced)
+    return {(a, b): float(np.sum(excess[a] * excess[b])) for a in excess for b in excess}
 
 
-def _design(circles: pd.DataFrame, shape: Shape, balanced: bool, tau2: float | None) -> Part | None:
+def _design(circles: pd.DataFrame, shape: Shape, tau2: float | None) -> Part | None:
     """Sampling covariance of a base's points; None where it cannot be estimated.
 
     Args:
         circles: estimates by k and replicate; a level measured exhaustively has replicate -1 only.
     """
-    levels = list(circles.index)
-    total = np.zeros((len(levels), len(levels)))
+    total = np.zeros((len(circles), len(circles)))
     drawn = circles.drop(columns=-1, errors="ignore")
-    sampled = (
-        drawn.notna().all(axis=1).to_numpy() if drawn.shape[1] else np.zeros(len(levels), bool)
-    )
-    if not sampled.any():
-        return Part(total)
+    sampled = drawn.notna().all(axis=1).to_numpy() & bool(drawn.shape[1])
+    levels = circles.index[sampled]
+    unit = np.array([[shape.get((a, b), 0.0) for b in levels] for a in levels])
+    if not unit.any():
+        return Part(total)  # exhaustive, or every circle has the same subsets
     means = drawn[sampled].to_numpy().T
-    chosen = [k for k, is_sampled in zip(levels, sampled, strict=True) if is_sampled]
-    unit = np.array([[shape.get((a, b), 0.0) for b in chosen] for a in chosen])
-    if balanced and not unit.any():
-        return Part(total)  # every circle has the same subsets
-    if len(means) > 1 and balanced:
+    if len(means) > 1:
         part = circle_part(means, unit)
-    elif len(means) > 1:
-        # Independent draws: levels have independent errors.
-        part = Part(np.diag(np.var(means, axis=0, ddof=1)) / len(means), len(means) - 1)
-    elif len(means) == 1 and balanced and tau2 is not None:
+    elif tau2 is not None:
         part = Part(tau2 * unit)
     else:
         return None
@@ -202,7 +184,7 @@ def _design(circles: pd.DataFrame, shape: Shape, balanced: bool, tau2: float | N
 
 
 def _jackknife(merges: pd.DataFrame) -> dict[tuple[Any, ...], list[float]]:
-    """Loss at each point over the subsets without one expert, for every expert in turn.
+    """Losses at points over the subsets without one expert, for every expert in turn.
 
     Only where all subsets of the pool are measured; the merge of all experts has no such subset.
     """
@@ -249,8 +231,7 @@ def _documents(
     """Covariance of a group's points over documents like the evaluated ones; None if unknown.
 
     A loss is a ratio of sums over documents, NLL over tokens. Its error is the mean over documents
-    of their NLL less the loss times their tokens. Cells share the documents. The macro loss is the
-    mean over domains, whose documents are independent.
+    of their NLL less the loss times their tokens.
     """
     if not sums:
         return None

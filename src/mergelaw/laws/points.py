@@ -30,13 +30,10 @@ MOST = 1_000_000  # experts in a pool
 def points(rows: pd.DataFrame) -> tuple[pd.DataFrame, list[Note]]:
     """Estimate E[L | N, k] of every method, base and evaluation domain, and of their macro-average.
 
-    The expectation is over uniformly random k-subsets of the pool. Each circle of the design, and
-    the one pass over an exhaustive level, is an unbiased estimate. So subsets are averaged within
-    circles first, then circles with equal weights; a subset in several circles counts in each.
-
-    Domain ``macro`` is the unweighted mean over all evaluation domains of the family, held-in and
-    held-out: the cross-domain loss of Wang et al. (arXiv:2509.24244). Where a domain is missing
-    there is no macro point, because a mean over other domains is another quantity.
+    The expectation is over uniformly random k-subsets of the pool. Each circle, and the one pass
+    over an exhaustive level, is an unbiased estimate: subsets are averaged within circles, then
+    circles with equal weights. Domain ``macro`` is the unweighted mean over all evaluation domains
+    of the family (the cross-domain loss of Wang et al., arXiv:2509.24244), where none is missing.
 
     Args:
         rows: one row per (merge, evaluation domain); N in billions of parameters, ce in nats per
@@ -44,8 +41,7 @@ def points(rows: pd.DataFrame) -> tuple[pd.DataFrame, list[Note]]:
 
     Returns:
         One row per point, sorted: method, family, base, N, k, domain, ce (nats per token), subsets
-        (number of distinct merges) and replicates (number of circles); and warnings on dropped
-        points.
+        (distinct merges) and replicates (circles); and warnings on dropped points.
 
     Raises:
         MergelawError: a column is missing, or no row is a merge.
@@ -111,10 +107,9 @@ def read_points(path: Path) -> tuple[pd.DataFrame, list[Note]]:
     """Read a table of points that were measured elsewhere.
 
     Args:
-        path: CSV or Parquet, one row per point, with the columns N (billions of parameters), k and
-            loss or ce (nats per token), and optionally se (standard error of the loss), M (experts
-            in the pool), domain, method, family and base (names that distinguish points). Columns
-            that ``mergelaw fit`` writes are accepted too.
+        path: CSV or Parquet with the columns N (billions of parameters), k and loss or ce (nats per
+            token), and optionally se (standard error of the loss), M (experts in the pool), domain,
+            method, family and base. Columns that ``mergelaw fit`` writes are accepted too.
 
     Returns:
         The points in the form of ``points``, with M and, if present, se; and warnings on what was

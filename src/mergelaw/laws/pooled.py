@@ -1,13 +1,12 @@
 """Pooled fits: parameters shared by the evaluation domains of a method, chosen by AICc.
 
-Each domain has its own floor and amplitude. Each of beta, gamma and b is either shared by all
-domains or separate; the best of the eight combinations has the lowest AICc.
+Each domain has its own floor and amplitude; beta, gamma and b are each shared or separate.
 """
 
 import itertools
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -24,39 +23,13 @@ ENOUGH = 1e-9
 ROUNDED = 1e-9
 
 
-@dataclass(frozen=True)
-class Pooled:
-    """The joint law of several domains.
+def pool_domains(fits: Mapping[str, Result]) -> dict[str, Any] | None:
+    """Choose the parameters to share by all domains; each keeps the weights and noise of its fit.
 
-    Attributes:
-        method, family: what was fitted.
-        shared: the parameters with one value for all domains; may be empty.
-        parameters: their values.
-        intervals: their 90% profile-likelihood intervals, for this pool.
-        domains: all parameters of each domain.
-        ways: every combination with its AICc, and that above the best, best first.
-    """
-
-    method: str
-    family: str
-    shared: tuple[str, ...]
-    parameters: dict[str, float]
-    intervals: dict[str, tuple[float, float]]
-    domains: dict[str, dict[str, float]]
-    ways: tuple[dict[str, Any], ...]
-
-    def to_dict(self) -> dict[str, Any]:
-        """The pooled fit as values that strict JSON can hold."""
-        return asdict(self)
-
-
-def pool_domains(method: str, family: str, fits: Mapping[str, Result]) -> Pooled | None:
-    """Choose the shared parameters; None with fewer than two domains, or an unknown noise.
-
-    Every domain keeps the weights and the noise of its own fit.
-
-    Args:
-        fits: by domain, of the same law.
+    Returns:
+        The ``shared`` parameters, their ``parameters`` (values) and 90% ``intervals`` for this
+        pool, all parameters of each of the ``domains``, and the ``ways`` to share with their AICc,
+        best first; None with too few domains or points.
     """
     if len(fits) < 2 or any(fitted.freedom == 0 for fitted in fits.values()):
         return None
@@ -81,21 +54,19 @@ def pool_domains(method: str, family: str, fits: Mapping[str, Result]) -> Pooled
     values = problem.parameters(state)
     quantile = float(stdtrit(points - len(fits) * linear - len(state.theta), (1 + LEVEL) / 2))
     threshold = (quantile / problem.size) ** 2
-    return Pooled(
-        method=method,
-        family=family,
-        shared=shared,
-        parameters={name: values[0][name] for name in shared},
-        intervals={
-            name: profile.nonlinear_interval(problem, state, j, threshold)
+    return {
+        "shared": list(shared),
+        "parameters": {name: values[0][name] for name in shared},
+        "intervals": {
+            name: list(profile.nonlinear_interval(problem, state, j, threshold))
             for j, name in enumerate(shared)
         },
-        domains=dict(zip(fits, values, strict=True)),
-        ways=tuple(
+        "domains": dict(zip(fits, values, strict=True)),
+        "ways": [
             {"shared": list(names), "aicc": aicc, "above": aicc - best}
             for aicc, names, _, _ in ways
-        ),
-    )
+        ],
+    }
 
 
 @dataclass(frozen=True)

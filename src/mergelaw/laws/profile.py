@@ -1,8 +1,7 @@
 """Profile-likelihood intervals: values of a quantity for which a refit is not much worse.
 
-The law is fitted again with the quantity fixed and all other parameters free within their bounds.
-The interval contains the values at which the squares exceed the minimum by no more than a
-threshold. Unlike standard errors it accounts for curved laws and bounded parameters.
+The law is fitted again with the quantity fixed; the interval holds the values at which the squares
+exceed the minimum by at most a threshold. This accounts for curved laws and bounded parameters.
 """
 
 import math
@@ -52,10 +51,7 @@ def nonlinear_interval(
 def linear_interval(
     problem: Problem, best: State, vector: Vector, threshold: float
 ) -> tuple[float, float]:
-    """Interval of vector(theta) . coefficients, in units of the problem's size.
-
-    For a coefficient the vector is constant; for a prediction it is the basis at the variables.
-    """
+    """Interval of vector(theta) . coefficients, in units of the problem's size."""
     at_best = np.asarray(vector(best.theta), dtype=float)
     value = float(at_best @ best.coefficients)
     error = _error(problem, best, gradient_of(best, vector))

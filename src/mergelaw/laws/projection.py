@@ -1,8 +1,7 @@
 """Variable projection: the least-squares solver of every fit (Golub and Pereyra 1973).
 
 At fixed nonlinear parameters the best coefficients of a law solve a non-negative least-squares
-problem with one solution. So only the nonlinear parameters are searched, from the law's grid of
-starting values.
+problem. So only the nonlinear parameters are searched, from the law's grid of starting values.
 """
 
 import itertools
@@ -34,7 +33,7 @@ ROUNDING = 1e-14
 
 @dataclass(frozen=True)
 class State:
-    """A point of the search: nonlinear parameters, their best coefficients and residuals.
+    """A point of the search.
 
     Attributes:
         theta: (nonlinear parameters,).
@@ -55,8 +54,7 @@ class Problem:
     """Least squares in the nonlinear parameters of a law, with the linear ones projected out.
 
     The loss is scaled to unit length, and squares and coefficients with it; multiply by ``size`` to
-    undo that. Columns of the basis are scaled to unit length too, so neither the unit of N nor its
-    distance from 1 (such as 2.7e-5 billions) matters.
+    undo that. Columns of the basis are scaled too, so the unit of N does not matter.
     """
 
     def __init__(
@@ -125,8 +123,7 @@ class Problem:
     ) -> "Problem":
         """Copy of the problem with an extra point that pulls vector(theta) . coefficients to value.
 
-        Whatever the weight, its solution minimises the squares of the real points among all
-        parameters with the same vector(theta) . coefficients.
+        Its solution is the best among all parameters with the same vector(theta) . coefficients.
         """
         pulled = copy(self)
         pulled.pull = (vector, weight)
@@ -166,8 +163,7 @@ class Problem:
     def jacobian(self, state: State) -> Array:
         """Derivatives of the fitted losses by the nonlinear parameters (Kaufman 1975).
 
-        The part that the coefficients can absorb is projected out, so its product with the
-        residuals is the exact gradient.
+        The part that the coefficients can absorb is projected out.
         """
         out = self._slopes(state)
         q = state.orthonormal
@@ -178,9 +174,8 @@ class Problem:
     ) -> State:
         """Minimise by Levenberg-Marquardt with bounds as an active set.
 
-        A step beyond a bound is cut there, and the parameter stays while the gradient points
-        outwards. The search ends when a step reduces the squares by less than a share ``enough``,
-        or when it comes close to one of the ``known_minima``.
+        The search ends when a step reduces the squares by less than a share ``enough``, or when it
+        comes close to one of the ``known_minima``.
         """
         damping = 1e-3
         rounding = len(self.loss) * np.finfo(float).eps ** 2
@@ -245,10 +240,7 @@ class Problem:
         return min(minima, key=lambda state: state.squares)
 
     def _squares(self, grid: Array) -> Array:
-        """Approximate residual squares at each theta of a grid, to choose starting values.
-
-        By normal equations, solved for all grid points at once.
-        """
+        """Approximate residual squares at each theta of a grid, by normal equations."""
         columns = self._columns(grid)
         lengths = np.sqrt(np.einsum("gij,gij->gj", columns, columns))
         unit = columns / np.where(lengths > 0, lengths, 1)[:, None, :]

@@ -14,7 +14,7 @@ from scipy.special import ndtri, stdtrit
 
 from mergelaw.errors import MergelawError
 from mergelaw.laws import profile
-from mergelaw.laws.covariance import deviance
+from mergelaw.laws.covariance import deviance, weighing
 from mergelaw.laws.law import Array, Law
 from mergelaw.laws.solve import ROUNDED, Solution
 
@@ -32,8 +32,7 @@ class Result:
     """A law fitted to a table: its numbers.
 
     Attributes:
-        law: the law.
-        parameters: its parameters; losses in nats per token, N in the table's unit.
+        parameters: by name; losses in nats per token, N in the table's unit.
         residuals: measured minus fitted (nats per token), in the order of the table's rows.
         solution: the solver's result, with the points in its own order.
         jackknife: parameters without one expert of the pool, for each expert in turn.
@@ -78,26 +77,17 @@ class Result:
 
     @property
     def misfit(self) -> float:
-        """Standard deviation (nats per token) of the law's own error at a point.
-
-        It is what neither the law nor the given covariance explains; NaN where it is unknown.
-        """
+        """Standard deviation (nats per token) of the law's own error at a point; NaN if unknown."""
         return self.solution.noise.misfit
 
     @property
     def scatter(self) -> float:
-        """Standard deviation (nats per token) of the law's error common to a base's points.
-
-        It is 0 where there are too few sizes to estimate it.
-        """
+        """Standard deviation (nats per token) of the law's error common to a base's points."""
         return self.solution.noise.scatter
 
     @property
     def freedom(self) -> float:
-        """Degrees of freedom of the residuals; of a parameter's interval see ``freedom_of``.
-
-        Infinite where nothing was estimated from them, 0 if the noise is unknown.
-        """
+        """Degrees of freedom of the residuals; see ``covariance.Noise``."""
         return self.solution.noise.freedom
 
     @cached_property
@@ -108,8 +98,9 @@ class Result:
         """
         solution, count = self.solution, len(self.law.parameters)
         shapes, residuals = solution.estimated, solution.residuals
+        fixed = sum(weighing(solution.fixed), np.zeros((self.n_points, self.n_points)))
         if not shapes and solution.misfit is not None:
-            return deviance(residuals, solution.fixed, []) + 2 * count
+            return deviance(residuals, fixed, []) + 2 * count
         spent = count + len(shapes)
         left = self.n_points - spent - 1
         if left <= 0 or not shapes:
@@ -117,7 +108,7 @@ class Result:
         least = (1e-13 * float(np.mean(self.loss))) ** 2
         if float(np.mean(residuals**2)) < least:
             residuals = np.full_like(residuals, math.sqrt(least))
-        return deviance(residuals, solution.fixed, shapes) + 2 * spent * self.n_points / left
+        return deviance(residuals, fixed, shapes) + 2 * spent * self.n_points / left
 
     # ---- parameters and predictions
 
@@ -143,10 +134,7 @@ class Result:
         new: bool = False,
         **variables: ArrayLike,
     ) -> pd.DataFrame:
-        """Fitted losses with their intervals: the variables, then ce, low and high.
-
-        Options as in ``predict_interval``; low and high are NaN where there is no interval.
-        """
+        """Table of the variables, the fitted loss ce, and the interval low to high."""
         arrays = np.broadcast_arrays(*(np.asarray(v, dtype=float) for v in variables.values()))
         columns = {n: a.ravel() for n, a in zip(variables, arrays, strict=True)}
         table = pd.DataFrame({**columns, "ce": self.predict(**columns)})
@@ -160,9 +148,6 @@ class Result:
         Args:
             nats: distance of the expected loss from its limit for k to infinity, above 0.
             others: the law's variables besides k.
-
-        Raises:
-            MergelawError: ``nats`` is not above 0, or other variables than the law's.
         """
         if not nats > 0:
             raise MergelawError(f"nats = {nats:g}: give a distance above 0")
@@ -189,8 +174,7 @@ class Result:
         """Interval of a parameter; None where the noise is unknown.
 
         For ``POOL`` it is a profile-likelihood interval; an end on the parameter's bound means that
-        the points do not limit it on that side. For ``EXPERTS`` it is the jackknife's over experts,
-        or None without jackknifed tables.
+        the points do not limit it there. For ``EXPERTS`` it is the jackknife's, or None.
 
         Raises:
             MergelawError: unknown parameter or population, or an impossible level.
@@ -258,10 +242,9 @@ class Result:
 
         Args:
             level: nominal coverage.
-            population: what they refer to, ``POOL`` or ``EXPERTS``; see ``interval``.
+            population: ``POOL`` or ``EXPERTS``; see ``interval``.
             new: False: the mean that the law describes. True: E[L|N,k] of another base, which the
-                law misses by as much as it missed the measured ones; the errors of its documents
-                and of its sampling are not included.
+                law misses by as much as the measured ones, without sampling error.
             variables: as in ``predict``; k may be infinite.
         """
         centre = self.predict(**variables)
@@ -284,10 +267,6 @@ class Result:
         """Expected loss at the first variables minus that at the second (nats per token).
 
         The two losses share most of their error, so the difference is known better than either.
-
-        Args:
-            first, second: the law's variables by name; k may be infinite.
-            level: of the interval.
 
         Returns:
             The difference and its profile-likelihood interval; None where the noise is unknown.
@@ -335,16 +314,12 @@ class Result:
     def _noise_of(
         self, gradient: Array, parameter: bool = False, new: bool = False
     ) -> tuple[float, float, float]:
-        """Noise of gradient . parameters.
+        """Variance of gradient . parameters relative to the weights', other variance, freedom.
 
         Args:
             gradient: derivatives by all parameters, linear ones first.
             parameter: the quantity is a parameter, which counts even if it is on its bound.
             new: add the law's error at a new base.
-
-        Returns:
-            Its variance relative to the weights'; the variance (nats^2) from parts that do not
-            weight the points; and the degrees of freedom of both.
         """
         solution, noise, problem = self.solution, self.solution.noise, self.solution.problem
         missed = float(np.sum(np.nan_to_num([self.misfit, self.scatter]) ** 2)) if new else 0.0

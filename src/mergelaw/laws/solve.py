@@ -29,12 +29,10 @@ class Solution:
     """The minimum of a fit, with points in the solver's order.
 
     Attributes:
-        problem, state: the least-squares problem and its minimum.
         noise: the noise model that weighted the points.
-        parts: the covariance that the caller gave.
-        misfit, scatter: as the caller gave them, or None.
+        parts, misfit, scatter: as the caller gave them.
+        fixed: parts of the covariance that are not estimated.
         estimated: matrices whose variances were to be estimated (None: the identity).
-        loss: the losses.
     """
 
     problem: Problem
@@ -43,6 +41,7 @@ class Solution:
     parts: tuple[Part, ...]
     misfit: float | None
     scatter: float | None
+    fixed: tuple[Part, ...]
     estimated: tuple[Array | None, ...]
     loss: Array
 
@@ -56,18 +55,6 @@ class Solution:
     def residuals(self) -> Array:
         """Measured minus fitted losses."""
         return self.loss - self.problem.law.predict(self.parameters, **self.problem.variables)
-
-    @cached_property
-    def fixed(self) -> Array:
-        """Covariance of the points without the parts to be estimated."""
-        count = len(self.loss)
-        total = sum(weighing(self.parts), np.zeros((count, count)))
-        if self.misfit:
-            total = total + self.misfit**2 * np.eye(count)
-        base = _same_base(self.problem.variables)
-        if self.scatter and base is not None:
-            total = total + self.scatter**2 * base
-        return total
 
     @cached_property
     def tangent(self) -> Array:
@@ -116,7 +103,7 @@ def solve(
             plain, state, loss, fixed, estimated, least, pinning
         )
         noise = _noise(problem, state, fixed, estimated, variances, spread, (misfit, scatter))
-    return Solution(problem, state, noise, parts, misfit, scatter, estimated, loss)
+    return Solution(problem, state, noise, parts, misfit, scatter, tuple(fixed), estimated, loss)
 
 
 def _weighted(
@@ -132,11 +119,8 @@ def _weighted(
 
     Args:
         plain, state: the unweighted problem and its minimum.
-        loss: the losses, not scaled.
         fixed: parts of the covariance that are not estimated.
-        estimated: matrices whose variances are to be estimated.
-        least: standard deviation added to every point: one without error would have infinite
-            weight.
+        least: standard deviation added to every point, which a point without error needs.
         pinning: whether exact points may make the misfit look like 0. The law can pass through as
             many of them as it has parameters, which is no evidence that it misses nothing.
     """
@@ -203,7 +187,7 @@ def _even_noise(problem: Problem, state: State, misfit: float | None, enough: bo
 
 
 def _same_base(variables: Mapping[str, Array]) -> Array | None:
-    """Matrix (points, points) of 1 where two points are of one base, else 0; None without bases."""
+    """Matrix of 1 where two points are of one base, else 0; None without bases."""
     if not {"N", "k"} <= variables.keys():
         return None
     same: Array = (variables["N"][:, None] == variables["N"]).astype(float)
@@ -221,12 +205,6 @@ def solve_again(solution: Solution, variables: Mapping[str, Array], loss: Array)
     """Parameters of the law fitted to other losses at some of a solution's points.
 
     The points keep their weights, and the search starts from the solution.
-
-    Args:
-        variables, loss: (chosen points,).
-
-    Returns:
-        (parameters,), linear ones first.
     """
     problem, old = solution.problem, solution.problem.variables
     same = [old[name] == values[:, None] for name, values in variables.items()]

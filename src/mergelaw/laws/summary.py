@@ -9,12 +9,7 @@ from mergelaw.laws.points import MACRO
 
 
 def fit_text(fit: Mapping[str, Any], equation: str) -> str:
-    """One fit: parameters, quality, hold-out forecasts, rivals and warnings.
-
-    Args:
-        fit: values of ``Fit.to_dict``.
-        equation: the law's.
-    """
+    """One fit, as values of ``Fit.to_dict``: parameters, quality, hold-out, rivals and warnings."""
     width = max(map(len, fit["parameters"]))
     lines = [equation]
     for name, value in fit["parameters"].items():
@@ -46,11 +41,7 @@ def fit_text(fit: Mapping[str, Any], equation: str) -> str:
 
 
 def pooled_text(pooled: Mapping[str, Any]) -> str:
-    """One line: the parameters that domains share, and the gain in AICc over sharing none.
-
-    Args:
-        pooled: values of ``Pooled.to_dict``.
-    """
+    """One line on a pooled fit: the shared parameters, and the gain in AICc over sharing none."""
     if not pooled["shared"]:
         return "the domains share none of beta, gamma and b (AICc)"
     none = next(way["above"] for way in pooled["ways"] if not way["shared"])
@@ -62,11 +53,7 @@ def pooled_text(pooled: Mapping[str, Any]) -> str:
 
 
 def study_text(laws: Mapping[str, Any]) -> str:
-    """All fits of a study, macro first.
-
-    Args:
-        laws: the content of laws.json.
-    """
+    """All fits of a study, as the content of laws.json, macro first."""
     kinds = laws["intervals"]
     lines = [
         "Losses in nats per token, N in billions of non-embedding parameters. Intervals are 90% "

@@ -1,16 +1,12 @@
 """Quadratic surrogate: the loss of any merge of a pool, from the merges that were measured.
 
-Over the plane spanned by the task vectors a smooth loss is about quadratic in the merging weights.
-For weights w that sum to one it is L = w.Q.w with M(M+1)/2 coefficients, written and shrunk as
-
-    L = sum_i s_i w_i - sum_(i<j) D_ij w_i w_j,        s_i = Q_ii,  D_ij = s_i + s_j - 2 Q_ij,
-
-where s_i is the loss of expert i alone, and D_ij the gain of two experts in one merge. Shrinkage
-pulls D_ij to their mean; with all D_ij equal, E[L|k] is the law 1/k of a finite pool.
+For weights w that sum to one, L = w.Q.w = sum_i s_i w_i - sum_(i<j) D_ij w_i w_j: s_i is the loss
+of expert i alone, D_ij = s_i + s_j - 2 Q_ij the gain of two experts in one merge. Shrinkage pulls
+D_ij to their mean; with all D_ij equal, E[L|k] is the law 1/k of a finite pool.
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
@@ -20,18 +16,14 @@ from mergelaw.errors import MergelawError
 from mergelaw.laws.law import Array
 from mergelaw.laws.points import MACRO
 
-# Predicted and measured losses of tested merges by domain, and the merges' groups.
-Unseen = tuple[Array, Array, NDArray[np.intp]]
-
 # Candidate shrinkages, as shares of the pair part's largest squared singular value.
 SHRINKAGE = (0.0, *np.geomspace(1e-6, 1e2, 33))
 # Singular values below this share of the largest are rounding errors.
 RANK = 1e-9
 # A cell with leverage this close to 1 cannot be predicted from the others.
 FULL_LEVERAGE = 1e-8
-# The check holds out this many parts of the tested merges in turn, and needs this many merges.
+# The check holds out this many parts of the tested merges in turn, and needs as many merges.
 FOLDS = 8
-LEAST = 8
 # It passes from this rank correlation on, and up to this RMSE as a share of the spread.
 CORRELATION = 0.95
 ERROR = 0.25
@@ -46,18 +38,11 @@ class Check:
             mean over tested merges of the same k, so that the fall of the loss with k is no merit.
         rmse: root mean squared error (nats per token).
         spread: standard deviation of the measured losses within k (nats per token).
-        merges: number of tested merges.
     """
 
     correlation: float
     rmse: float
     spread: float
-    merges: int
-
-    @property
-    def passed(self) -> bool:
-        """True if the surrogate may be used."""
-        return self.correlation >= CORRELATION and self.rmse <= ERROR * self.spread
 
 
 @dataclass(frozen=True)
@@ -67,15 +52,11 @@ class Surrogate:
     Attributes:
         experts: the pool's M experts; the order of weights.
         Q: symmetric (M, M), in nats per token.
-        shrinkage: of the pair part, as a share of its largest squared singular value.
-        unknown: number of coefficients that only the shrinkage determines.
         check: prediction of held-out merges; None where there were none to spare.
     """
 
     experts: tuple[str, ...]
     Q: Array
-    shrinkage: float
-    unknown: int
     check: Check | None
 
     def predict(self, weights: ArrayLike) -> Array:
@@ -96,10 +77,9 @@ class Surrogate:
 
     @property
     def tau2(self) -> float:
-        """Scale of a circular design's variance (nats squared).
+        """Scale of a circular design's variance (nats squared): ||B||_F^2 / (2M(M-3)).
 
-        ||B||_F^2 / (2M(M-3)), where B is the pair part of 2 Q: its off-diagonal entries less what
-        is additive in the two experts.
+        B is the pair part of 2 Q: off-diagonal entries less what is additive in the two experts.
         """
         M = len(self.experts)
         if M < 4:
@@ -114,22 +94,12 @@ class Surrogate:
 
     @property
     def usable(self) -> bool:
-        """True if the check was made and passed."""
-        return self.check is not None and self.check.passed
-
-    @property
-    def verdict(self) -> str:
-        """Advice on the surrogate's use, with the reason, as a sentence."""
-        if self.check is None:
-            return (
-                "not checked, so not to be used: all merges determine its coefficients; measure a "
-                "circle at one k >= 3 or more"
-            )
-        use = "may be used" if self.usable else "not to be used, the loss is not quadratic enough"
+        """True if held-out merges were predicted well enough to use the surrogate."""
+        check = self.check
         return (
-            f"{use}: on {self.check.merges} held-out merges, within k: rank correlation "
-            f"{self.check.correlation:.3f}, RMSE {self.check.rmse:.2g} nats against a spread of "
-            f"{self.check.spread:.2g}"
+            check is not None
+            and check.correlation >= CORRELATION
+            and check.rmse <= ERROR * check.spread
         )
 
 
@@ -177,12 +147,10 @@ class _Ridge:
         self.projected = self.u.T @ losses
 
     def _factors(self, shrinkage: float) -> Array:
-        if not len(self.s):
-            return np.empty(0)
-        factors: Array = self.s**2 / (self.s**2 + shrinkage * self.s[0] ** 2)
+        factors: Array = self.s**2 / (self.s**2 + shrinkage * self.s[:1] ** 2)
         return factors
 
-    def leave_one_out(self, shrinkage: float) -> Array | None:
+    def _leave_one_out(self, shrinkage: float) -> Array | None:
         """Error of each cell predicted from all others; None where undefined."""
         factors = self._factors(shrinkage)
         leverage = (self.q**2).sum(axis=1) + (self.u**2) @ factors
@@ -194,27 +162,25 @@ class _Ridge:
         errors: Array = residuals[defined] / (1 - leverage[defined, None])
         return errors
 
-    def choose(self) -> NDArray[np.intp]:
-        """Index into ``SHRINKAGE`` with the least leave-one-out error, for each loss."""
-        saturated = self.rank >= len(self.losses)
-        best = np.zeros(self.losses.shape[1], dtype=np.intp)
-        if saturated or not len(self.s):
+    def _shrinkages(self) -> Array:
+        """Shrinkage of the least leave-one-out error, for each loss."""
+        best = np.zeros(self.losses.shape[1])
+        if self.rank >= len(self.losses):
             return best  # no residuals to choose by: interpolate the cells
-        least = np.full(self.losses.shape[1], np.inf)
-        for place, shrinkage in enumerate(SHRINKAGE):
-            errors = self.leave_one_out(shrinkage)
+        least = np.full(len(best), np.inf)
+        for shrinkage in SHRINKAGE:
+            errors = self._leave_one_out(shrinkage)
             if errors is None:
                 continue
             squares = (errors**2).mean(axis=0)
             # On exact data small shrinkages leave only rounding errors: take the smallest.
             better = squares < least * (1 - 1e-6) - 1e-24
-            best[better], least[better] = place, squares[better]
+            best[better], least[better] = shrinkage, squares[better]
         return best
 
-    def solve(self, chosen: NDArray[np.intp]) -> tuple[Array, Array]:
+    def solve(self) -> tuple[Array, Array]:
         """Coefficients of the free columns and of the pairs, one column per loss."""
-        factors = np.array([self._factors(SHRINKAGE[place]) for place in chosen]).T
-        factors = factors.reshape(len(self.s), len(chosen))
+        factors = np.array([self._factors(shrinkage) for shrinkage in self._shrinkages()]).T
         pairs = self.vt.T @ (factors * self.projected / self.s[:, None])
         free = np.linalg.solve(self.r, self.q.T @ (self.losses - self.pairs @ pairs))
         return free / self.scale[:, None], pairs
@@ -226,16 +192,13 @@ def fit(
     experts: Sequence[str],
     domains: Sequence[str] = ("",),
 ) -> dict[str, Surrogate]:
-    """Fit a surrogate per domain, and for their macro-average where there are several.
+    """Fit a surrogate per domain, and their mean as ``macro`` where there are several.
 
     Args:
         weights: (merges, M), the weights of the task vectors; each row sums to one.
         losses: (merges,) or (merges, domains), nats per token.
         experts: names of the M experts.
         domains: names of the domains.
-
-    Returns:
-        Surrogates by domain. The macro one is their mean, as the macro loss is.
 
     Raises:
         MergelawError: shapes that do not match, values that are not finite, weights that do not sum
@@ -254,28 +217,23 @@ def fit(
     _check_sums(w)
     w, y = _distinct(w, y)
     ridge = _Ridge(w, y)
-    chosen = ridge.choose()
-    errors = _errors_on_unseen(w, y, ridge.rank)
-    free, pairs = ridge.solve(chosen)
-    surrogates = {
-        domain: Surrogate(
-            experts=tuple(experts),
-            Q=_matrix(free[:, d], pairs[:, d], M),
-            shrinkage=float(SHRINKAGE[chosen[d]]),
-            unknown=M * (M + 1) // 2 - ridge.rank,
-            check=None if errors is None else _check(errors[0][:, d], errors[1][:, d], errors[2]),
-        )
-        for d, domain in enumerate(domains)
+    free, pairs = ridge.solve()
+    matrices = [_matrix(free[:, d], pairs[:, d], M) for d in range(len(domains))]
+    checks = _checks(w, y, ridge.rank)
+    if len(domains) > 1:
+        domains, matrices = [*domains, MACRO], [*matrices, np.mean(matrices, axis=0)]
+    return {
+        domain: Surrogate(tuple(experts), Q, check)
+        for domain, Q, check in zip(domains, matrices, checks, strict=False)
     }
-    return surrogates | ({MACRO: _macro(surrogates, errors)} if len(domains) > 1 else {})
 
 
 def fit_rows(rows: pd.DataFrame) -> dict[str, Surrogate]:
     """Fit the surrogates of a base to evaluation rows, per evaluation domain and macro.
 
     Args:
-        rows: evaluation rows of one method, family, base and training seed. The surrogate is
-            L = w.Q.w in the relative weights of their merges.
+        rows: evaluation rows of one method, family, base and training seed; the surrogate is of the
+            relative weights of their merges.
 
     Raises:
         MergelawError: as ``fit``; or rows of several bases, seeds or methods.
@@ -301,14 +259,10 @@ def fit_rows(rows: pd.DataFrame) -> dict[str, Surrogate]:
 
 
 def tau2_of(rows: pd.DataFrame) -> dict[tuple[str, str, str, str], float]:
-    """Scale of a circular design's variance, for standard errors from a single circle.
+    """Scales tau^2 (nats squared) of the sampling error of single circles.
 
-    Args:
-        rows: evaluation rows of a study.
-
-    Returns:
-        tau^2 (nats squared) by (method, family, base, domain), macro among the domains, for every
-        surrogate that passed its check; one training seed each.
+    They are by (method, family, base, domain), macro among the domains, for every surrogate of a
+    study's rows that passed its check; one training seed each.
     """
     scales = {}
     merges = rows[rows["role"] == "merge"]
@@ -341,18 +295,18 @@ def _matrix(free: Array, pairs: Array, M: int) -> Array:
     return (alone[:, None] + alone - D) / 2
 
 
-def _errors_on_unseen(w: Array, y: Array, rank: int) -> Unseen | None:
-    """Predicted and measured losses (tested merges, domains) of held-out merges, and their k.
+def _checks(w: Array, y: Array, rank: int) -> list[Check | None]:
+    """Checks of each domain, and of their mean.
 
-    Merges beyond singles and pairs, which determine the surrogate, are tested in parts; each part
-    is predicted from all other merges.
+    Merges beyond singles and pairs are tested in parts, each predicted from all other merges.
     """
+    unchecked: list[Check | None] = [None] * (y.shape[1] + 1)
     sizes = (w != 0).sum(axis=1)
     group = np.unique(sizes, return_inverse=True)[1].ravel()
     crowd = np.bincount(group)[group]
     tested = np.flatnonzero((sizes >= 3) & (crowd >= 3))
-    if len(tested) < LEAST or len(w) - rank < 1:
-        return None
+    if len(tested) < FOLDS or len(w) - rank < 1:
+        return unchecked
     # Parts with equal shares of each k, the same in every run.
     order = np.random.default_rng(0).permutation(len(tested))
     order = order[np.argsort(group[tested[order]], kind="stable")]
@@ -362,16 +316,16 @@ def _errors_on_unseen(w: Array, y: Array, rank: int) -> Unseen | None:
     for fold in range(FOLDS):
         held_out = tested[part == fold]
         kept = np.setdiff1d(np.arange(len(w)), held_out)
-        if not len(held_out):
-            continue
         try:
-            ridge = _Ridge(w[kept], y[kept])
+            coefficients = _Ridge(w[kept], y[kept]).solve()
         except MergelawError:
-            return None
-        coefficients = ridge.solve(ridge.choose())
+            return unchecked
         free, pairs = _columns(w[held_out])
         predicted[part == fold] = free @ coefficients[0] + pairs @ coefficients[1]
-    return predicted, y[tested], group[tested]
+    measured = y[tested]
+    pairs_of_losses = [*zip(predicted.T, measured.T, strict=True)]
+    pairs_of_losses.append((predicted.mean(axis=1), measured.mean(axis=1)))
+    return [_check(one, other, group[tested]) for one, other in pairs_of_losses]
 
 
 def _check(predicted: Array, measured: Array, group: NDArray[np.intp]) -> Check:
@@ -387,18 +341,4 @@ def _check(predicted: Array, measured: Array, group: NDArray[np.intp]) -> Check:
         correlation=0.0 if constant else float(spearmanr(centred(predicted), within).statistic),
         rmse=float(np.sqrt(np.mean((predicted - measured) ** 2))),
         spread=float(np.sqrt(np.mean(within**2))),
-        merges=len(measured),
-    )
-
-
-def _macro(domains: Mapping[str, Surrogate], errors: Unseen | None) -> Surrogate:
-    parts = list(domains.values())
-    check = None
-    if errors is not None:
-        check = _check(errors[0].mean(axis=1), errors[1].mean(axis=1), errors[2])
-    return replace(
-        parts[0],
-        Q=np.mean([part.Q for part in parts], axis=0),
-        shrinkage=float(np.mean([part.shrinkage for part in parts])),
-        check=check,
     )
