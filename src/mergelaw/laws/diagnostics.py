@@ -1,8 +1,9 @@
 """Diagnostics of fits: rivals, hold-out forecasts, residual runs, and warnings."""
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -26,89 +27,101 @@ LADDER = 100
 FLAT = 0.1
 # Up to this many levels of a variable, a warning lists them.
 FEW_LEVELS = 4
-# Fits a law to a result's points, or to those in a mask.
-Refit = Callable[[Law, NDArray[np.bool_] | None], Result]
 
 
-def rivals(fitted: Result, refit: Refit) -> tuple[dict[str, Any], ...]:
-    """Compare a law with its rivals on the same points: law, aicc, above, r2, rmse, best first.
+class Diagnostics(Result):
+    """A law fitted to a table, compared with rivals and with points held out."""
 
-    ``above`` is the AICc above the best law's; both are None where there are too few points. A
-    rival that cannot be fitted is omitted, and so is interference if no loss rises with k.
-    """
-    fits = [fitted]
-    for law in RIVALS.get(fitted.law.name, ()):
-        if law in (INTERFERENCE, INTERFERENCE_FIXED_N) and not _rises(fitted):
-            continue
-        with suppress(MergelawError):
-            fits.append(refit(law, None))
-    ordered = sorted(fits, key=lambda other: (math.isnan(other.aicc), other.aicc))
-    best = ordered[0].aicc
-    return tuple(
-        {
-            "law": other.law.name,
-            "aicc": or_none(other.aicc),
-            "above": or_none(other.aicc - best),
-            "r2": or_none(other.r2),
-            "rmse": other.rmse,
-        }
-        for other in ordered
-    )
+    def refit(self, law: Law, kept: NDArray[np.bool_] | None = None) -> Result:
+        """Fit another law, or this one, to the same points or to those in a mask."""
+        raise NotImplementedError
 
+    @cached_property
+    def warnings(self) -> tuple[Note, ...]:
+        """Warnings on single parameters and on the range of the points."""
+        return tuple(_warnings(self.solution))
 
-def holdout(fitted: Result, refit: Refit) -> dict[str, dict[str, Any]]:
-    """Forecast the points with a variable's largest value from all others, variable by variable.
+    @cached_property
+    def doubts(self) -> tuple[Note, ...]:
+        """Warnings from intervals, rivals, hold-out forecasts and residual runs."""
+        return tuple(_doubts(self))
 
-    Returns:
-        By variable, where the rest can be fitted: ``value``, the value held out; ``error``, the
-        root mean squared error of the forecast; ``same``, that of repeating the loss at the next
-        smaller value, all else equal, or None (nats per token).
-    """
-    results: dict[str, dict[str, Any]] = {}
-    variables, loss = fitted.variables, fitted.loss
-    for name in fitted.law.levels:
-        values = variables[name]
-        kept = values < values.max()
-        with suppress(MergelawError):
-            rest = refit(fitted.law, kept)
-            target = {other: column[~kept] for other, column in variables.items()}
-            errors = loss[~kept] - rest.predict(**target)
-            repeated = loss[~kept] - _last(variables, loss, name, kept)
-            results[name] = {
-                "value": float(values.max()),
-                "error": math.sqrt(np.mean(errors**2)),
-                "same": or_none(math.sqrt(np.mean(repeated**2))),
+    @cached_property
+    def rivals(self) -> tuple[dict[str, Any], ...]:
+        """The law and its rivals on the same points: law, aicc, above, r2, rmse, best first.
+
+        ``above`` is the AICc above the best law's; both are None where there are too few points.
+        """
+        fits: list[Result] = [self]
+        for law in RIVALS.get(self.law.name, ()):
+            if law in (INTERFERENCE, INTERFERENCE_FIXED_N) and not _rises(self):
+                continue
+            with suppress(MergelawError):
+                fits.append(self.refit(law, None))
+        ordered = sorted(fits, key=lambda other: (math.isnan(other.aicc), other.aicc))
+        best = ordered[0].aicc
+        return tuple(
+            {
+                "law": other.law.name,
+                "aicc": or_none(other.aicc),
+                "above": or_none(other.aicc - best),
+                "r2": or_none(other.r2),
+                "rmse": other.rmse,
             }
-    return results
+            for other in ordered
+        )
+
+    @cached_property
+    def holdout(self) -> dict[str, dict[str, Any]]:
+        """Forecasts of the points with a variable's largest value from all others, by variable.
+
+        Each has the ``value`` held out; ``error``, the root mean squared error of the forecast; and
+        ``same``, that of repeating the loss at the next smaller value, or None (nats per token).
+        """
+        results: dict[str, dict[str, Any]] = {}
+        variables, loss = self.variables, self.loss
+        for name in self.law.levels:
+            values = variables[name]
+            kept = values < values.max()
+            with suppress(MergelawError):
+                rest = self.refit(self.law, kept)
+                target = {other: column[~kept] for other, column in variables.items()}
+                errors = loss[~kept] - rest.predict(**target)
+                repeated = loss[~kept] - _last(variables, loss, name, kept)
+                results[name] = {
+                    "value": float(values.max()),
+                    "error": math.sqrt(np.mean(errors**2)),
+                    "same": or_none(math.sqrt(np.mean(repeated**2))),
+                }
+        return results
+
+    @cached_property
+    def runs(self) -> dict[str, float] | None:
+        """Runs of residuals of one sign along the last variable: found, expected and p.
+
+        p is the probability of so few runs if signs were random (Wald and Wolfowitz 1940); None if
+        the residuals are rounding errors or all of one sign.
+        """
+        variables, residuals = self.variables, self.solution.residuals
+        if np.abs(residuals).max() < ROUNDED * np.abs(self.loss).max():
+            return None
+        along = list(variables)[-1]
+        count = expected = variance = 0.0
+        for chosen in _groups(variables, along):
+            signs = residuals[chosen[np.argsort(variables[along][chosen])]] > 0
+            total, above = len(signs), int(signs.sum())
+            pairs = 2 * above * (total - above)
+            count += 1 + np.count_nonzero(signs[1:] != signs[:-1])
+            expected += 1 + pairs / total
+            variance += pairs * (pairs - total) / (total**2 * (total - 1)) if total > 1 else 0
+        if variance <= 0:
+            return None
+        # continuity correction of half a run
+        chance = float(ndtr((count + 0.5 - expected) / math.sqrt(variance)))
+        return {"found": count, "expected": expected, "p": chance}
 
 
-def runs(fitted: Result) -> dict[str, float] | None:
-    """Runs of residuals of one sign along the last variable: found, expected and p.
-
-    p is the probability of so few runs if signs were random (Wald and Wolfowitz 1940); None if the
-    residuals are rounding errors or all of one sign.
-    """
-    variables, residuals = fitted.variables, fitted.solution.residuals
-    if np.abs(residuals).max() < ROUNDED * np.abs(fitted.loss).max():
-        return None
-    along = list(variables)[-1]
-    count = expected = variance = 0.0
-    for chosen in _groups(variables, along):
-        signs = residuals[chosen[np.argsort(variables[along][chosen])]] > 0
-        total, above = len(signs), int(signs.sum())
-        pairs = 2 * above * (total - above)
-        count += 1 + np.count_nonzero(signs[1:] != signs[:-1])
-        expected += 1 + pairs / total
-        variance += pairs * (pairs - total) / (total**2 * (total - 1)) if total > 1 else 0
-    if variance <= 0:
-        return None
-    # continuity correction of half a run
-    chance = float(ndtr((count + 0.5 - expected) / math.sqrt(variance)))
-    return {"found": count, "expected": expected, "p": chance}
-
-
-def warnings(solution: Solution) -> Iterable[Note]:
-    """Warnings on single parameters and on the range of the points."""
+def _warnings(solution: Solution) -> Iterable[Note]:
     problem, state = solution.problem, solution.state
     law = problem.law
     for name, value in zip(law.linear, state.coefficients, strict=True):
@@ -188,13 +201,7 @@ def _on_bound(problem: Problem, name: str, value: float) -> str:
     return f"{text}; its estimate is unreliable"
 
 
-def doubts(
-    fitted: Result,
-    compared: Sequence[Mapping[str, Any]],
-    forecasts: Mapping[str, Mapping[str, Any]],
-    sign_runs: Mapping[str, float] | None,
-) -> Iterable[Note]:
-    """Warnings that follow from intervals, rivals, hold-out forecasts and residual runs."""
+def _doubts(fitted: Diagnostics) -> Iterable[Note]:
     law = fitted.law
     for name, ends in fitted.intervals.items():
         bounds = law.nonlinear.get(name)
@@ -204,7 +211,7 @@ def doubts(
                 f"the interval of {name} reaches its upper bound {bounds[-1]:g}: the points do not "
                 "limit it upwards; measure more levels of " + " or ".join(law.levels),
             )
-    scored = [rival for rival in compared if rival["aicc"] is not None]
+    scored = [rival for rival in fitted.rivals if rival["aicc"] is not None]
     mine = min((r["aicc"] for r in scored if r["law"] in (law.name, *NESTED)), default=-math.inf)
     better = [rival for rival in scored if rival["aicc"] < mine - CLEARLY]
     if better:
@@ -213,7 +220,7 @@ def doubts(
             f"law {better[0]['law']} describes the points better (AICc lower by "
             f"{mine - better[0]['aicc']:.1f}): compare its forecasts before extrapolating",
         )
-    for name, forecast in forecasts.items():
+    for name, forecast in fitted.holdout.items():
         if forecast["same"] is not None and forecast["error"] > forecast["same"]:
             yield Note(
                 "holdout",
@@ -221,6 +228,7 @@ def doubts(
                 f'{forecast["error"]:.2g} nats and "same as the last point" by '
                 f"{forecast['same']:.2g}: do not forecast larger {name} with this law",
             )
+    sign_runs = fitted.runs
     if sign_runs is not None and sign_runs["p"] < FEW_RUNS:
         yield Note(
             "runs",
@@ -251,7 +259,7 @@ def _rises(fitted: Result) -> bool:
 
 
 def _last(variables: Mapping[str, Array], loss: Array, name: str, kept: NDArray[np.bool_]) -> Array:
-    """Loss at the next smaller value of ``name``, all else equal, per point held out; or NaN."""
+    """Loss per point held out at the next smaller value of ``name``, all else equal; or NaN."""
     values = variables[name]
     last = np.full(len(loss), math.nan)
     for chosen in _groups(variables, name):

@@ -2,8 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import cached_property
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -11,44 +10,16 @@ import pandas as pd
 from numpy.typing import ArrayLike, NDArray
 
 from mergelaw.errors import MergelawError
-from mergelaw.laws import diagnostics
 from mergelaw.laws.covariance import Part
-from mergelaw.laws.diagnostics import or_none
+from mergelaw.laws.diagnostics import Diagnostics, or_none
 from mergelaw.laws.law import Array, Law
-from mergelaw.laws.notes import Note
-from mergelaw.laws.result import LEVEL, Result
+from mergelaw.laws.result import LEVEL
 from mergelaw.laws.solve import solve, solve_again
 from mergelaw.laws.summary import fit_text
 
 
-@dataclass(frozen=True)
-class Fit(Result):
+class Fit(Diagnostics):
     """A law fitted to a table, with its diagnostics."""
-
-    @cached_property
-    def warnings(self) -> tuple[Note, ...]:
-        """Warnings on single parameters and on the range of the points."""
-        return tuple(diagnostics.warnings(self.solution))
-
-    @cached_property
-    def rivals(self) -> tuple[dict[str, Any], ...]:
-        """Comparison with rival laws on the same points: see ``diagnostics.rivals``."""
-        return diagnostics.rivals(self, self.refit)
-
-    @cached_property
-    def holdout(self) -> dict[str, dict[str, Any]]:
-        """Forecasts of held-out points, by variable: see ``diagnostics.holdout``."""
-        return diagnostics.holdout(self, self.refit)
-
-    @cached_property
-    def runs(self) -> dict[str, float] | None:
-        """Runs of residuals of one sign: see ``diagnostics.runs``."""
-        return diagnostics.runs(self)
-
-    @cached_property
-    def doubts(self) -> tuple[Note, ...]:
-        """Warnings from intervals, rivals, hold-out forecasts and residual runs."""
-        return tuple(diagnostics.doubts(self, self.rivals, self.holdout, self.runs))
 
     def refit(self, law: Law, kept: NDArray[np.bool_] | None = None) -> "Fit":
         """Fit another law, or this one, to the same points or to those in a mask."""

@@ -120,7 +120,7 @@ class Result:
     def conf_int(self, level: float = LEVEL, population: str = POOL) -> pd.DataFrame:
         """Intervals of all parameters: columns low and high, NaN where there is none."""
         ends = {name: self.interval(name, level, population) for name in self.parameters}
-        rows = {name: (math.nan, math.nan) if e is None else e for name, e in ends.items()}
+        rows = {name: e or (math.nan, math.nan) for name, e in ends.items()}
         return pd.DataFrame.from_dict(rows, orient="index", columns=["low", "high"])
 
     def predict(self, **variables: ArrayLike) -> Array:

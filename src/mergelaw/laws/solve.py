@@ -98,10 +98,7 @@ def solve(
     if even:  # equal errors are no weights
         problem, noise = plain, _even_noise(plain, state, misfit, enough)
     else:
-        pinning = misfit is None and enough
-        problem, state, variances, spread = _weighted(
-            plain, state, loss, fixed, estimated, least, pinning
-        )
+        problem, state, variances, spread = _weighted(plain, state, loss, fixed, estimated, least)
         noise = _noise(problem, state, fixed, estimated, variances, spread, (misfit, scatter))
     return Solution(problem, state, noise, parts, misfit, scatter, tuple(fixed), estimated, loss)
 
@@ -113,7 +110,6 @@ def _weighted(
     fixed: Sequence[Part],
     estimated: tuple[Array | None, ...],
     least: float,
-    pinning: bool,
 ) -> tuple[Problem, State, Array, Array]:
     """Weighted minimum, with the estimated variances and their covariance.
 
@@ -121,13 +117,14 @@ def _weighted(
         plain, state: the unweighted problem and its minimum.
         fixed: parts of the covariance that are not estimated.
         least: standard deviation added to every point, which a point without error needs.
-        pinning: whether exact points may make the misfit look like 0. The law can pass through as
-            many of them as it has parameters, which is no evidence that it misses nothing.
     """
     law, points = plain.law, len(loss)
     none = np.zeros((points, points))
     total, whole = sum(weighing(fixed), none), sum(weighing(fixed, whole=True), none)
-    pinned = pinning and int(np.sum(np.diag(whole) == 0)) >= len(law.parameters)
+    # A law that passes through as many exact points as it has parameters may still miss others.
+    exact = int(np.sum(np.diag(whole) == 0))
+    unknown = any(shape is None for shape in estimated)
+    pinned = unknown and exact >= len(law.parameters)
     little = max(least**2, SINGULAR * float(np.trace(total)) / points) * np.eye(points)
     total, whole = total + little, whole + little
     problem = Problem(law, plain.variables, loss, total)
