@@ -49,9 +49,7 @@ class Noise:
     Attributes:
         misfit, scatter: standard deviations (nats per token), NaN if unknown.
         variance: variance of a whitened point; 1 unless the points were not weighted.
-        freedom: degrees of freedom of the residuals; infinite if nothing was estimated from them, 0
-            if the noise is unknown.
-        parts: the known parts.
+        freedom: of the residuals; infinite if nothing was estimated from them, 0 if unknown.
         shapes, variances: matrices of the estimated parts above 0, and their factors.
         uncertainty: covariance of those variances, (shapes, shapes).
     """
@@ -68,9 +66,7 @@ class Noise:
     def variance_of(self, weights: Array, added: Array | float = 0.0) -> tuple[float, float, float]:
         """Variance of weights . losses and its degrees of freedom (Satterthwaite 1946).
 
-        Args:
-            weights: (points,), an estimate's weights of the losses.
-            added: multiple of each estimated variance to add on top; affects the freedom only.
+        ``added``, a multiple of each estimated variance on top, affects the freedom only.
 
         Returns:
             The variance from parts that weight the points, that from the others, the freedom.
@@ -139,8 +135,7 @@ def restricted(
         jacobian: (points, parameters), derivatives of the fitted losses by the free parameters.
         known: (points, points), the rest of the covariance.
         shapes: (points, points) each; None is the identity and comes first.
-        above_zero: keep the first variance above 0 by a prior proportional to its square root
-            (Chung et al. 2013).
+        above_zero: keep the first variance above 0 by a prior (Chung et al. 2013).
     """
     # Contrasts that no parameter can move have the distribution of the noise alone.
     lengths = np.linalg.norm(jacobian, axis=0)

@@ -162,28 +162,24 @@ def _warnings(solution: Solution) -> Iterable[Note]:
                     f"{error:.2g}): many values fit as well; measure more levels of {more}",
                 )
     if "N" in law.levels:
-        yield from _on_sizes(law, np.unique(problem.variables["N"]))
+        sizes = np.unique(problem.variables["N"])
+        if sizes[-1] / sizes[0] < LADDER:
+            yield Note(
+                "short_ladder",
+                f"the sizes span a factor of {sizes[-1] / sizes[0]:.3g} in N, less than {LADDER}: "
+                "the exponents reflect the bases' training budgets; do not extrapolate them",
+            )
+        if len(sizes) == 3 and "L_star" in law.linear:
+            yield Note(
+                "three_sizes",
+                "three sizes determine L_star, B and beta without a check of the floor's form: "
+                "add a size before extrapolating in N",
+            )
     if solution.parts and solution.misfit is None and len(solution.loss) <= len(law.parameters):
         yield Note(
             "no_misfit",
             "as many parameters as points: the law's own error is unknown, and intervals hold the "
             f"given standard errors only; measure more levels of {more}",
-        )
-
-
-def _on_sizes(law: Law, sizes: Array) -> Iterable[Note]:
-    ratio = sizes[-1] / sizes[0]
-    if ratio < LADDER:
-        yield Note(
-            "short_ladder",
-            f"the sizes span a factor of {ratio:.3g} in N, less than {LADDER}: the exponents "
-            "reflect the bases' training budgets; do not extrapolate them",
-        )
-    if len(sizes) == 3 and "L_star" in law.linear:
-        yield Note(
-            "three_sizes",
-            "three sizes determine L_star, B and beta without a check of the floor's form: "
-            "add a size before extrapolating in N",
         )
 
 

@@ -128,15 +128,12 @@ def _fit(
     solution = solve(law, ordered, loss[order], selected, misfit, scatter)
     residuals = np.empty_like(loss)
     residuals[order] = solution.residuals
-    others = [solve_again(solution, *_checked(law, other)) for other in jackknife]
     return Fit(
         law=law,
-        parameters=solution.parameters,
+        parameters=solution.problem.parameters(solution.state),
         residuals=residuals,
         solution=solution,
-        jackknife=tuple(
-            dict(zip(law.parameters, map(float, values), strict=True)) for values in others
-        ),
+        jackknife=tuple(solve_again(solution, *_checked(law, other)) for other in jackknife),
     )
 
 

@@ -229,11 +229,7 @@ def _pools(rows: pd.DataFrame) -> dict[tuple[str, str, str], int]:
 
 
 def write(study: StudyFits, output: Path, missing: Sequence[str] = ()) -> dict[str, Any]:
-    """Write laws.json, parameters.parquet, points.parquet and summary.txt into a folder.
-
-    Returns:
-        Counts of points, fits, refused fits and ``missing`` shards.
-    """
+    """Write laws.json, parameters.parquet, points.parquet and summary.txt; return their counts."""
     output.mkdir(parents=True, exist_ok=True)
     laws = study.to_dict(missing)
     text = json.dumps(laws, ensure_ascii=False, allow_nan=False, indent=1)
@@ -250,11 +246,7 @@ def write(study: StudyFits, output: Path, missing: Sequence[str] = ()) -> dict[s
 
 
 def parameter_table(fits: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
-    """One row per fit, with a column per parameter of any law and its intervals' ends.
-
-    Args:
-        fits: the ``fits`` of laws.json.
-    """
+    """One row per fit of laws.json, with the parameters of any law and their intervals' ends."""
     place = ["method", "family", "domain", "law", "base", "N"]
     quality = ["r2", "rmse", "misfit", "scatter", "aicc", "n_points"]
     names = [*MERGING.parameters, *MERGING_FIXED_N.parameters[:-1]]

@@ -160,11 +160,7 @@ def _shape(merges: pd.DataFrame) -> Shape:
 
 
 def _design(circles: pd.DataFrame, shape: Shape, tau2: float | None) -> Part | None:
-    """Sampling covariance of a base's points; None where it cannot be estimated.
-
-    Args:
-        circles: estimates by k and replicate; a level measured exhaustively has replicate -1 only.
-    """
+    """Sampling covariance of a base's points from estimates by k and circle; None if unknown."""
     total = np.zeros((len(circles), len(circles)))
     drawn = circles.drop(columns=-1, errors="ignore")
     sampled = drawn.notna().all(axis=1).to_numpy() & bool(drawn.shape[1])
@@ -230,8 +226,7 @@ def _documents(
 ) -> Array | None:
     """Covariance of a group's points over documents like the evaluated ones; None if unknown.
 
-    A loss is a ratio of sums over documents, NLL over tokens. Its error is the mean over documents
-    of their NLL less the loss times their tokens.
+    A loss is the ratio of the documents' NLL to their tokens.
     """
     if not sums:
         return None

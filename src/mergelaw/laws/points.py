@@ -116,8 +116,7 @@ def read_points(path: Path) -> tuple[pd.DataFrame, list[Note]]:
         assumed. Missing names are empty; a base without a name is named after its N.
 
     Raises:
-        MergelawError: the table cannot be read, or has unknown or missing columns, impossible
-            values, two units of N, or contradictory points.
+        MergelawError: the table cannot be read, or its columns or values are impossible.
     """
     table, warnings = _written(_named(path, _read(path)))
     for name in ("N", "k", "ce", "se", "M"):

@@ -51,7 +51,7 @@ def pool_domains(fits: Mapping[str, Result]) -> dict[str, Any] | None:
         return None
     ways.sort(key=lambda way: way[0])
     best, shared, problem, state = ways[0]
-    values = problem.parameters(state)
+    values = problem.parameters_of_each(state)
     quantile = float(stdtrit(points - len(fits) * linear - len(state.theta), (1 + LEVEL) / 2))
     threshold = (quantile / problem.size) ** 2
     return {
@@ -146,16 +146,8 @@ class _Together(Problem):
             row, column = row + len(block), column + len(self.separate)
         return out
 
-    def parameters(self, state: State) -> list[dict[str, float]]:
+    def parameters_of_each(self, state: State) -> list[dict[str, float]]:
         """All parameters of each fit, by name."""
         assert isinstance(state, _States)
-        return [
-            dict(
-                zip(
-                    self.law.parameters,
-                    map(float, [*(part.coefficients * problem.size), *part.theta]),
-                    strict=True,
-                )
-            )
-            for problem, part in zip(self.problems, state.each, strict=True)
-        ]
+        pairs = zip(self.problems, state.each, strict=True)
+        return [problem.parameters(part) for problem, part in pairs]

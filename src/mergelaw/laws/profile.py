@@ -1,7 +1,7 @@
 """Profile-likelihood intervals: values of a quantity for which a refit is not much worse.
 
-The law is fitted again with the quantity fixed; the interval holds the values at which the squares
-exceed the minimum by at most a threshold. This accounts for curved laws and bounded parameters.
+The interval holds the values at which the squares of a refit with the quantity fixed exceed the
+minimum by at most a threshold.
 """
 
 import math

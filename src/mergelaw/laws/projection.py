@@ -36,7 +36,6 @@ class State:
     """A point of the search.
 
     Attributes:
-        theta: (nonlinear parameters,).
         coefficients: (linear parameters,), in units of the problem's size.
         residuals: (points,), whitened and in units of the problem's size.
         orthonormal: orthonormal basis of the columns in use, (points, columns).
@@ -96,6 +95,11 @@ class Problem:
         for j, column in enumerate(self.law.basis(**self.variables, **named)):
             out[..., j] = column
         return out if self.whitener is None else self.whitener @ out
+
+    def parameters(self, state: State) -> dict[str, float]:
+        """All parameters of the law by name, in the losses' units."""
+        values = [*(state.coefficients * self.size), *state.theta]
+        return dict(zip(self.law.parameters, map(float, values), strict=True))
 
     def tangent(self, state: State) -> Array:
         """Derivatives of the fitted, scaled losses by all parameters, linear ones first."""
@@ -213,11 +217,10 @@ class Problem:
         return state
 
     def minimum(self, near: Array | None = None, enough: float = 1e-13) -> State:
-        """Best state of descents from the law's grid of starting values, and from ``near``.
+        """Best state of descents from the grid's local minima, and from ``near``.
 
-        Descents start at the grid's local minima and, in more than one dimension, at its best few
-        points, because a narrow valley may run across the grid. ``near``, a minimum under other
-        weights, makes those few unnecessary.
+        A narrow valley may run across the grid, so descents also start at its best few points,
+        unless there is ``near``, a minimum under other weights.
         """
         if not self.law.nonlinear:
             return self.project(np.empty(0))

@@ -92,10 +92,7 @@ class Result:
 
     @cached_property
     def aicc(self) -> float:
-        """Akaike's criterion, corrected for few points; NaN where there are too few for it.
-
-        Of laws fitted to the same points the lowest is best. A difference below 2 decides nothing.
-        """
+        """Akaike's criterion, corrected for few points; NaN where there are too few for it."""
         solution, count = self.solution, len(self.law.parameters)
         shapes, residuals = solution.estimated, solution.residuals
         fixed = sum(weighing(solution.fixed), np.zeros((self.n_points, self.n_points)))
@@ -266,10 +263,8 @@ class Result:
     ) -> tuple[float, tuple[float, float] | None]:
         """Expected loss at the first variables minus that at the second (nats per token).
 
-        The two losses share most of their error, so the difference is known better than either.
-
-        Returns:
-            The difference and its profile-likelihood interval; None where the noise is unknown.
+        The two losses share most of their error: the profile-likelihood interval, which is None
+        where the noise is unknown, is narrower than theirs.
         """
         value = float(self.predict(**first) - self.predict(**second))
         _check(level, POOL)
@@ -316,10 +311,8 @@ class Result:
     ) -> tuple[float, float, float]:
         """Variance of gradient . parameters relative to the weights', other variance, freedom.
 
-        Args:
-            gradient: derivatives by all parameters, linear ones first.
-            parameter: the quantity is a parameter, which counts even if it is on its bound.
-            new: add the law's error at a new base.
+        The gradient has linear parameters first. A ``parameter`` counts even if it is on its bound;
+        ``new`` adds the law's error at a new base.
         """
         solution, noise, problem = self.solution, self.solution.noise, self.solution.problem
         missed = float(np.sum(np.nan_to_num([self.misfit, self.scatter]) ** 2)) if new else 0.0

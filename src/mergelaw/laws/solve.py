@@ -29,7 +29,6 @@ class Solution:
     """The minimum of a fit, with points in the solver's order.
 
     Attributes:
-        noise: the noise model that weighted the points.
         parts, misfit, scatter: as the caller gave them.
         fixed: parts of the covariance that are not estimated.
         estimated: matrices whose variances were to be estimated (None: the identity).
@@ -46,15 +45,10 @@ class Solution:
     loss: Array
 
     @cached_property
-    def parameters(self) -> dict[str, float]:
-        """The law's parameters by name."""
-        values = [*(self.state.coefficients * self.problem.size), *self.state.theta]
-        return dict(zip(self.problem.law.parameters, map(float, values), strict=True))
-
-    @cached_property
     def residuals(self) -> Array:
         """Measured minus fitted losses."""
-        return self.loss - self.problem.law.predict(self.parameters, **self.problem.variables)
+        parameters = self.problem.parameters(self.state)
+        return self.loss - self.problem.law.predict(parameters, **self.problem.variables)
 
     @cached_property
     def tangent(self) -> Array:
@@ -113,10 +107,8 @@ def _weighted(
 ) -> tuple[Problem, State, Array, Array]:
     """Weighted minimum, with the estimated variances and their covariance.
 
-    Args:
-        plain, state: the unweighted problem and its minimum.
-        fixed: parts of the covariance that are not estimated.
-        least: standard deviation added to every point, which a point without error needs.
+    ``plain`` and ``state`` are the unweighted problem and its minimum; ``least`` is a standard
+    deviation added to every point, without which exact points would have infinite weights.
     """
     law, points = plain.law, len(loss)
     none = np.zeros((points, points))
@@ -198,7 +190,9 @@ def _free(problem: Problem, state: State) -> NDArray[np.bool_]:
     return np.concatenate([problem.signed | (state.coefficients > 0), inside & ~idle])
 
 
-def solve_again(solution: Solution, variables: Mapping[str, Array], loss: Array) -> Array:
+def solve_again(
+    solution: Solution, variables: Mapping[str, Array], loss: Array
+) -> dict[str, float]:
     """Parameters of the law fitted to other losses at some of a solution's points.
 
     The points keep their weights, and the search starts from the solution.
@@ -212,4 +206,4 @@ def solve_again(solution: Solution, variables: Mapping[str, Array], loss: Array)
         covariance = covariance[np.ix_(places, places)]
     again = Problem(problem.law, variables, loss, covariance)
     state = again.descend(again.project(solution.state.theta))
-    return np.concatenate([state.coefficients * again.size, state.theta])
+    return again.parameters(state)

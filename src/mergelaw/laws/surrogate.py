@@ -31,11 +31,11 @@ ERROR = 0.25
 
 @dataclass(frozen=True)
 class Check:
-    """Prediction of held-out merges, compared within the same k.
+    """Prediction of held-out merges.
 
     Attributes:
-        correlation: Spearman's rank correlation of predicted and measured losses, each less its
-            mean over tested merges of the same k, so that the fall of the loss with k is no merit.
+        correlation: Spearman's rank correlation of predicted and measured losses within the same k,
+            so that the fall of the loss with k is no merit.
         rmse: root mean squared error (nats per token).
         spread: standard deviation of the measured losses within k (nats per token).
     """
@@ -121,11 +121,7 @@ def _columns(weights: Array) -> tuple[Array, Array]:
 
 
 class _Ridge:
-    """Ridge regression of several losses, with only the coefficients D_ij - mean(D) shrunk.
-
-    Raises:
-        MergelawError: the merges do not determine the other coefficients.
-    """
+    """Ridge regression of several losses, with only the coefficients D_ij - mean(D) shrunk."""
 
     def __init__(self, weights: Array, losses: Array):
         free, self.pairs = _columns(weights)
@@ -197,8 +193,6 @@ def fit(
     Args:
         weights: (merges, M), the weights of the task vectors; each row sums to one.
         losses: (merges,) or (merges, domains), nats per token.
-        experts: names of the M experts.
-        domains: names of the domains.
 
     Raises:
         MergelawError: shapes that do not match, values that are not finite, weights that do not sum
@@ -232,8 +226,7 @@ def fit_rows(rows: pd.DataFrame) -> dict[str, Surrogate]:
     """Fit the surrogates of a base to evaluation rows, per evaluation domain and macro.
 
     Args:
-        rows: evaluation rows of one method, family, base and training seed; the surrogate is of the
-            relative weights of their merges.
+        rows: evaluation rows of one method, family, base and training seed.
 
     Raises:
         MergelawError: as ``fit``; or rows of several bases, seeds or methods.
@@ -261,8 +254,7 @@ def fit_rows(rows: pd.DataFrame) -> dict[str, Surrogate]:
 def tau2_of(rows: pd.DataFrame) -> dict[tuple[str, str, str, str], float]:
     """Scales tau^2 (nats squared) of the sampling error of single circles.
 
-    They are by (method, family, base, domain), macro among the domains, for every surrogate of a
-    study's rows that passed its check; one training seed each.
+    They are by (method, family, base, domain), for every surrogate that passed its check.
     """
     scales = {}
     merges = rows[rows["role"] == "merge"]
