@@ -1,7 +1,7 @@
 """How long does the whole analysis of the paper's grid take? Fits, intervals, files, report.
 
 Seven sizes, k = 1..9, nine domains and four methods, three rings of nine experts each: simulated
-evaluation rows in, laws and report out, as `mergelaw fit` and `mergelaw report` make them.
+evaluation rows in, laws and report out, as the stages `fit` and `report` make them.
 
     python benchmarks/analysis.py
 """
