@@ -49,11 +49,13 @@ def main() -> int:
         print(__doc__, file=sys.stderr)
         return 2
     study = Study(config.load(Path(sys.argv[1])))
-    bases = list(study.config.bases)
+    bases = study.config.bases
     print(f"{'base':<12}{'stage':<14}{'jobs':>5}{'predicted':>11}{'realised':>11}{'ratio':>8}")
     if len(bases) > 1:
         for base in bases:
-            show(base, compare(study, measured(study, [b for b in bases if b != base]), base))
+            others = {name: settings for name, settings in bases.items() if name != base}
+            rest = Study(study.config.model_copy(update={"bases": others, "merges": {}}))
+            show(base, compare(study, measured(rest), base))
     show("all, by all", compare(study, measured(study), None))
     return 0
 

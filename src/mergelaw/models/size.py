@@ -42,8 +42,7 @@ class Size:
     def forward_flops(self, tokens: float, context: float) -> float:
         """FLOPs of a forward pass: 2 per token and weight, the head included, plus attention.
 
-        Attention takes 2 x layers x query width x context per token, because causal attention sees
-        half of the context on average (Kaplan et al. 2020, appendix B).
+        Causal attention sees half of the context on average (Kaplan et al. 2020, appendix B).
         """
         weights = self.non_embedding + self.vocab * self.hidden
         return tokens * (2 * weights + 2 * self.layers * self.query * context)
@@ -111,8 +110,7 @@ def size_of_nominal(billions: float) -> Size:
     115 and Llama 3's 128), and Qwen2.5's vocabulary, the largest of the common ones but Gemma's.
     """
     layers = max(round((billions * 1e9 / (12 * 128**2)) ** (1 / 3)), 1)
-    hidden = 128 * layers
-    vocab = 152_064
+    hidden, vocab = 128 * layers, 152_064
     embedding = min(2 * vocab * hidden, int(billions * 5e8))
     return Size(int(billions * 1e9), embedding, vocab, hidden, 4 * hidden, layers, hidden, hidden)
 

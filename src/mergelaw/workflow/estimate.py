@@ -26,22 +26,20 @@ COLUMNS = ("jobs", "left", "GPU hours", "hours", "tokens", "bytes")
 
 
 class StageRate(Model):
-    """What differs from the other rates in one stage's jobs."""
+    """Rates that differ in one stage's jobs."""
 
-    start_seconds: float | None = Field(None, ge=0, description="before its work begins")
-    teraflops: float | None = Field(None, gt=0, description="of one device, in bfloat16, sustained")
-    gigabytes_per_second: float | None = Field(None, gt=0, description="read or written")
+    start_seconds: float | None = Field(None, ge=0)
+    teraflops: float | None = Field(None, gt=0)
+    gigabytes_per_second: float | None = Field(None, gt=0)
 
 
 class Rates(Hardware):
     """Speed of a cluster, and what is assumed of documents that are not counted yet."""
 
-    start_seconds: float = Field(60, ge=0, description="of a job, before its work begins")
-    train_documents: int = Field(
-        20_000, gt=0, description="of a domain whose configuration leaves the number open"
-    )
-    tokens_per_document: float = Field(1_000, gt=0, description="prompt and response together")
-    stages: dict[str, StageRate] = Field({}, description="what differs in a stage's jobs")
+    start_seconds: float = Field(60, ge=0)  # of a job, before its work begins
+    train_documents: int = Field(20_000, gt=0)  # of a domain whose number is open
+    tokens_per_document: float = Field(1_000, gt=0)  # prompt and response together
+    stages: dict[str, StageRate] = Field({})
 
     @property
     def documents(self) -> Documents:
@@ -50,7 +48,7 @@ class Rates(Hardware):
 
     def of_stage(self, stage: str) -> "Rates":
         """Rates of one stage's jobs."""
-        rate = self.stages.get(stage, StageRate())
+        rate = self.stages.get(stage) or StageRate()
         return self.model_copy(update=rate.model_dump(exclude_none=True))
 
     def working(self, study: Study, artifact: Artifact) -> float:
@@ -61,7 +59,7 @@ class Rates(Hardware):
 
 @dataclass(frozen=True)
 class Estimate:
-    """What a study still costs."""
+    """Remaining cost of a study."""
 
     stages: dict[Any, dict[Any, float]]  # :data:`COLUMNS` by stage, and of all as "in all"
     chain: list[tuple[str, float]]  # longest chain of jobs that wait for one another: name, hours
@@ -70,7 +68,7 @@ class Estimate:
 
 
 def read_rates(path: Path | None, hardware: Hardware | None = None) -> Rates:
-    """Rates of a YAML file. Without one, those of a profile's hardware, or the defaults.
+    """Rates of a YAML file, of a profile's hardware, or the defaults.
 
     Raises MergelawError, one line, for a file that does not hold rates.
     """
@@ -86,13 +84,12 @@ def read_rates(path: Path | None, hardware: Hardware | None = None) -> Rates:
     return rates
 
 
-def measured(study: Study, bases: Sequence[str] | None = None) -> Rates:
+def measured(study: Study) -> Rates:
     """Rates that a study's results show, from the lineage of its artifacts.
 
     For each stage: the time a job takes to start, and how much slower or faster than the default
     rates its work is. On processors their own time counts, not the time they waited for others.
-    ``bases`` leaves out the jobs of all other bases. Raises MergelawError if there is no expert and
-    no evaluation.
+    Raises MergelawError if there is no expert and no evaluation.
     """
     import numpy as np
     from scipy.optimize import nnls
@@ -100,7 +97,7 @@ def measured(study: Study, bases: Sequence[str] | None = None) -> Rates:
     jobs = [
         (artifact, lineage.read(study.results / artifact.path))
         for artifact in study.by_path.values()
-        if study.made(artifact) and (bases is None or artifact.base in (None, *bases))
+        if study.made(artifact)
     ]
     if not any(artifact.stage in ("expert", "evaluate") for artifact, _ in jobs):
         raise MergelawError(
@@ -110,10 +107,7 @@ def measured(study: Study, bases: Sequence[str] | None = None) -> Rates:
     gpus = any("cuda" in str(entry["facts"].get("device")) for _, entry in jobs)
     rates = Rates(float32_share=1, gpus_per_node=8 if gpus else 0)
     lengths = [
-        entry["facts"]["tokens"]
-        / entry["facts"]["cells"]
-        * len(artifact.names("corpora"))
-        / (rates.documents.count(artifact) or 1)
+        entry["facts"]["tokens"] / len(artifact.rows) / rates.documents.count(artifact)
         for artifact, entry in jobs
         if artifact.stage == "evaluate"
     ]
@@ -186,9 +180,9 @@ def text(result: Estimate, rates: Rates) -> str:
     count, hour = "{:,.0f}".format, "{:,.2f}".format
     table = pd.DataFrame.from_dict(result.stages, "index").rename(TITLES)
     lines = [table.to_string(formatters=[count, count, hour, hour, short, short])]
-    jobs, left = (round(result.stages["in all"][column]) for column in ("jobs", "left"))
+    jobs, left, *_ = result.stages["in all"].values()
     if left < jobs:
-        lines.append(f"{jobs - left} of {jobs} results are there already and cost nothing")
+        lines.append(f"{jobs - left:.0f} of {jobs:.0f} results are there already and cost nothing")
     asked = {
         TITLES[stage]: {
             "GPUs": span([one["gpu"] for one in requests]),
@@ -207,8 +201,7 @@ def text(result: Estimate, rates: Rates) -> str:
     lines += [f"does not fit: {problem}" for problem in result.problems]
     shown = rates.model_dump(exclude={"stages"}, exclude_none=True)
     lines.append("rates: " + ", ".join(f"{name} {value}" for name, value in shown.items()))
-    if rates.stages:
-        lines.append(f"rates of their own: {', '.join(rates.stages)}")
+    lines += [f"other rates for: {', '.join(rates.stages)}"] if rates.stages else []
     return "\n".join(lines)
 
 

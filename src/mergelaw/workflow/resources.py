@@ -23,20 +23,14 @@ ASKED = ("gpu", "nodes", "mem_mb", "runtime", "slurm_partition")
 class Hardware(Model):
     """Nodes that jobs run on, and what they do in a second."""
 
-    gpus_per_node: int = Field(8, ge=0, description="0: everything runs on processors")
-    gpu_memory_gb: int = Field(80, gt=0, description="of one GPU")
-    teraflops: float = Field(
-        400,
-        gt=0,
-        validation_alias=AliasChoices("teraflops", "gpu_tflops"),
-        description="of one device, in bfloat16, sustained (an H100: about 400)",
-    )
-    float32_share: float = Field(0.1, gt=0, description="of that in float32")
-    gigabytes_per_second: float = Field(
-        0.5, gt=0, description="read or written by one job, digests included"
-    )
-    node_memory_gb: int = Field(0, ge=0, description="0: unknown")
-    max_runtime: int = Field(0, ge=0, description="minutes that a job may take; 0: unknown")
+    gpus_per_node: int = Field(8, ge=0)  # 0: everything runs on processors
+    gpu_memory_gb: int = Field(80, gt=0)  # of one GPU
+    # Of one device, in bfloat16, sustained (an H100: about 400), and the share of it in float32.
+    teraflops: float = Field(400, gt=0, validation_alias=AliasChoices("teraflops", "gpu_tflops"))
+    float32_share: float = Field(0.1, gt=0)
+    gigabytes_per_second: float = Field(0.5, gt=0)  # read or written by one job, digests included
+    node_memory_gb: int = Field(0, ge=0)  # 0: unknown
+    max_runtime: int = Field(0, ge=0)  # minutes that a job may take; 0: unknown
     slurm_partition: str | None = None
     gpu_partition: str | None = None
     slurm_account: str | None = None
@@ -62,9 +56,8 @@ class Hardware(Model):
 
     def holds(self, work: Work, gpus: int, factor: float = 1) -> bool:
         """True if so many GPUs of one node hold a job with ``factor`` times its memory."""
-        room = USABLE * self.gpu_memory_gb * 1e9
-        fits = gpus == 0 or factor * (work.shared / gpus + work.each) <= room
-        return fits and gpus <= self.gpus_per_node
+        room = USABLE * self.gpu_memory_gb * 1e9 / factor
+        return not gpus or (gpus <= self.gpus_per_node and work.shared / gpus + work.each <= room)
 
     def seconds(self, work: Work, gpus: int) -> float:
         """Seconds of a job's work.

@@ -48,13 +48,11 @@ def check_partition(key: str, profile: Hardware, nodes: list[list[str]], gpus: i
 
     ``nodes`` are partition (a star marks the default), time limit and generic resources.
     """
-    default = next((name.rstrip("*") for name, *_ in nodes if name.endswith("*")), None)
-    names = ", ".join(dict.fromkeys(name.rstrip("*") for name, *_ in nodes))
+    default = next((name.rstrip("*") for name, *_ in nodes if name.endswith("*")), "not set")
     name = getattr(profile, key) or default
-    if name is None:
-        raise MergelawError(f"profile: SLURM has no default partition; set {key} to one of {names}")
     mine = [(limit, gres) for partition, limit, gres in nodes if partition.rstrip("*") == name]
     if not mine:
+        names = ", ".join(dict.fromkeys(partition.rstrip("*") for partition, *_ in nodes))
         raise MergelawError(
             f"profile: {key} is {name!r}, which SLURM does not have; give one of {names}"
         )
