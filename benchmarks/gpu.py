@@ -281,6 +281,10 @@ def merge_and_evaluate(size: str) -> Callable[[Card], Iterator[Row]]:
             with merger(card, model, base, method, "device") as merges:
                 yield {"model": card.size(size), "method": method, **both(card, merges, model, 3)}
                 merges.merge([])
+            del merges  # its vectors fill most of a card
+            gc.collect()
+            if card.device.type == "cuda":
+                torch.cuda.empty_cache()
 
     return section
 
