@@ -33,13 +33,12 @@ class Fit(Diagnostics):
             for name, box in law.nonlinear.items()
         }
         table = {name: values[kept] for name, values in self.variables.items()}
-        parts = [part.select(kept) for part in solution.parts]
-        return _fit(
+        return fit(
             replace(law, nonlinear=starts),
             {**table, law.response: self.loss[kept]},
-            tuple(part for part in parts if part.matrix.any()),
-            solution.misfit,
-            solution.scatter,
+            covariance=[part.select(kept) for part in solution.parts],
+            misfit=solution.misfit,
+            scatter=solution.scatter,
         )
 
     def summary(self) -> str:
@@ -103,20 +102,8 @@ def fit(
     for name, value in (("misfit", misfit), ("scatter", scatter)):
         if value is not None and not (math.isfinite(value) and value >= 0):
             raise MergelawError(f"{name} is {value:g}: give a standard deviation of 0 or more")
-    points = len(_checked(law, table)[1])
-    return _fit(law, table, _parts(table, covariance, points), misfit, scatter, jackknife)
-
-
-def _fit(
-    law: Law,
-    table: pd.DataFrame | Mapping[str, ArrayLike],
-    parts: tuple[Part, ...],
-    misfit: float | None,
-    scatter: float | None,
-    jackknife: Sequence[pd.DataFrame] = (),
-) -> Fit:
-    """Fit a law, given the checked parts of the covariance."""
     variables, loss = _checked(law, table)
+    parts = _parts(table, covariance, len(loss))
     if misfit == 0 and not parts:
         raise MergelawError(
             "misfit 0 without standard errors leaves no uncertainty at all: omit it"

@@ -215,9 +215,7 @@ def _floors(fitted: Fit, group: pd.DataFrame) -> Iterator[dict[str, Any]]:
 
 def _interval(fitted: Fit, k: float, size: Mapping[str, Any]) -> list[float] | None:
     ends = fitted.predict_interval(k=k, **size)
-    if ends is None or not np.isfinite(ends).all():
-        return None
-    return [float(end) for end in ends]
+    return None if ends is None or not np.isfinite(ends).all() else [float(end) for end in ends]
 
 
 def _pools(rows: pd.DataFrame) -> dict[tuple[str, str, str], int]:

@@ -15,9 +15,7 @@ COLUMNS = [*POINT, *CIRCLE, "merge", "role", "ce", "finite"]
 # Columns that a points table may have besides N, k and ce (or loss).
 OPTIONAL = ["se", "M", "domain", "method", "family", "base"]
 # Further columns that `mergelaw fit` writes, and reads again.
-WRITTEN = [
-    *("subsets", "replicates", "documents", "design", "freedom", "variance", "without"),
-]
+WRITTEN = ["subsets", "replicates", "documents", "design", "freedom", "variance", "without"]
 # No model has so many billions of parameters: such an N counts parameters.
 TOO_MANY_BILLIONS = 1e4
 # No base has so few parameters: such an N, too large for billions, counts something else.
