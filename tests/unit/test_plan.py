@@ -16,12 +16,11 @@ from typer.testing import CliRunner
 
 from mergelaw.artifacts import lineage, store
 from mergelaw.cli.app import app
-from mergelaw.cli.results import find_laws
 from mergelaw.config import load
 from mergelaw.errors import MergelawError
 from mergelaw.laws.law import MERGING, MERGING_FIXED_N
 from mergelaw.planning import Costs, Curve, budget, experts, loss, measure, rule, stop
-from mergelaw.workflow.costs import measured_costs
+from mergelaw.workflow.results import find_laws, measured_costs
 from mergelaw.workflow.study import Study
 
 JOINT = {"L_star": 0.4, "B": 0.3, "A0": 0.08, "beta": 0.4, "gamma": 0.1, "b": 0.3}
@@ -523,7 +522,6 @@ def test_a_study_is_asked_by_its_configuration(demo):
     assert found == partial and f"2 of {len(known.evals)} shards" in warning
     laws = artifact(known.results / known.laws.path, "fit", {}, {})
     assert find_laws(file) == (laws, [])
-    assert find_laws(laws) == (laws, [])
 
 
 def test_without_a_name_the_study_of_this_folder_is_asked(tmp_path, monkeypatch):

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mergelaw.cli.results import find_laws
+from mergelaw.cli.study import DEFAULT, Json
 from mergelaw.errors import MergelawError
 
 if TYPE_CHECKING:
@@ -34,17 +34,15 @@ CostsFile = Annotated[
 
 
 @dataclass(frozen=True)
-class Asked:
+class Question:
     """Shared options of all questions, and the points that they choose."""
 
     study: Annotated[
-        Path | None,
+        Path,
         typer.Argument(
-            metavar="STUDY",
-            help="a study's configuration, a folder of laws or a table of points; default: "
-            "config/config.yaml",
+            metavar="STUDY", help="a study's configuration, a folder of laws or a table of points"
         ),
-    ] = None
+    ] = DEFAULT
     base: Annotated[str | None, typer.Option(help="a measured base, by its name")] = None
     N: Annotated[
         float | None, typer.Option("--N", help="a size in billions, instead of a base")
@@ -57,15 +55,19 @@ class Asked:
         str | None, typer.Option(help="family of bases; required if there are several")
     ] = None
     level: Annotated[float, typer.Option(help="level of the intervals")] = 0.9
-    as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False
+    as_json: Json = False
     warnings: Annotated[list[str], "of the command itself"] = field(default_factory=list)
 
     @cached_property
     def laws(self) -> Path:
-        """The folder of laws or the table that is asked."""
-        path, warnings = find_laws(self.study)
+        """The study's folder of fitted laws, or the table of points."""
+        if self.study.suffix not in (".yaml", ".yml"):
+            return self.study
+        from mergelaw.workflow.results import find_laws
+
+        laws, warnings = find_laws(self.study)
         self.warnings.extend(warnings)
-        return path
+        return laws
 
     def points(self, *every: str) -> "pd.DataFrame":
         """Points of one method, domain and family; with all values of the columns in ``every``."""
@@ -88,44 +90,44 @@ class Asked:
     def costs(self, file: Path | None) -> "Costs":
         """Costs from a file; without one, the seconds of the study's jobs."""
         from mergelaw.planning import Costs
+        from mergelaw.workflow.results import measured_costs
 
         if file is not None:
             return Costs.read(file)
-        from mergelaw.workflow.costs import measured_costs
-
         try:
             return Costs(measured_costs(self.laws), "seconds")
         except MergelawError as error:
             raise MergelawError(f"{error}; give --costs") from None
 
 
-def question(ask: "Callable[..., Answer]", without: tuple[str, ...] = ()) -> Callable[..., None]:
-    """Make a command of a function: it takes the shared options too, and prints the answer.
+def command(ask: "Callable[..., Answer]", without: str = "") -> Callable[..., None]:
+    """A command that takes a question's options besides those of ``ask``, and prints the answer.
 
-    Args:
-        ask: from ``Asked`` and options of its own to an answer.
-        without: shared options that the command does not take.
+    ``without`` is the option of questions that the command does not take.
     """
-    options = list(inspect.signature(ask).parameters.values())[1:]
-    argument, *shared = list(inspect.signature(Asked).parameters.values())[:-1]
-    parameters = [argument, *options, *(p for p in shared if p.name not in without)]
+    _, *options = inspect.signature(ask).parameters.values()
+    study, *shared = [
+        p for p in inspect.signature(Question).parameters.values() if p.name != "warnings"
+    ]
+    parameters = [study, *options, *(p for p in shared if p.name != without)]
 
-    def command(**values: Any) -> None:
-        asked = Asked(**{p.name: values.pop(p.name, p.default) for p in (argument, *shared)})
-        answer = ask(asked, **values)
-        answer = replace(answer, warnings=(*asked.warnings, *answer.warnings))
-        print(answer.to_json() if asked.as_json else answer.summary())
+    def run(**values: Any) -> None:
+        names = [p.name for p in (study, *shared) if p.name in values]
+        question = Question(**{name: values.pop(name) for name in names})
+        answer = ask(question, **values)
+        answer = replace(answer, warnings=(*question.warnings, *answer.warnings))
+        print(answer.to_json() if question.as_json else answer.summary())
 
     keywords = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in parameters]
-    command.__signature__ = inspect.Signature(keywords)  # type: ignore[attr-defined]
-    command.__annotations__ = {p.name: p.annotation for p in parameters}
-    command.__name__, command.__doc__ = ask.__name__, ask.__doc__
-    return command
+    run.__signature__ = inspect.Signature(keywords)  # type: ignore[attr-defined]
+    run.__annotations__ = {p.name: p.annotation for p in parameters}
+    run.__name__, run.__doc__ = ask.__name__, ask.__doc__
+    return run
 
 
-@question
+@command
 def forecast(
-    asked: Asked,
+    question: Question,
     scheme: Annotated[
         str | None,
         typer.Option(
@@ -152,32 +154,32 @@ def forecast(
     except ValueError:
         raise MergelawError(f"--k {k}: give numbers with commas between them") from None
     return forecast(
-        asked.points(),
+        question.points(),
         scheme,
-        N=asked.N,
-        base=asked.base,
+        N=question.N,
+        base=question.base,
         k=sizes,
         misfit=misfit,
-        level=asked.level,
+        level=question.level,
     )
 
 
-@plan_app.command("loss")
-@question
-def loss(asked: Asked, k: K) -> "Answer":
+@plan_app.command()
+@command
+def loss(question: Question, k: K) -> "Answer":
     """Say which loss to expect of k experts on a base.
 
     Example: mergelaw plan loss --method average --N 0.001 --k 9
     """
     from mergelaw.planning import loss
 
-    return loss(asked.curve(), k)
+    return loss(question.curve(), k)
 
 
-@plan_app.command("experts")
-@question
+@plan_app.command()
+@command
 def experts(
-    asked: Asked,
+    question: Question,
     target: Annotated[float, typer.Option(help="loss to reach, in nats per token")],
 ) -> "Answer":
     """Say how many experts reach a target loss.
@@ -186,13 +188,13 @@ def experts(
     """
     from mergelaw.planning import experts
 
-    return experts(asked.curve(), target)
+    return experts(question.curve(), target)
 
 
-@plan_app.command("stop")
-@question
+@plan_app.command()
+@command
 def stop(
-    asked: Asked,
+    question: Question,
     threshold: Annotated[
         float, typer.Option(help="smallest gain that is worth one more expert, in nats")
     ],
@@ -203,26 +205,24 @@ def stop(
     """
     from mergelaw.planning import stop
 
-    return stop(asked.curve(), threshold)
+    return stop(question.curve(), threshold)
 
 
-@plan_app.command("budget")
-@question
+@plan_app.command()
+@command
 def budget(
-    asked: Asked,
+    question: Question,
     k: Annotated[int, typer.Option("--k", help="number of experts merged now")],
     amount: Annotated[
         float | None,
         typer.Option("--budget", help="what may be spent; default: compare gains per cost"),
     ] = None,
     costs: CostsFile = None,
-    have: Annotated[
-        int | None, typer.Option(help="experts trained at this size; default: k")
-    ] = None,
+    have: Annotated[int, typer.Option(help="experts trained at this size", show_default="k")] = 0,
     serve: Annotated[float, typer.Option(help="tokens that will be served, in millions")] = 0,
     larger: Annotated[
-        list[float] | None, typer.Option(help="a larger size to consider, in billions; repeatable")
-    ] = None,
+        list[float], typer.Option(help="a larger size to consider, in billions; repeatable")
+    ] = [],  # noqa: B006
 ) -> "Answer":
     """Say whether the next unit of budget goes to a larger base or to more experts.
 
@@ -230,14 +230,14 @@ def budget(
     """
     from mergelaw.planning import budget
 
-    curve, prices = asked.curve(joint=True), asked.costs(costs)
-    return budget(curve, k, prices, amount=amount, have=have, serve=serve, larger=larger or None)
+    curve, prices = question.curve(joint=True), question.costs(costs)
+    return budget(curve, k, prices, amount=amount, have=have, serve=serve, larger=larger)
 
 
-@plan_app.command("rule")
-@partial(question, without=("method",))
+@plan_app.command()
+@partial(command, without="method")
 def rule(
-    asked: Asked,
+    question: Question,
     k: Annotated[
         int | None, typer.Option("--k", help="number of experts; default: compare at every k")
     ] = None,
@@ -248,14 +248,14 @@ def rule(
     """
     from mergelaw.planning import rule
 
-    points = asked.points("method")
-    return rule(points, asked.N, k, base=asked.base, level=asked.level)
+    points = question.points("method")
+    return rule(points, question.N, k, base=question.base, level=question.level)
 
 
-@plan_app.command("measure")
-@question
+@plan_app.command()
+@command
 def measure(
-    asked: Asked,
+    question: Question,
     k: K,
     share: Annotated[
         float, typer.Option(help="width to reach, as a share of the interval's width now")
@@ -268,12 +268,12 @@ def measure(
     """
     from mergelaw.planning import measure
 
-    curve = asked.curve()
+    curve = question.curve()
     try:
-        prices = asked.costs(costs)
+        prices = question.costs(costs)
     except MergelawError as error:
         if costs is not None:
             raise
         prices = None
-        asked.warnings.append(f"costs are unknown and not compared: {error}")
+        question.warnings.append(f"costs are unknown and not compared: {error}")
     return measure(curve, k, prices, share=share)

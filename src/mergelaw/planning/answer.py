@@ -3,7 +3,7 @@
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import pandas as pd
@@ -18,13 +18,12 @@ class Answer:
     Attributes:
         question: forecast, loss, experts, stop, budget, rule or measure.
         answer: the answer as a sentence.
-        value, ends: the figure that was asked for and its interval (nats per token, or a number
-            of experts); None where there is none.
+        value, ends: the figure and its interval (nats per token, or a number of experts), if any.
         level: of the interval.
         reason: what the answer follows from.
         assumption: the assumption that moves the answer most if it is wrong.
         warnings: sentences on when not to rely on the answer.
-        table: what was compared, or the curve; one column per name, one row per alternative.
+        table: one row per alternative, or per point of the curve.
         details: further facts by name.
     """
 
@@ -49,43 +48,28 @@ class Answer:
         return "\n".join([*lines, *(f"warning: {warning}" for warning in self.warnings)])
 
     def to_json(self) -> str:
-        """The answer as one line of strict JSON; NaN and infinities become null.
-
-        The interval's ends are low and high.
-        """
-        values = {entry.name: getattr(self, entry.name) for entry in fields(self)}
+        """The answer as a line of strict JSON, ends as low and high; null where not finite."""
+        values = asdict(self)
         values["low"], values["high"] = values.pop("ends") or (None, None)
-        return json.dumps(_plain(values), allow_nan=False, ensure_ascii=False)
+        return json.dumps(_finite(values), allow_nan=False, ensure_ascii=False)
 
 
-def _plain(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {name: _plain(entry) for name, entry in value.items()}
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _finite(entry) for name, entry in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(entry) for entry in value]
-    if hasattr(value, "item"):  # a number of numpy's
-        value = value.item()
+        return [_finite(entry) for entry in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def with_interval(value: float, ends: Ends | None, level: float, unit: str = "nats") -> str:
-    """A figure with its interval, ``0.978 nats (90%: 0.976 to 0.980)``.
+    """A figure with its interval to two digits of its width, ``0.978 nats (90%: 0.976 to 0.980)``.
 
-    As many decimals as show the interval's width with two digits.
+    Without an interval, or with one of no finite width, the figure alone.
     """
     width = math.nan if ends is None else ends[1] - ends[0]
-    if ends is None or not (math.isfinite(width) and width > 0):
+    if ends is None or not 0 < width < math.inf:
         return f"{value:.5g} {unit}"
     decimals = max(1 - math.floor(math.log10(width)), 0)
     low, high = (f"{end:.{decimals}f}" for end in ends)
     return f"{value:.{decimals}f} {unit} ({100 * level:g}%: {low} to {high})"
-
-
-def count_with_interval(count: int, ends: Ends | None, level: float) -> str:
-    """A number of experts with its interval, ``15 (90%: 14 to 16)``."""
-    if ends is None:
-        return f"{count}"
-    low, high = ends
-    text = f"{low:g}" if low == high else f"{low:g} to {high:g}"
-    text = text if math.isfinite(high) else f"{low:g} or more, perhaps never"
-    return f"{count} ({100 * level:g}%: {text})"

@@ -20,9 +20,9 @@ def budget(
     costs: Costs,
     *,
     amount: float | None = None,
-    have: int | None = None,
+    have: int = 0,
     serve: float = 0.0,
-    larger: Sequence[float] | None = None,
+    larger: Sequence[float] = (),
 ) -> Answer:
     """Whether the next unit of budget goes to a larger base or to more experts.
 
@@ -35,9 +35,9 @@ def budget(
         k: experts merged now.
         costs: by size.
         amount: what may be spent; None compares gains per unit of cost.
-        have: experts trained at this size so far; None is k.
+        have: experts trained at this size so far, if more than k.
         serve: million tokens to be served.
-        larger: sizes of bases to consider (billions); None is all measured or priced ones.
+        larger: sizes of bases to consider (billions); empty is all measured or priced ones.
 
     Returns:
         The better step; value is its gain (nats per token), table the best step of each kind.
@@ -46,28 +46,26 @@ def budget(
         MergelawError: there is no larger size, or the amount buys no step.
     """
     for name, number in (("budget", amount), ("serve", serve)):
-        if number is not None and not (math.isfinite(number) and number >= 0):
+        if number is not None and not 0 <= number < math.inf:
             raise MergelawError(f"{name} = {number:g}; give an amount of 0 or more")
-    sizes = _larger_sizes(curve, costs, larger)
-    steps = list(_steps(curve, k, costs, max(k, have or 0), serve, sizes))
+    steps = list(_steps(curve, k, costs, max(k, have), serve, larger))
     chosen, *others = _best_of_each(steps, amount, costs.unit)
     value, ends = curve.difference(k, chosen["k"], other_N=chosen["N"])
     other, clear = _other(curve, steps, chosen, others, amount)
+    answer = f"neither: nothing for this budget lowers the loss of {curve.name}, k = {k}"
     if chosen["gain"] > 0:
-        answer = (
-            f"{_name(chosen)}: gains {with_interval(value, ends, curve.level)} over k = {k} at "
-            f"{curve.name} for {chosen['cost']:.4g} {costs.unit}"
-        ) + ("" if clear else "; the two ways cannot be told apart")
-    else:
-        answer = f"neither: nothing for this budget lowers the loss of {curve.name}, k = {k}"
+        gain = with_interval(value, ends, curve.level)
+        cost = f"{chosen['cost']:.4g} {costs.unit}"
+        answer = f"{_name(chosen)}: gains {gain} over k = {k} at {curve.name} for {cost}"
+        answer += "" if clear else "; the two ways cannot be told apart"
+    compared = "per unit of cost" if amount is None else f"for {amount:g} {costs.unit}"
     return Answer(
         "budget",
         answer,
         value,
         ends,
         curve.level,
-        f"compared {'per unit of cost' if amount is None else f'for {amount:g} {costs.unit}'}; "
-        + other,
+        f"compared {compared}; {other}",
         "experts on a larger base gain as the joint law says (one training recipe for all sizes); "
         + curve.assumption(k),
         curve.warnings,
@@ -75,25 +73,20 @@ def budget(
     )
 
 
-def _larger_sizes(curve: Curve, costs: Costs, larger: Sequence[float] | None) -> list[float]:
-    if larger is None:
-        known = {*curve.points["N"].unique(), *costs.table["N"]}
-        larger = [size for size in known if size > curve.N * (1 + SAME_SIZE)]
+def _steps(
+    curve: Curve, k: int, costs: Costs, trained: int, serve: float, larger: Sequence[float]
+) -> Iterator[Step]:
+    """Every step with its cost and gain; the pool may grow by one expert."""
+    known = {*curve.table["N"].unique(), *costs.table["N"]}
+    larger = larger or [size for size in known if size > curve.N * (1 + SAME_SIZE)]
     sizes = sorted(map(check_size, larger))
     if not sizes or sizes[0] <= curve.N:
         raise MergelawError(
             f"no base larger than {curve.name} to compare with; give sizes with --larger, in "
             "billions"
         )
-    return sizes
-
-
-def _steps(
-    curve: Curve, k: int, costs: Costs, trained: int, serve: float, larger: Sequence[float]
-) -> Iterator[Step]:
-    """Every step with its cost and gain; the pool may grow by one expert."""
     places = [(MORE, curve.N, count) for count in range(k + 1, max(k, curve.M) + 2)]
-    places += [(LARGER, size, count) for size in larger for count in range(1, curve.M + 1)]
+    places += [(LARGER, size, count) for size in sizes for count in range(1, curve.M + 1)]
     for kind, size, count in places:
         new = max(count - trained, 0) if kind == MORE else count
         dearer = max(costs.at(size, "serving") - costs.at(curve.N, "serving"), 0.0)
@@ -137,8 +130,7 @@ def _other(
     text = f"{_name(other)}, gains {other['gain']:.3g} nats for {other['cost']:.4g}"
     if amount is None:
         return text, True
-    sizes = chosen["N"], other["N"]
-    difference, ends = curve.difference(chosen["k"], other["k"], *sizes)
+    difference, ends = curve.difference(chosen["k"], other["k"], chosen["N"], other["N"])
     clear = ends is None or ends[1] < 0
     return f"{text}, {-difference:.3g} nats less" if clear else text, clear
 

@@ -27,14 +27,12 @@ class Costs:
     unit: str = "units"
 
     @classmethod
-    def read(cls, path: Path, unit: str = "units") -> "Costs":
+    def read(cls, path: Path) -> "Costs":
         """Read a CSV file with the column N and any of the others; missing ones cost 0."""
-        if not path.is_file():
-            raise MergelawError(f"{path}: no such file; give a CSV of costs by N")
         try:
             table = pd.read_csv(path)
         except (ValueError, OSError) as error:
-            raise MergelawError(f"{path}: cannot be read as a table ({error}); fix it") from None
+            raise MergelawError(f"{path}: {error}; give a CSV of costs by N") from None
         unknown = [str(name) for name in table if name not in ("N", *KINDS)]
         if unknown or "N" not in table or table.empty:
             raise MergelawError(
@@ -42,15 +40,15 @@ class Costs:
                 + (f", not {', '.join(unknown)}" if unknown else "")
             )
         costs = table.apply(pd.to_numeric, errors="coerce").astype(float)
-        bad = ~np.isfinite(costs) | (costs < 0)
-        bad["N"] |= ~costs["N"].between(0, TOO_MANY_BILLIONS, inclusive="neither")
-        for row, name in zip(*np.nonzero(bad.to_numpy()), strict=True):
-            value = table.iloc[row, name]
+        wrong = ~np.isfinite(costs) | (costs < 0)
+        wrong["N"] |= ~costs["N"].between(0, TOO_MANY_BILLIONS, inclusive="neither")
+        if wrong.any(axis=None):
+            row, column = np.argwhere(wrong.to_numpy())[0]
             raise MergelawError(
-                f"{path}: row {row + 1} has {table.columns[name]} = {value}; give N in billions "
-                "above 0, and costs of 0 or more"
+                f"{path}: row {row + 1} has {table.columns[column]} = {table.iloc[row, column]}; "
+                "give N in billions above 0, and costs of 0 or more"
             )
-        return cls(costs.reindex(columns=["N", *KINDS], fill_value=0.0), unit)
+        return cls(costs.reindex(columns=["N", *KINDS], fill_value=0.0))
 
     def at(self, N: float, kind: str) -> float:
         """Cost of one kind at a size (billions); a power law in N between and beyond the sizes.
@@ -58,10 +56,8 @@ class Costs:
         A known cost of 0 at this very size is 0. A kind without any cost above 0 is free.
         """
         here = self.table.loc[np.isclose(self.table["N"], N), kind].dropna()
-        if len(here) and not here.any():
-            return 0.0
         known = self.table[self.table[kind] > 0].groupby("N")[kind].mean()
-        if known.empty:
+        if known.empty or (len(here) and not here.any()):
             return 0.0
         sizes, costs = np.log(known.index.to_numpy(dtype=float)), np.log(known.to_numpy())
         if len(sizes) == 1:  # proportional to N

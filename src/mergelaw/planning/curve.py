@@ -1,7 +1,6 @@
 """Curves: expected losses along k at one size, the law that questions are asked of."""
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -13,18 +12,10 @@ from mergelaw.laws.fit import Fit, fit
 from mergelaw.laws.law import LAWS, MERGING, MERGING_FIXED_N, Law
 from mergelaw.laws.result import LEVEL
 from mergelaw.planning.answer import Ends
-from mergelaw.planning.points import (
-    at_size,
-    base_of_size,
-    base_points,
-    beyond_sizes,
-    sampled_without_errors,
-)
+from mergelaw.planning.points import at_size, base_points, beyond_sizes, sampled_without_errors
 
 # Rivals whose AICc is above the best one's by no more than this are not excluded.
 NOT_EXCLUDED = 10
-# A search for a number of experts ends here: nobody merges more.
-MOST = 100_000
 
 
 def fit_law(law: Law, points: pd.DataFrame, misfit: float | None = None) -> Fit:
@@ -39,11 +30,6 @@ def fit_law(law: Law, points: pd.DataFrame, misfit: float | None = None) -> Fit:
         freedom = float(points["freedom"][here].iloc[0])
         parts.append(Part(design * np.outer(here, here), freedom if freedom > 0 else math.inf))
     return fit(law, points, covariance=parts, misfit=misfit)
-
-
-def right_side(law: Law) -> str:
-    """The right-hand side of a law's equation."""
-    return law.equation.split("=", 1)[1].strip()
 
 
 class Curve:
@@ -62,7 +48,9 @@ class Curve:
         N: the size (billions); name: the base's name, or ``N = ...``.
         M: experts in the pool.
         measured: whether the size is one of the study's.
+        joint: whether the law is the joint law of all sizes.
         table, fitted: the points of the law, and its fit.
+        formula, parameters: the law's right-hand side and the fitted parameters, as text.
         warnings: sentences on when not to rely on the curve.
 
     Raises:
@@ -79,40 +67,31 @@ class Curve:
         law: Law | None = None,
         misfit: float | None = None,
     ):
-        self.points, self.N = at_size(points, N, base)
-        self.level, self.table = level, self.points
-        name = base_of_size(self.points, self.N)
+        self.level = level
+        self.table, self.N, name = at_size(points, N, base)
         self.measured, self.name = name is not None, name or f"N = {self.N:.4g}"
         self.M = int(points["M"].max())
         if name is not None and law is not MERGING:
-            curve = base_points(self.points, name)
+            curve = base_points(self.table, name)
             self.N, self.M = float(curve["N"].iloc[0]), int(curve["M"].iloc[0])
             if law is not None or curve["k"].nunique() >= len(MERGING_FIXED_N.parameters):
                 self.table, law = curve, law or MERGING_FIXED_N
         law = law or MERGING
+        self.joint = law is MERGING
         self.fitted = fit_law(law, self.table, misfit)
-        self.formula = right_side(law)
-        beyond = beyond_sizes(points, self.N) if law is MERGING else []
-        sampled = sampled_without_errors(self.table)
-        self.warnings = (*beyond, *sampled, *self.fitted.warnings)
-
-    @property
-    def joint(self) -> bool:
-        """Whether the joint law of all sizes gives the answers."""
-        return self.fitted.law is MERGING
-
-    @property
-    def parameters(self) -> str:
-        """The fitted parameters as text."""
-        return ", ".join(f"{name} = {value:.4g}" for name, value in self.fitted.parameters.items())
+        self.formula = law.equation.split("=", 1)[1].strip()
+        values = self.fitted.parameters.items()
+        self.parameters = ", ".join(f"{parameter} = {value:.4g}" for parameter, value in values)
+        beyond = beyond_sizes(points, self.N) if self.joint else []
+        self.warnings = (*beyond, *sampled_without_errors(self.table), *self.fitted.warnings)
 
     def loss(self, k: float, N: float | None = None) -> float:
         """Expected loss (nats per token); k may be infinite. N: another size (billions)."""
-        return float(self.fitted.predict(**self._variables(k, N)))
+        return float(self.fitted.predict(**self.variables(k, N)))
 
     def interval(self, k: float) -> Ends | None:
         """Interval of the mean loss over all subsets; None where the noise is unknown."""
-        ends = self.fitted.predict_interval(level=self.level, new=True, **self._variables(k))
+        ends = self.fitted.predict_interval(level=self.level, new=True, **self.variables(k))
         return None if ends is None else (float(ends[0]), float(ends[1]))
 
     def difference(
@@ -122,10 +101,11 @@ class Curve:
 
         N and other_N are the bases' sizes (billions); None is this one.
         """
-        first, second = self._variables(k, N), self._variables(other, other_N)
+        first, second = self.variables(k, N), self.variables(other, other_N)
         return self.fitted.difference(first, second, self.level)
 
-    def _variables(self, k: float, N: float | None = None) -> dict[str, Any]:
+    def variables(self, k: float, N: float | None = None) -> dict[str, Any]:
+        """The law's variables at k experts and N (billions), by default this size."""
         if not k >= 1:
             raise MergelawError(f"k = {k:g} is no number of experts; give numbers of 1 or more")
         return {"N": self.N if N is None else N, "k": k} if self.joint else {"k": k}
@@ -139,13 +119,10 @@ class Curve:
         """The assumption that moves the loss at k most if it is wrong."""
         effects = [self._effect_of_form(k)]
         if not self.measured:
-            missed = self.fitted.holdout.get("N")
-            error = math.inf if missed is None else missed["error"]
-            check = (
-                "there are too few sizes to check it"
-                if missed is None
-                else f"fitted without the largest size, the law missed it by {error:.2g} nats"
-            )
+            error, check = math.inf, "there are too few sizes to check it"
+            if missed := self.fitted.holdout.get("N"):
+                error = missed["error"]
+                check = f"fitted without the largest size, the law missed it by {error:.2g} nats"
             effects.append((error, f"floor and tail are powers of N; {check}"))
         if k > self.M:
             fall = self.loss(self.M) - self.loss(k)
@@ -159,7 +136,7 @@ class Curve:
         for rival in self.fitted.rivals:
             above, name = rival["above"], rival["law"]
             if name != self.fitted.law.name and above is not None and above <= NOT_EXCLUDED:
-                loss = float(fit_law(LAWS[name], self.table).predict(**self._variables(k)))
+                loss = float(fit_law(LAWS[name], self.table).predict(**self.variables(k)))
                 rivals.append((abs(loss - self.loss(k)), name.removesuffix("_fixed_N"), loss))
         if not rivals:
             compared = [rival for rival in self.fitted.rivals if rival["aicc"] is not None]
@@ -170,32 +147,3 @@ class Curve:
             f"the loss falls as {self.formula}; the points do not exclude the rival {name}, which "
             f"gives {loss:.5g} at k = {k:g}, {effect:.1g} nats away"
         )
-
-
-def least_count(holds: Callable[[int], bool]) -> int | None:
-    """The least k >= 1 from which on a condition holds; None if it is above ``MOST``."""
-    low, high = 0, 1
-    while not holds(high):
-        low, high = high, high * 2
-        if high > MOST:
-            return None
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (low, middle) if holds(middle) else (middle, high)
-    return high
-
-
-def interval_of_count(interval: Callable[[int], Ends | None], limit: float) -> Ends | None:
-    """Ends of the least k from which on a quantity that falls with k is at or below a limit.
-
-    Args:
-        interval: k to the ends of the quantity's interval; None where the noise is unknown.
-        limit: in the quantity's unit.
-    """
-    if interval(1) is None:
-        return None
-    low, high = (
-        least_count(lambda k, side=side: (interval(k) or (0, 0))[side] <= limit)  # type: ignore[misc]
-        for side in (0, 1)
-    )
-    return low or math.inf, high or math.inf

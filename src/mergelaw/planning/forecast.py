@@ -20,17 +20,14 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from numpy.typing import NDArray
 from scipy.special import stdtrit
 
 from mergelaw.errors import MergelawError
-from mergelaw.laws.law import INVERSE_FIXED_N, MERGING, MERGING_FIXED_N
+from mergelaw.laws.law import INVERSE_FIXED_N, MERGING, MERGING_FIXED_N, Array
 from mergelaw.laws.result import LEVEL
 from mergelaw.planning.answer import Answer
-from mergelaw.planning.curve import Curve
-from mergelaw.planning.points import at_size, base_of_size, base_points, sampled_without_errors
-
-Array = NDArray[np.float64]
+from mergelaw.planning.curve import Curve, fit_law
+from mergelaw.planning.points import at_size, base_points, sampled_without_errors
 
 THREE_POINT, END_POINT, SIZE = "three-point", "end-point", "size"
 LAWS = {THREE_POINT: MERGING_FIXED_N, END_POINT: INVERSE_FIXED_N, SIZE: MERGING}
@@ -72,64 +69,67 @@ def forecast(
     """
     if scheme not in (None, *LAWS):
         raise MergelawError(f"no scheme {scheme}; use {', '.join(LAWS)}")
-    if not 0 < level < 1:
-        raise MergelawError(f"level = {level:g} is not a probability; give one between 0 and 1")
-    near, N = at_size(points, N, base)
-    name = base_of_size(near, N)
+    _, N, name = at_size(points, N, base)
     scheme = scheme or (SIZE if name is None else THREE_POINT)
-    used, name = _used(points, scheme, N, base if scheme == SIZE else name)
+    name = base if scheme == SIZE else name
+    used = _used(points, scheme, N, name)
     curve = Curve(used, N, level=level, law=LAWS[scheme], misfit=misfit)
-    sizes = sorted(_unused(scheme, used, curve.M) if k is None else k)
-    rows: list[dict[str, Any]] = [{"k": k, "forecast": curve.loss(k)} for k in sizes]
+    fitted_k = () if scheme == SIZE else used["k"]
+    sizes = sorted(set(range(1, curve.M + 1)) - set(fitted_k) if k is None else k)
+    if not sizes:
+        raise MergelawError(f"{scheme} forecast: uses every k of a pool of {curve.M}; give other k")
+    rows: list[dict[str, Any]] = []
+    for count in sizes:
+        low, high = curve.interval(count) or (math.nan, math.nan)
+        rows.append({"k": count, "forecast": curve.loss(count), "low": low, "high": high})
+    warnings, basis = list(curve.warnings), _basis(curve, misfit)
+    assumption = f"the loss falls as {curve.formula}"
     record = {} if misfit is not None or scheme == SIZE else _record(points, name, scheme, sizes)
     if len(record) >= BASES:
         warnings = [*sampled_without_errors(used), *_set_intervals(rows, record, used, level)]
         basis = f"the scheme's errors at {', '.join(record)}, as shares of the gain"
         assumption = "the scheme is off at this base by as much as at the other bases"
-    else:
-        for row in rows:
-            row["low"], row["high"] = curve.interval(row["k"]) or (math.nan, math.nan)
-        warnings, basis = list(curve.warnings), _basis(curve, misfit)
-        assumption = f"the loss falls as {curve.formula}"
-    place = {name: str(points[name].iloc[0]) for name in ("method", "family", "domain")}
-    details: dict[str, Any] = {"scheme": scheme, **place, "base": name, "N": N}
-    details["used"] = used["N" if scheme == SIZE else "k"].unique().tolist()
-    _score(rows, points[points["base"] == name], used, details)
-    warnings += curve.beyond_pool(sizes[-1])
-    return _answer(details, rows, level, f"intervals: {basis}", assumption, tuple(warnings))
+    place = {column: str(points[column].iloc[0]) for column in ("method", "family", "domain")}
+    fitted = used["N" if scheme == SIZE else "k"].unique().tolist()
+    details: dict[str, Any] = {"scheme": scheme, **place, "base": name, "N": N, "used": fitted}
+    if score := _score(rows, points[points["base"] == name], used, scheme):
+        details["score"] = score
+    value, ends = None, None
+    if len(rows) == 1:
+        value, low, high = (rows[0][column] for column in ("forecast", "low", "high"))
+        ends = None if math.isnan(low) else (low, high)
+    return Answer(
+        "forecast",
+        _sentence(details),
+        value,
+        ends,
+        level,
+        f"intervals: {basis}",
+        assumption,
+        (*warnings, *curve.beyond_pool(sizes[-1])),
+        tuple(rows),
+        details,
+    )
 
 
-def _used(
-    points: pd.DataFrame, scheme: str, N: float, base: str | None
-) -> tuple[pd.DataFrame, str | None]:
-    """The points that a scheme uses, and the base that it is scored at."""
+def _used(points: pd.DataFrame, scheme: str, N: float, base: str | None) -> pd.DataFrame:
+    """The points that a scheme uses to forecast a base, or for ``size`` an N."""
     if scheme == SIZE:
         used = points if base is None else points[points["N"] < N]
         if used.empty:
             raise MergelawError(f"size forecast of {base}: no smaller base; measure one first")
-        return used, base
+        return used
     if base is None:
         names = ", ".join(points["base"].unique())
         raise MergelawError(f"no base of N = {N:g} is measured; choose from {names}")
     curve = base_points(points, base)
     needed = _needed(scheme, curve)
-    used = curve[curve["k"].isin(needed)]
-    missing = sorted(set(needed) - set(used["k"]))
-    if missing:
+    if missing := sorted(set(needed) - set(curve["k"])):
         raise MergelawError(
             f"{scheme} forecast of {base}: k = {missing[0]} is not measured; the scheme needs k = "
             + ", ".join(map(str, needed))
         )
-    return used, base
-
-
-def _unused(scheme: str, used: pd.DataFrame, M: int) -> set[int]:
-    """The k of a pool of M that a scheme is not fitted to."""
-    every = set(range(1, M + 1))
-    unused = every if scheme == SIZE else every - set(used["k"])
-    if not unused:
-        raise MergelawError(f"{scheme} forecast: uses every k of a pool of {M}; give other k")
-    return unused
+    return curve[curve["k"].isin(needed)]
 
 
 def _needed(scheme: str, curve: pd.DataFrame) -> tuple[int, ...]:
@@ -157,9 +157,8 @@ def _record(
         # A base counts if more than the scheme's points is measured and the loss changes.
         if name == base or not set(needed) < set(curve["k"]) or not _gain(used):
             continue
-        fitted = Curve(used, base=name, law=LAWS[scheme]).fitted
-        missed = (curve["ce"] - fitted.predict(k=curve["k"])) / _gain(used)
-        shares = np.where(curve["k"].isin(needed), 0.0, missed)
+        missed = curve["ce"] - fit_law(LAWS[scheme], used).predict(k=curve["k"])
+        shares = np.where(curve["k"].isin(needed), 0.0, missed / _gain(used))
         record[name] = np.interp(sizes, curve["k"], shares, left=math.nan, right=math.nan)
     return record
 
@@ -188,40 +187,34 @@ def _basis(curve: Curve, misfit: float | None) -> str:
 
 
 def _score(
-    rows: Sequence[dict[str, Any]],
-    curve: pd.DataFrame,
-    used: pd.DataFrame,
-    details: dict[str, Any],
-) -> None:
-    """Add to the rows what was measured, to the details how well it was forecast."""
+    rows: Sequence[dict[str, Any]], curve: pd.DataFrame, used: pd.DataFrame, scheme: str
+) -> dict[str, Any] | None:
+    """Add to the rows what was measured; return how well it was forecast, None if nothing was."""
     losses = curve.set_index("k")["ce"]
     last = used[used["N"] == used["N"].max()].groupby("k")["ce"].mean()
     scored = [row for row in rows if row["k"] in losses.index]
     for row in scored:
-        k, measured = row["k"], float(losses[row["k"]])
-        same = last.get(k, math.nan) if details["scheme"] == SIZE else last.iloc[-1]
-        errors = {"error": row["forecast"] - measured, "naive error": float(same - measured)}
-        held = None if math.isnan(row["low"]) else bool(row["low"] <= measured <= row["high"])
-        row |= {"measured": measured, **errors, "held": held}
-    if scored:
-        known = [row["held"] for row in scored if row["held"] is not None]
-        names = "error", "naive error"
-        rms = {name: math.sqrt(np.mean([row[name] ** 2 for row in scored])) for name in names}
-        counts = {"points": len(scored), "intervals": len(known), "held": sum(known)}
-        details["score"] = {**rms, **counts}
+        measured = float(losses[row["k"]])
+        same = last.get(row["k"], math.nan) if scheme == SIZE else last.iloc[-1]
+        row |= {"measured": measured, "error": row["forecast"] - measured}
+        row["naive error"] = float(same - measured)
+        unknown = math.isnan(row["low"])
+        row["held"] = None if unknown else bool(row["low"] <= measured <= row["high"])
+    if not scored:
+        return None
+    held = [row["held"] for row in scored if row["held"] is not None]
+    rms = {
+        name: math.sqrt(np.mean([row[name] ** 2 for row in scored]))
+        for name in ("error", "naive error")
+    }
+    return {**rms, "points": len(scored), "intervals": len(held), "held": sum(held)}
 
 
-def _answer(
-    details: dict[str, Any],
-    rows: Sequence[dict[str, Any]],
-    level: float,
-    reason: str,
-    assumption: str,
-    warnings: tuple[str, ...],
-) -> Answer:
-    where = filter(None, (details[name] for name in ("method", "domain", "base")))
+def _sentence(details: dict[str, Any]) -> str:
+    """What was forecast, from what, and how well."""
+    names = filter(None, (details[name] for name in ("method", "domain", "base")))
     used = ", ".join(f"{value:.4g}" for value in details["used"])
-    answer = ", ".join([f"{details['scheme']} forecast", *where])
+    answer = ", ".join([f"{details['scheme']} forecast", *names])
     answer += f" (N = {details['N']:.4g}), from "
     answer += f"{'N' if details['scheme'] == SIZE else 'k'} = {used}"
     if score := details.get("score"):
@@ -230,10 +223,4 @@ def _answer(
             answer += f', "same as the last point" by {score["naive error"]:.2g}'
         if score["intervals"]:
             answer += f"; {score['held']} of {score['intervals']} intervals held"
-    value, ends = None, None
-    if len(rows) == 1:
-        value, low, high = (rows[0][name] for name in ("forecast", "low", "high"))
-        ends = None if math.isnan(low) else (low, high)
-    return Answer(
-        "forecast", answer, value, ends, level, reason, assumption, warnings, tuple(rows), details
-    )
+    return answer

@@ -4,9 +4,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
 
-import numpy as np
 import pandas as pd
 from scipy.special import ndtri, stdtrit
 
@@ -29,11 +27,6 @@ class Purchase:
     name: str
     points: pd.DataFrame
     cost: float
-
-    def worth(self, narrowed: float) -> tuple[float, float]:
-        """Nats that the interval narrows by, per cost; then in all, for those that cost nothing."""
-        per_cost = narrowed / self.cost if self.cost > 0 else math.copysign(math.inf, narrowed)
-        return per_cost, narrowed
 
 
 def measure(curve: Curve, k: float, costs: Costs | None = None, *, share: float = 0.5) -> Answer:
@@ -65,19 +58,19 @@ def measure(curve: Curve, k: float, costs: Costs | None = None, *, share: float 
         )
     candidates = list(_candidates(curve, costs))
     bought, widths = _buy(curve, candidates, k, share)
-    rows = tuple(
+    rows = [
         {"buy": purchase.name, "interval after": width, "share": width / widths[0]}
         | ({"cost": purchase.cost} if costs else {})
         for purchase, width in zip(bought, widths[1:], strict=True)
-    )
+    ]
     before, after = (f"±{width / 2:.2g}" for width in (widths[0], widths[-1]))
-    listed = "; ".join(purchase.name for purchase in bought)
     if not bought:
         answer = f"nothing to buy narrows the interval of {before} nats; "
         answer += "" if curve.joint else f"all k of this pool of {curve.M} are measured, and "
         answer += "what is left is the law's misfit"
     else:
         reached = widths[-1] <= share * widths[0]
+        listed = "; ".join(purchase.name for purchase in bought)
         answer = "" if reached else f"{100 * share:g}% is not reached; the best is to "
         answer += f"measure {listed}: the interval narrows from {before} to {after} nats"
         answer += f", for {sum(p.cost for p in bought):.4g} {costs.unit}" if costs else ""
@@ -91,7 +84,7 @@ def measure(curve: Curve, k: float, costs: Costs | None = None, *, share: float 
         f"with a misfit of {curve.fitted.misfit:.2g} nats; the interval is that of the mean",
         "the law is right and its misfit stays the same; the new measurements may show otherwise",
         (*curve.beyond_pool(k), *curve.warnings),
-        rows,
+        tuple(rows),
     )
 
 
@@ -102,10 +95,15 @@ def _buy(
     table, left = curve.table, list(candidates)
     bought: list[Purchase] = []
     widths = [_width(curve, table, k)]
+
+    def worth(purchase: Purchase) -> tuple[float, float]:
+        """Nats that the interval narrows by, per cost; then in all, as some cost nothing."""
+        nats = widths[-1] - after[purchase]
+        return nats / purchase.cost if purchase.cost > 0 else math.copysign(math.inf, nats), nats
+
     while left and widths[-1] > share * widths[0] and len(bought) < PURCHASES:
         after = {one: _width(curve, _with(table, one.points), k) for one in left}
-        worth = {one: one.worth(widths[-1] - width) for one, width in after.items()}
-        best = max(worth, key=worth.__getitem__)
+        best = max(left, key=worth)
         if after[best] >= widths[-1] * (1 - LITTLE):
             break
         table = _with(table, best.points)
@@ -123,11 +121,16 @@ def _candidates(curve: Curve, costs: Costs | None) -> Iterator[Purchase]:
             return 1.0
         return experts * costs.at(N, "training") + merges * costs.of_merge(N)
 
+    def expected(like: pd.DataFrame, base: str, N: float, ks: Sequence[float]) -> pd.DataFrame:
+        losses = [curve.loss(k, N) for k in ks]
+        points = pd.DataFrame({"N": N, "k": ks, "M": curve.M, "ce": losses, "base": base})
+        return points.assign(se=float(like["se"].median())) if "se" in like else points
+
     for base, table in curve.table.groupby("base"):
         N, M = float(table["N"].iloc[0]), int(table["M"].iloc[0])
         for k in sorted(set(range(1, M + 1)) - set(table["k"])):
             cost = price(N, min(M, math.comb(M, k)))
-            yield Purchase(f"k = {k} at {base}", _expected(curve, table, N, [k]), cost)
+            yield Purchase(f"k = {k} at {base}", expected(table, str(base), N, [k]), cost)
         if "se" in table and (table["se"] > 0).any():
             circles = int(table["replicates"].max()) if "replicates" in table else 1
             merges = M * int((table["se"] > 0).sum()) * circles
@@ -138,20 +141,12 @@ def _candidates(curve: Curve, costs: Costs | None) -> Iterator[Purchase]:
     levels, sizes = sorted(curve.table["k"].unique()), sorted(curve.table["N"].unique())
     between = [math.sqrt(a * b) for a, b in pairwise(sizes) if b > 1.5 * a]
     new = {*between, 2 * sizes[-1], 4 * sizes[-1]} | (set() if curve.measured else {curve.N})
+    merges = sum(min(curve.M, math.comb(curve.M, int(k))) for k in levels)
     for N in sorted(new):
         name = f"a base of N = {N:.3g} with its {curve.M} experts, at k = "
         name += ", ".join(f"{k:g}" for k in levels)
-        merges = sum(min(curve.M, math.comb(curve.M, int(k))) for k in levels)
-        added = _expected(curve, curve.table, N, levels)
-        yield Purchase(name, added, price(N, merges, curve.M))
-
-
-def _expected(curve: Curve, like: pd.DataFrame, N: float, ks: Sequence[float]) -> pd.DataFrame:
-    """New points at the loss that the law expects, with standard errors like the others'."""
-    added = pd.DataFrame({"N": N, "k": ks, "M": curve.M, "ce": [curve.loss(k, N) for k in ks]})
-    if "se" in like:
-        added["se"] = float(like["se"].median())
-    return added.assign(base=like["base"].iloc[0] if len(like["N"].unique()) == 1 else f"N={N:.6g}")
+        points = expected(curve.table, f"N={N:.6g}", N, levels)
+        yield Purchase(name, points, price(N, merges, curve.M))
 
 
 def _with(table: pd.DataFrame, added: pd.DataFrame) -> pd.DataFrame:
@@ -164,12 +159,10 @@ def _width(curve: Curve, table: pd.DataFrame, k: float) -> float:
     """Width of the interval of the expected loss if the table were measured (nats per token)."""
     # A misfit of 0 leaves the points' standard errors as the only noise.
     misfit = max(curve.fitted.misfit, 1e-9 * float(curve.table["ce"].mean()))
-    variables: dict[str, Any] = {"k": k, **({"N": curve.N} if curve.joint else {})}
     fitted = fit(curve.fitted.law, table, misfit=misfit)
-    ends = fitted.predict_interval(level=curve.level, **variables)
-    assert ends is not None
+    low, high = fitted.predict_interval(curve.level, **curve.variables(k)) or (math.nan, math.nan)
     # The misfit was estimated from residuals, and new points add to their degrees of freedom.
     freedom = curve.fitted.freedom + len(table) - len(curve.table)
     share = (1 + curve.level) / 2
-    widened = 1.0 if np.isinf(freedom) else float(stdtrit(freedom, share) / ndtri(share))
-    return float(ends[1] - ends[0]) * widened
+    widened = 1.0 if math.isinf(freedom) else float(stdtrit(freedom, share) / ndtri(share))
+    return float(high - low) * widened

@@ -38,6 +38,7 @@ def read(source: Path) -> tuple[pd.DataFrame, list[str]]:
             )
     table, assumed = read_points(source)
     if "design" in table:
+        # A row of the design matrix has a column for each point of its method and domain.
         table["_place"] = table.groupby(["method", "family", "domain"]).cumcount()
         rows = table[["design", "_place"]].itertuples(index=False, name=None)
         table["se"] = [math.sqrt(max(variances[place], 0.0)) for variances, place in rows]
@@ -56,8 +57,8 @@ def choose(
 
     Args:
         points: as ``read`` gives them.
-        method, domain, family: names; a domain that is not named is the macro-average, if any.
-        every: columns that are left as they are.
+        method, domain, family: names; the default domain is the macro-average, if there is one.
+        every: columns of which all values are kept.
 
     Raises:
         MergelawError: a name is unknown, or missing where there are several.
@@ -86,40 +87,34 @@ def base_points(points: pd.DataFrame, base: str) -> pd.DataFrame:
     return chosen.sort_values("k", ignore_index=True)
 
 
-def at_size(points: pd.DataFrame, N: float | None, base: str | None) -> tuple[pd.DataFrame, float]:
+def at_size(
+    points: pd.DataFrame, N: float | None, base: str | None
+) -> tuple[pd.DataFrame, float, str | None]:
     """The size that a question is about, by N or by a base's name; by default the only one.
 
     Returns:
-        The points, without other bases of the named base's size; and N (billions).
+        The points, without other bases of the named base's size; N (billions); and the name of the
+        nearest base, if one is within 2% of N.
 
     Raises:
-        MergelawError: both are given, several sizes are measured and neither is, or there is no
-            such base or size.
+        MergelawError: both are given, several sizes are measured and neither is, there is no such
+            base or size, or several bases are as near.
     """
-    if base is not None and N is not None:
-        raise MergelawError("--base and --N both name a size; give one of them")
     if base is not None:
+        if N is not None:
+            raise MergelawError("--base and --N both name a size; give one of them")
         N = float(base_points(points, base)["N"].iloc[0])
-        return points[(points["base"] == base) | (points["N"] != N)], N
-    sizes = points["N"].unique()
-    if N is None and len(sizes) > 1:
-        bases = ", ".join(points["base"].unique())
-        raise MergelawError(f"several sizes are measured; give --N, or --base: {bases}")
-    return points, check_size(float(sizes[0]) if N is None else N)
-
-
-def base_of_size(points: pd.DataFrame, N: float) -> str | None:
-    """Name of the base nearest to a size (billions), if one is within 2% of it.
-
-    Raises:
-        MergelawError: several bases are as near.
-    """
-    sizes = points[["base", "N"]].drop_duplicates().sort_values("base")
-    distance = (sizes["N"] / N - 1).abs()
-    names = sizes["base"][(distance <= SAME_SIZE) & (distance == distance.min())].to_list()
-    if len(names) > 1:
-        raise MergelawError(f"N = {N:g} is the size of {', '.join(names)}; name one with --base")
-    return names[0] if names else None
+        points = points[(points["base"] == base) | (points["N"] != N)]
+    bases = points[["base", "N"]].drop_duplicates().sort_values("base")
+    if N is None and len(set(bases["N"])) > 1:
+        names = ", ".join(points["base"].unique())
+        raise MergelawError(f"several sizes are measured; give --N, or --base: {names}")
+    N = check_size(float(bases["N"].iloc[0]) if N is None else N)
+    distance = (bases["N"] / N - 1).abs()
+    near = bases["base"][(distance <= SAME_SIZE) & (distance == distance.min())].to_list()
+    if len(near) > 1:
+        raise MergelawError(f"N = {N:g} is the size of {', '.join(near)}; name one with --base")
+    return points, N, near[0] if near else None
 
 
 def check_size(N: float) -> float:

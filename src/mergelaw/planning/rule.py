@@ -38,15 +38,20 @@ def rule(
     """
     sizes = sorted(points["N"].unique())
     if N is not None or base is not None:
-        points, size = at_size(points, N, base)
-        sizes = [size]
-    notes: dict[tuple[str, str], list[str]] = {}
-    at_sizes = [_curves(points, size, level, notes) for size in sizes]
-    rows = []
-    for curves in filter(lambda curves: len(curves) > 1, at_sizes):
-        M = max(curve.M for curve in curves.values())
-        rows += [_compared(curves, n) for n in (range(1, M + 1) if k is None else (k,))]
-    warnings = [f"{', '.join(methods)} at {place}: {w}" for (place, w), methods in notes.items()]
+        points, N, _ = at_size(points, N, base)
+        sizes = [N]
+    rows, warnings = [], []
+    for size in sizes:
+        curves: dict[str, Curve] = {}
+        for method, table in points.groupby("method"):
+            try:
+                curve = curves[str(method)] = Curve(table, size, level=level)
+                warnings += [f"{method} at {curve.name}: {text}" for text in curve.warnings]
+            except MergelawError as error:  # the other methods can still be compared
+                warnings.append(f"{method} at N = {size:.4g}: not compared: {error}")
+        if len(curves) > 1:
+            M = max(curve.M for curve in curves.values())
+            rows += [_compared(curves, n) for n in (range(1, M + 1) if k is None else (k,))]
     if not rows:
         raise MergelawError(
             "rule: no size has the curves of two methods; measure another method at the same sizes "
@@ -82,23 +87,6 @@ def _result(
     best = "; ".join(f"{name} is best at {n} of {len(rows)} (N, k)" for name, n in wins)
     clear = sum(row["clear"] for row in rows)
     return f"{best}; {clear} of these leads are clear at {100 * level:g}%", None, None
-
-
-def _curves(
-    points: pd.DataFrame, size: float, level: float, notes: dict[tuple[str, str], list[str]]
-) -> dict[str, Curve]:
-    """Curves by method at a size; adds to ``notes`` by place and warning the methods."""
-    curves: dict[str, Curve] = {}
-    for method, table in points.groupby("method"):
-        try:
-            curve = curves[str(method)] = Curve(table, size, level=level)
-        except MergelawError as error:  # the other methods can still be compared
-            place = f"N = {size:.4g}"
-            notes.setdefault((place, f"not compared: {error}"), []).append(str(method))
-            continue
-        for warning in curve.warnings:
-            notes.setdefault((curve.name, warning), []).append(str(method))
-    return curves
 
 
 def _compared(curves: Mapping[str, Curve], k: int) -> dict[str, Any]:

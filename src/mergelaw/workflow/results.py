@@ -6,10 +6,15 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pandas as pd
+
 from mergelaw.artifacts import lineage
 from mergelaw.artifacts.lineage import LINEAGE
 from mergelaw.artifacts.run_lock import lock_results
+from mergelaw.config import load
 from mergelaw.errors import MergelawError
+from mergelaw.evaluation import read_rows
 from mergelaw.workflow.progress import TITLES
 from mergelaw.workflow.study import Study
 
@@ -81,6 +86,80 @@ def summary(study: Study) -> str:
     for title, (jobs, seconds) in stage_times(lineage.ancestors(report).values()).items():
         lines.append(f"  {title:<13}{jobs:>5} jobs {seconds:>9.1f} s")
     return "\n".join([*lines, f"\nreport: {report / 'report.html'}"])
+
+
+def find_laws(file: Path) -> tuple[Path, list[str]]:
+    """Folder of the current laws of a configuration, and warnings.
+
+    Laws of a part of the study, with a warning, if there are no others. Raises MergelawError if
+    there are none.
+    """
+    study = Study(load(file))
+    if study.made(study.laws):
+        return study.results / study.laws.path, []
+    name = study.config.name
+    partial = study.results / "partial" / name / "laws"
+    if (partial / "laws.json").is_file():
+        missing = json.loads((partial / "laws.json").read_text(encoding="utf-8"))["missing"]
+        return partial, [
+            f"{partial}: a part of the study, {len(missing)} of {len(study.evals)} shards were "
+            "missing when it was fitted; the answer may change"
+        ]
+    others = sorted((study.results / "laws").glob(f"{name}@*"))
+    hint = f"; laws of another configuration or version are in {others[-1]}" if others else ""
+    raise MergelawError(
+        f"{file}: its laws are not fitted yet; run `snakemake --profile profiles/local "
+        f"--configfile {file}`{hint}"
+    )
+
+
+def measured_costs(laws: Path) -> pd.DataFrame:
+    """Mean seconds that a study's jobs took, one row per base.
+
+    Columns: N (billions), training (an expert; NaN if the study trained none), merging and
+    evaluation (a merge), serving (evaluating a million tokens).
+
+    Raises:
+        MergelawError: the laws were not fitted to evaluations, or inputs are gone.
+    """
+    laws = laws if laws.is_dir() else laws.parent
+    if not (laws / LINEAGE).is_file():
+        raise MergelawError(f"{laws}: has no lineage, which says what jobs cost")
+    shards = lineage.input_paths(laws, lineage.read(laws)).values()
+    if not shards:
+        raise MergelawError(f"{laws}: fitted to a table of points, which says nothing of costs")
+    base, tables = ["base", "N"], []
+    trainings: dict[tuple[str, float], dict[Path, float]] = {}
+    for shard in shards:
+        tables.append(read_rows([shard]))
+        trainings.setdefault(tuple(tables[-1][base].iloc[0]), {}).update(_trainings(shard))
+    rows = pd.concat(tables, ignore_index=True)
+    cells = rows[rows["role"] == "merge"].drop_duplicates([*base, "cell"])
+    by_base = cells.groupby(base)
+    # A merge is evaluated on every domain.
+    merges = cells.groupby([*base, "method", "merge"])["eval_seconds"].sum()
+    training = {place: np.mean(list(s.values()) or [np.nan]) for place, s in trainings.items()}
+    costs = {
+        "training": pd.Series(training),
+        "merging": by_base["merge_seconds"].mean(),
+        "evaluation": merges.groupby(base).mean(),
+        "serving": by_base["eval_seconds"].sum() / by_base["tokens"].sum() * 1e6,
+    }
+    table = pd.DataFrame(costs).rename_axis(base).reset_index("N")
+    return table.astype(float).sort_values("N", ignore_index=True)
+
+
+def _trainings(shard: Path) -> dict[Path, float]:
+    """Seconds of the trainings whose experts an evaluation merged, by expert."""
+    seconds = {}
+    for path in lineage.input_paths(shard, lineage.read(shard)).values():
+        vector = lineage.read(path)
+        if vector["stage"] == "task_vector":
+            expert = lineage.input_paths(path, vector)["expert"].resolve()
+            model = lineage.read(expert)
+            if "training" in model["recipe"]:
+                seconds[expert] = float(model["wall_seconds"])
+    return seconds
 
 
 def unused(studies: Sequence[Study]) -> list[tuple[Path, int]]:
