@@ -290,7 +290,7 @@ def test_one_method_domain_and_family_are_chosen():
     own = choose(both, method="ties")
     assert set(own["domain"]) == {"macro"} and set(own["method"]) == {"ties"}
     assert set(choose(both, method="ties", domain="code")["domain"]) == {"code"}
-    assert set(choose(both, every=["method"])["method"]) == {"average", "ties"}
+    assert set(choose(both, every="method")["method"]) == {"average", "ties"}
     with pytest.raises(MergelawError, match="average, ties; name one with --method"):
         choose(both)
     with pytest.raises(MergelawError, match="no points of method magic"):

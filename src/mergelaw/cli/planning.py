@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from typer import Argument, Option
 
 from mergelaw.cli.study import DEFAULT, Json
 from mergelaw.errors import MergelawError
@@ -22,10 +23,10 @@ plan_app = typer.Typer(
     "interval, a reason and the assumption that matters most.",
     no_args_is_help=True,
 )
-K = Annotated[float, typer.Option("--k", help="number of experts")]
+K = Annotated[float, Option("--k", help="number of experts")]
 CostsFile = Annotated[
     Path | None,
-    typer.Option(
+    Option(
         "--costs",
         help="CSV with the column N and any of training (an expert), merging, evaluation (a "
         "merge), serving (a million tokens); default: the seconds that the study's jobs took",
@@ -39,24 +40,18 @@ class Question:
 
     study: Annotated[
         Path,
-        typer.Argument(
+        Argument(
             metavar="STUDY", help="a study's configuration, a folder of laws or a table of points"
         ),
     ] = DEFAULT
-    base: Annotated[str | None, typer.Option(help="a measured base, by its name")] = None
-    N: Annotated[
-        float | None, typer.Option("--N", help="a size in billions, instead of a base")
-    ] = None
-    method: Annotated[
-        str | None, typer.Option(help="merge method; required if there are several")
-    ] = None
-    domain: Annotated[str | None, typer.Option(help="evaluation domain; default: macro")] = None
-    family: Annotated[
-        str | None, typer.Option(help="family of bases; required if there are several")
-    ] = None
-    level: Annotated[float, typer.Option(help="level of the intervals")] = 0.9
+    base: Annotated[str | None, Option(help="a measured base, by its name")] = None
+    N: Annotated[float | None, Option("--N", help="a size in billions, instead of a base")] = None
+    method: Annotated[str | None, Option(help="merge method, if there are several")] = None
+    domain: Annotated[str | None, Option(help="evaluation domain; default: macro")] = None
+    family: Annotated[str | None, Option(help="family of bases, if there are several")] = None
+    level: Annotated[float, Option(help="level of the intervals")] = 0.9
     as_json: Json = False
-    warnings: Annotated[list[str], "of the command itself"] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list, init=False)
 
     @cached_property
     def laws(self) -> Path:
@@ -69,15 +64,13 @@ class Question:
         self.warnings.extend(warnings)
         return laws
 
-    def points(self, *every: str) -> "pd.DataFrame":
-        """Points of one method, domain and family; with all values of the columns in ``every``."""
+    def points(self, every: str = "") -> "pd.DataFrame":
+        """Points of one method, domain and family; with all values of the column ``every``."""
         from mergelaw.planning import choose, read
 
         table, assumed = read(self.laws)
         self.warnings.extend(assumed)
-        return choose(
-            table, method=self.method, domain=self.domain, family=self.family, every=every
-        )
+        return choose(table, self.method, self.domain, self.family, every=every)
 
     def curve(self, joint: bool = False) -> "Curve":
         """The curve at the chosen size; with ``joint`` of the joint law."""
@@ -106,14 +99,12 @@ def command(ask: "Callable[..., Answer]", without: str = "") -> Callable[..., No
     ``without`` is the option of questions that the command does not take.
     """
     _, *options = inspect.signature(ask).parameters.values()
-    study, *shared = [
-        p for p in inspect.signature(Question).parameters.values() if p.name != "warnings"
-    ]
-    parameters = [study, *options, *(p for p in shared if p.name != without)]
+    shared = inspect.signature(Question).parameters
+    study, *others = (parameter for name, parameter in shared.items() if name != without)
+    parameters = [study, *options, *others]
 
     def run(**values: Any) -> None:
-        names = [p.name for p in (study, *shared) if p.name in values]
-        question = Question(**{name: values.pop(name) for name in names})
+        question = Question(**{name: values.pop(name) for name in shared if name in values})
         answer = ask(question, **values)
         answer = replace(answer, warnings=(*question.warnings, *answer.warnings))
         print(answer.to_json() if question.as_json else answer.summary())
@@ -130,17 +121,17 @@ def forecast(
     question: Question,
     scheme: Annotated[
         str | None,
-        typer.Option(
+        Option(
             help="three-point, end-point or size; default: three-point at a measured size, size "
             "elsewhere"
         ),
     ] = None,
     k: Annotated[
-        str | None, typer.Option("--k", help="numbers of experts, as in 6,9; default: all")
+        str | None, Option("--k", help="numbers of experts, as in 6,9; default: all")
     ] = None,
     misfit: Annotated[
         float | None,
-        typer.Option(help="misfit in nats: standard deviation of what the law misses at a point"),
+        Option(help="misfit in nats: standard deviation of what the law misses at a point"),
     ] = None,
 ) -> "Answer":
     """Forecast losses from few points, and score the forecast where the rest was measured.
@@ -164,7 +155,6 @@ def forecast(
     )
 
 
-@plan_app.command()
 @command
 def loss(question: Question, k: K) -> "Answer":
     """Say which loss to expect of k experts on a base.
@@ -176,11 +166,10 @@ def loss(question: Question, k: K) -> "Answer":
     return loss(question.curve(), k)
 
 
-@plan_app.command()
 @command
 def experts(
     question: Question,
-    target: Annotated[float, typer.Option(help="loss to reach, in nats per token")],
+    target: Annotated[float, Option(help="loss to reach, in nats per token")],
 ) -> "Answer":
     """Say how many experts reach a target loss.
 
@@ -191,12 +180,11 @@ def experts(
     return experts(question.curve(), target)
 
 
-@plan_app.command()
 @command
 def stop(
     question: Question,
     threshold: Annotated[
-        float, typer.Option(help="smallest gain that is worth one more expert, in nats")
+        float, Option(help="smallest gain that is worth one more expert, in nats")
     ],
 ) -> "Answer":
     """Say at how many experts to stop, because one more gains too little.
@@ -208,20 +196,19 @@ def stop(
     return stop(question.curve(), threshold)
 
 
-@plan_app.command()
 @command
 def budget(
     question: Question,
-    k: Annotated[int, typer.Option("--k", help="number of experts merged now")],
+    k: Annotated[int, Option("--k", help="number of experts merged now")],
     amount: Annotated[
         float | None,
-        typer.Option("--budget", help="what may be spent; default: compare gains per cost"),
+        Option("--budget", help="what may be spent; default: compare gains per cost"),
     ] = None,
     costs: CostsFile = None,
-    have: Annotated[int, typer.Option(help="experts trained at this size", show_default="k")] = 0,
-    serve: Annotated[float, typer.Option(help="tokens that will be served, in millions")] = 0,
+    have: Annotated[int, Option(help="experts trained at this size", show_default="k")] = 0,
+    serve: Annotated[float, Option(help="tokens that will be served, in millions")] = 0,
     larger: Annotated[
-        list[float], typer.Option(help="a larger size to consider, in billions; repeatable")
+        list[float], Option(help="a larger size to consider, in billions; repeatable")
     ] = [],  # noqa: B006
 ) -> "Answer":
     """Say whether the next unit of budget goes to a larger base or to more experts.
@@ -234,12 +221,11 @@ def budget(
     return budget(curve, k, prices, amount=amount, have=have, serve=serve, larger=larger)
 
 
-@plan_app.command()
 @partial(command, without="method")
 def rule(
     question: Question,
     k: Annotated[
-        int | None, typer.Option("--k", help="number of experts; default: compare at every k")
+        int | None, Option("--k", help="number of experts; default: compare at every k")
     ] = None,
 ) -> "Answer":
     """Say which merge method is best at one size and k, or at each of them.
@@ -252,13 +238,12 @@ def rule(
     return rule(points, question.N, k, base=question.base, level=question.level)
 
 
-@plan_app.command()
 @command
 def measure(
     question: Question,
     k: K,
     share: Annotated[
-        float, typer.Option(help="width to reach, as a share of the interval's width now")
+        float, Option(help="width to reach, as a share of the interval's width now")
     ] = 0.5,
     costs: CostsFile = None,
 ) -> "Answer":
@@ -277,3 +262,7 @@ def measure(
         prices = None
         question.warnings.append(f"costs are unknown and not compared: {error}")
     return measure(curve, k, prices, share=share)
+
+
+for question in (loss, experts, stop, budget, rule, measure):
+    plan_app.command()(question)

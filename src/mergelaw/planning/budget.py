@@ -98,23 +98,22 @@ def _steps(
 
 def _best_of_each(steps: Sequence[Step], amount: float | None, unit: str) -> list[Step]:
     """The best affordable step of each kind, the better one first."""
-    free = next((step for step in steps if step["gain per cost"] is None), None)
-    if amount is None and free is not None:
+    cheapest = min(steps, key=lambda step: step["cost"])
+    if amount is None and cheapest["cost"] == 0:
         raise MergelawError(
-            f"costs: {_name(free)} costs nothing, so no gain per cost can be compared; give "
+            f"costs: {_name(cheapest)} costs nothing, so no gain per cost can be compared; give "
             "--budget, or what merging and evaluation cost"
         )
-    affordable = [step for step in steps if amount is None or step["cost"] <= amount]
-    if not affordable:
-        cheapest = min(steps, key=lambda step: step["cost"])
+    if amount is not None and cheapest["cost"] > amount:
         raise MergelawError(
             f"a budget of {amount:g} {unit} buys no step; the cheapest is {_name(cheapest)}, for "
             f"{cheapest['cost']:.4g}"
         )
-    by = "gain per cost" if amount is None else "gain"
+    by, limit = ("gain per cost", math.inf) if amount is None else ("gain", amount)
     best: dict[str, Step] = {}
-    for step in sorted(affordable, key=lambda step: -step[by]):
-        best.setdefault(step["step"], step)
+    for step in sorted(steps, key=lambda step: -step[by]):
+        if step["cost"] <= limit:
+            best.setdefault(step["step"], step)
     return list(best.values())
 
 

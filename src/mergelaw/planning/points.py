@@ -1,7 +1,6 @@
 """Points for planning: read a table, choose a method and domain, find the size of a question."""
 
 import math
-from collections.abc import Collection
 from pathlib import Path
 
 import numpy as np
@@ -47,18 +46,17 @@ def read(source: Path) -> tuple[pd.DataFrame, list[str]]:
 
 def choose(
     points: pd.DataFrame,
-    *,
     method: str | None = None,
     domain: str | None = None,
     family: str | None = None,
-    every: Collection[str] = (),
+    every: str = "",
 ) -> pd.DataFrame:
     """Points of one method, family and domain: the named ones, or the only ones.
 
     Args:
         points: as ``read`` gives them.
         method, domain, family: names; the default domain is the macro-average, if there is one.
-        every: columns of which all values are kept.
+        every: a column of which all values are kept.
 
     Raises:
         MergelawError: a name is unknown, or missing where there are several.
@@ -67,7 +65,7 @@ def choose(
         names = sorted(points[column].unique())
         if name is None and column == "domain" and MACRO in names:
             name = MACRO
-        if name is None and len(names) > 1 and column not in every:
+        if name is None and len(names) > 1 and column != every:
             raise MergelawError(
                 f"points of more than one {column}: {', '.join(names)}; name one with --{column}"
             )
