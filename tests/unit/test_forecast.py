@@ -15,27 +15,12 @@ from mergelaw.laws.law import MERGING, MERGING_FIXED_N
 from mergelaw.planning import choose, forecast, read
 from mergelaw.planning.curve import fit_law
 from mergelaw.planning.points import base_points, sampled_without_errors
+from points import JOINT
+from points import study as points_of_study
 
-JOINT = {"L_star": 0.4, "B": 0.3, "A0": 0.08, "beta": 0.4, "gamma": 0.1, "b": 0.3}
-SIZES = [0.5, 1.5, 3.0, 7.0, 14.0]
 
-
-def study(noise=0.0, M=9, sizes=SIZES, k=None, seed=0, truth=JOINT):
-    N, ks = (a.ravel() for a in np.meshgrid(sizes, np.arange(1, M + 1) if k is None else k))
-    random = np.random.default_rng(seed)
-    ce = MERGING.predict(truth, N=N, k=ks) + noise * random.standard_normal(len(N))
-    return pd.DataFrame(
-        {
-            "method": "average",
-            "family": "ours",
-            "base": [f"{n:g}B" for n in N],
-            "N": N,
-            "k": ks,
-            "domain": "macro",
-            "ce": ce,
-            "M": M,
-        }
-    )
+def study(noise=0.0, **options):
+    return points_of_study(noise=noise, **options)
 
 
 def rows(answer):
@@ -105,7 +90,7 @@ def test_record_intervals_hold_about_as_often_as_they_say():
     held = []
     for seed in range(100):
         shares = 0.03 * np.random.default_rng(seed).standard_normal(4)
-        points = study(sizes=[0.5, 1.5, 3.0, 7.0], k=k, truth={**JOINT, "b": 0.0})
+        points = study(sizes=[0.5, 1.5, 3.0, 7.0], k=k, b=0.0)
         gain = points.groupby("base")["ce"].transform("first") - points.groupby("base")[
             "ce"
         ].transform("last")
