@@ -13,7 +13,7 @@ import json
 import os
 import sys
 from collections.abc import Container, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import IO, Any
 
@@ -50,14 +50,16 @@ def checksum(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-class Store:
+class Store(ExitStack):
     """Cell store of a folder, with one file of this process, created with its first cell.
 
     ``known`` maps identities to cells, as of the last ``refresh``. ``wanted`` restricts it to the
-    identities a shard needs. A damaged line is skipped with a message on stderr.
+    identities a shard needs. A damaged line is skipped with a message on stderr. Its context closes
+    the store's files.
     """
 
     def __init__(self, folder: Path, name: str = "", wanted: Container[str] | None = None):
+        super().__init__()
         self.folder = folder
         self.path = folder / f"{name}-{unique()}.jsonl"
         self.wanted = wanted
@@ -105,7 +107,7 @@ class Store:
         """
         if self._locks is None:
             self.folder.mkdir(parents=True, exist_ok=True)
-            self._locks = (self.folder / ".claims").open("ab")
+            self._locks = self.enter_context((self.folder / ".claims").open("ab"))
         byte = int(merge[:15], 16)
         try:
             fcntl.lockf(self._locks, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB), 1, byte)
@@ -122,7 +124,7 @@ class Store:
         """Write cells and sync them to disk before returning."""
         if self._file is None:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = self.path.open("xb")
+            self._file = self.enter_context(self.path.open("xb"))
             sync(self.path.parent)
         for cell in cells:
             text = json.dumps(cell, sort_keys=True, separators=(",", ":"))
@@ -130,11 +132,3 @@ class Store:
         self._file.flush()
         os.fsync(self._file.fileno())
         self.known |= {cell["cell"]: cell for cell in cells}
-
-    def __enter__(self) -> "Store":
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        for file in (self._file, self._locks):
-            if file is not None:
-                file.close()

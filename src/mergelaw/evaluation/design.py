@@ -133,8 +133,7 @@ def pattern(design: str, k: int, pool: int | None = None) -> tuple[int, ...]:
 def pair_counts(pattern: Sequence[int], pool: int) -> list[int]:
     """Number of ordered pairs of the pattern's places that differ by d modulo M, for d = 1..M-1.
 
-    This is also the number of the M = ``pool`` rotations that contain both of two experts d places
-    apart.
+    So many of the M = ``pool`` rotations contain both of two experts that are d places apart.
     """
     places = sum(1 << place for place in pattern)
     twice = places | places << pool
