@@ -24,7 +24,7 @@ def budget(
     serve: float = 0.0,
     larger: Sequence[float] = (),
 ) -> Answer:
-    """Whether the next unit of budget goes to a larger base or to more experts.
+    """The better way to spend a budget: on a larger base or on more experts.
 
     More experts cost the training of the missing ones and one merge with its evaluation. A larger
     base costs the training of all its experts, a merge, and the higher cost of serving; the base

@@ -92,24 +92,9 @@ def forecast(
     place = {column: str(points[column].iloc[0]) for column in ("method", "family", "domain")}
     fitted = used["N" if scheme == SIZE else "k"].unique().tolist()
     details: dict[str, Any] = {"scheme": scheme, **place, "base": name, "N": N, "used": fitted}
-    if score := _score(rows, points[points["base"] == name], used, scheme):
-        details["score"] = score
-    value, ends = None, None
-    if len(rows) == 1:
-        value, low, high = (rows[0][column] for column in ("forecast", "low", "high"))
-        ends = None if math.isnan(low) else (low, high)
-    return Answer(
-        "forecast",
-        _sentence(details),
-        value,
-        ends,
-        level,
-        f"intervals: {basis}",
-        assumption,
-        (*warnings, *curve.beyond_pool(sizes[-1])),
-        tuple(rows),
-        details,
-    )
+    details |= _score(rows, points[points["base"] == name], used, scheme)
+    warnings += curve.beyond_pool(sizes[-1])
+    return _answer(details, rows, level, f"intervals: {basis}", assumption, tuple(warnings))
 
 
 def _used(points: pd.DataFrame, scheme: str, N: float, base: str | None) -> pd.DataFrame:
@@ -188,8 +173,8 @@ def _basis(curve: Curve, misfit: float | None) -> str:
 
 def _score(
     rows: Sequence[dict[str, Any]], curve: pd.DataFrame, used: pd.DataFrame, scheme: str
-) -> dict[str, Any] | None:
-    """Add to the rows what was measured; return how well it was forecast, None if nothing was."""
+) -> dict[str, Any]:
+    """Add to the rows what was measured; return the score, or nothing where nothing was."""
     losses = curve.set_index("k")["ce"]
     last = used[used["N"] == used["N"].max()].groupby("k")["ce"].mean()
     scored = [row for row in rows if row["k"] in losses.index]
@@ -201,17 +186,24 @@ def _score(
         unknown = math.isnan(row["low"])
         row["held"] = None if unknown else bool(row["low"] <= measured <= row["high"])
     if not scored:
-        return None
+        return {}
     held = [row["held"] for row in scored if row["held"] is not None]
     rms = {
         name: math.sqrt(np.mean([row[name] ** 2 for row in scored]))
         for name in ("error", "naive error")
     }
-    return {**rms, "points": len(scored), "intervals": len(held), "held": sum(held)}
+    counts = {"points": len(scored), "intervals": len(held), "held": sum(held)}
+    return {"score": rms | counts}
 
 
-def _sentence(details: dict[str, Any]) -> str:
-    """What was forecast, from what, and how well."""
+def _answer(
+    details: dict[str, Any],
+    rows: Sequence[dict[str, Any]],
+    level: float,
+    reason: str,
+    assumption: str,
+    warnings: tuple[str, ...],
+) -> Answer:
     names = filter(None, (details[name] for name in ("method", "domain", "base")))
     used = ", ".join(f"{value:.4g}" for value in details["used"])
     answer = ", ".join([f"{details['scheme']} forecast", *names])
@@ -223,4 +215,10 @@ def _sentence(details: dict[str, Any]) -> str:
             answer += f', "same as the last point" by {score["naive error"]:.2g}'
         if score["intervals"]:
             answer += f"; {score['held']} of {score['intervals']} intervals held"
-    return answer
+    value, ends = None, None
+    if len(rows) == 1:
+        value, low, high = (rows[0][column] for column in ("forecast", "low", "high"))
+        ends = None if math.isnan(low) else (low, high)
+    return Answer(
+        "forecast", answer, value, ends, level, reason, assumption, warnings, tuple(rows), details
+    )
