@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 # Raise a stage's version when its output changes for the same recipe and inputs: the stage and all
-# that follow from it are then made again. tests/versions.py finds a change that was forgotten.
+# that follow from it are then made again. tests/versions finds a change that was forgotten.
 STAGES: dict[str, int] = {
     "corpus": 2,
     "overlap": 2,

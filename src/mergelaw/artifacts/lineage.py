@@ -82,7 +82,7 @@ def read(artifact: Path) -> dict[str, Any]:
         )
     if not whole:
         raise damaged
-    return lineage
+    return dict(lineage)
 
 
 def verified(artifact: Path, stage: str | None = None) -> dict[str, Any]:

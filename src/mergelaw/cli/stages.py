@@ -83,7 +83,7 @@ def expert(job: Job, folder: Path, state: Path) -> dict[str, Any]:
     settings = Training.model_validate(job.recipe["training"])
     trainer = openrlhf if settings.trainer == "openrlhf" else finetune
     start, seed, corpora = job.one("base"), job.recipe["seed"], job.all("corpora")
-    return trainer.fine_tune(settings, seed, start, corpora, folder, state, job.save_every)
+    return dict(trainer.fine_tune(settings, seed, start, corpora, folder, state, job.save_every))
 
 
 def ready_made(job: Job, folder: Path) -> dict[str, Any]:

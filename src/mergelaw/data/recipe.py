@@ -89,7 +89,7 @@ class SplitRecipe(Model):
         return [split for split in SPLITS if getattr(self, f"{split}_documents") != 0]
 
     def part(self, split: str) -> Self:
-        """The same recipe without the source, and its splits, that ``split`` is not taken from."""
+        """Part of the recipe that ``split`` is taken from: one source and its splits."""
         if self.eval_source is None:
             return self
         if split != "eval":

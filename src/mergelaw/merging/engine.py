@@ -58,7 +58,7 @@ def thresholds(method: Method, vector: TaskVector, cache: Path | None = None) ->
         path.write_text(json.dumps(method.thresholds(vector.tensors)), encoding="utf-8")
 
     path = stored(cache / f"{digest(recipe)[:32]}.json", write)
-    return json.loads(path.read_text(encoding="utf-8"))
+    return dict(json.loads(path.read_text(encoding="utf-8")))
 
 
 class Prepared:

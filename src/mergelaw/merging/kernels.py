@@ -27,7 +27,7 @@ NO_MASK = np.empty(0, np.uint8)
 
 
 class Rule(NamedTuple):
-    """How the values of several experts become one, element by element.
+    """Combination of several experts' values, element by element.
 
     Without ``elect``: scale * sum_i w_i v_i, in the order of the vectors. Else scale * weighted
     mean of the values that have the elected sign: ``sum`` elects that of sum_i w_i v_i, ``count``
@@ -155,10 +155,10 @@ def _pool(threads: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(threads, thread_name_prefix="kernels")
 
 
-def _typed(context, address):
+def _typed(context: Any, address: Any) -> Any:
     """A memory address as a pointer to fp32 values."""
 
-    def code(target, builder, signature, arguments):
+    def code(target: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         return builder.inttoptr(arguments[0], target.get_value_type(signature.return_type))
 
     return types.CPointer(types.float32)(types.uint64), code

@@ -287,7 +287,8 @@ class TaskVector:
             return self._expert.part(name, start, min(stop, self.size(name)), device)
         if name != self._last[0]:  # opening a tensor takes as long as reading a slice
             self._last = name, self._vector.get_tensor(name).view(-1)
-        return self._last[1][start:stop].to(device)
+        values: Tensor = self._last[1][start:stop].to(device)
+        return values
 
     def size(self, name: str) -> int:
         if self._expert is not None:
@@ -310,4 +311,5 @@ class TaskVector:
 
     def statistics(self) -> dict[str, Any]:
         """The content of ``statistics.json``."""
-        return json.loads((self.folder / STATISTICS).read_text(encoding="utf-8"))
+        text = (self.folder / STATISTICS).read_text(encoding="utf-8")
+        return dict(json.loads(text))

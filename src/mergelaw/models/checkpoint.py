@@ -69,7 +69,7 @@ class Tensors:
 
     @property
     def ties(self) -> bool:
-        """Whether head and embedding may be one tensor; without the setting the model decides."""
+        """True if head and embedding may be one tensor; without the setting the model decides."""
         return bool(self.config.get("tie_word_embeddings", True))
 
     def _open(self) -> None:
@@ -108,7 +108,8 @@ class Tensors:
 
         file, stored = self._files[name]
         try:
-            return file.get_tensor(stored)
+            tensor: Tensor = file.get_tensor(stored)
+            return tensor
         except (SafetensorError, AttributeError, TypeError, ValueError, RuntimeError) as error:
             reason = str(error).splitlines()[0]
             raise MergelawError(
@@ -124,7 +125,7 @@ class Tensors:
 
     def dtype(self, name: str) -> str:
         """The dtype in the file's words: F32, BF16, F16, I64, ..."""
-        return self._slice(name).get_dtype()
+        return str(self._slice(name).get_dtype())
 
     def float_dtype(self) -> str:
         """The dtype of the floating tensors in torch's words; float32 where they differ."""
@@ -175,7 +176,7 @@ def pickled(folder: Path) -> str:
 
 
 def is_adapter(folder: Path) -> bool:
-    """Whether a folder holds a peft adapter and no whole model."""
+    """True for a folder that holds a peft adapter and no whole model."""
     has = {file: (Path(folder) / file).exists() for file in (ADAPTER_CONFIG, WEIGHTS, INDEX)}
     return has[ADAPTER_CONFIG] and not has[WEIGHTS] and not has[INDEX]
 
@@ -321,7 +322,8 @@ def mergeable(base: Tensors) -> list[str]:
 def vocabulary_size(config: Mapping[str, Any]) -> int | None:
     """The size of the vocabulary; multimodal models keep it in their text configuration."""
     text = config.get("text_config") or {}
-    return config.get("vocab_size", text.get("vocab_size"))
+    size: int | None = config.get("vocab_size", text.get("vocab_size"))
+    return size
 
 
 def check_vocabulary(

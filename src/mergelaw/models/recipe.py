@@ -58,7 +58,7 @@ class Optimisation(Model):
 
 
 class Pretraining(Optimisation):
-    """How a base is pre-trained: tokenizer, architecture, documents and optimiser."""
+    """Pre-training of a base: tokenizer, architecture, documents and optimiser."""
 
     architecture: dict[str, Any] = Field(description="transformers' `model_type` and its fields")
     vocab_size: int = Field(512, ge=260, description="size of the byte-level BPE tokenizer")
@@ -95,7 +95,7 @@ class OpenRLHF(Model):
 
 
 class Training(Optimisation):
-    """How experts are fine-tuned. The loss is on the responses alone."""
+    """Fine-tuning of experts. The loss is on the responses alone."""
 
     trainer: Literal["trl", "openrlhf"] = Field(
         "trl", description="trl: TRL's SFTTrainer; openrlhf: OpenRLHF's command line"

@@ -142,7 +142,7 @@ def training(artifact: Artifact, size: Size, stored: float, documents: Documents
 
 
 def sharded(work: Work, size: Size, recipe: Training) -> Work:
-    """The same training by OpenRLHF, on several GPUs of a node by DeepSpeed's ZeRO.
+    """Training by OpenRLHF, on several GPUs of a node by DeepSpeed's ZeRO.
 
     GPUs share the optimiser's 12 bytes a parameter from stage 1 on, the gradients from 2, the
     weights from 3 (Rajbhandari et al. 2020, section 3). Offloaded optimiser states are in host

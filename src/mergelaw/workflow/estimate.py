@@ -43,7 +43,7 @@ class Rates(Hardware):
 
     @property
     def documents(self) -> Documents:
-        """What is assumed of documents."""
+        """Assumptions about documents that are not counted yet."""
         return Documents(self.train_documents, self.tokens_per_document)
 
     def of_stage(self, stage: str) -> "Rates":
@@ -142,7 +142,7 @@ def measured_share(entry: dict[str, Any]) -> float:
 def estimate(
     study: Study, rates: Rates, hardware: Hardware | None = None, threads: int = 1
 ) -> Estimate:
-    """What a study's jobs that are left take, and what they ask a cluster for.
+    """Cost of a study's remaining jobs, and their requests to a cluster.
 
     ``hardware`` and ``threads`` of a job are those of a profile; without one, the rates'. Raises
     MergelawError if a base's size cannot be known yet.

@@ -57,7 +57,7 @@ class Job:
 
 
 def job_file(results: Path, artifact: Artifact) -> Path:
-    """Where the job of an artifact is written."""
+    """File that the job of an artifact is written to."""
     return results / "logs" / f"{artifact.path}.json"
 
 

@@ -81,7 +81,7 @@ class Progress:
         return [merges, f"about {duration(self.seconds_left)} left"]
 
     def to_dict(self) -> dict[str, Any]:
-        """The same as JSON values."""
+        """Progress as JSON values."""
         return asdict(self)
 
 

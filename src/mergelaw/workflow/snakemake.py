@@ -173,7 +173,7 @@ class Paths:
 
     @property
     def resources(self) -> dict[str, Callable[..., Any]]:
-        """What the jobs ask a cluster for; on one machine its GPU, if it has one."""
+        """Resources that the jobs ask for; on one machine its GPU, if it has one."""
         pipeline = self._pipeline
         if pipeline.one_machine:
             return {"gpu": lambda wildcards: int(self._artifact(wildcards).on_gpu)}

@@ -89,7 +89,7 @@ class Study:
 
     @cached_property
     def calibration_overlap(self) -> Artifact:
-        """The same check, and that no domain calibrates on what another one trains or evaluates."""
+        """The overlap check with calibration documents included."""
         return Artifact("overlap", "checks/calibration-overlap", {}, inputs=self.corpora)
 
     @cached_property

@@ -44,11 +44,11 @@ class Method(Model):
         return None
 
     def rule(self, weights: Sequence[float]) -> Rule:
-        """How values of experts with these weights become one."""
+        """Combination of the values of experts with these weights."""
         raise NotImplementedError
 
     def mergekit(self) -> dict[str, Any] | None:
-        """The same rule for mergekit ({merge_method, parameters}); None where it has no such."""
+        """Rule in mergekit's terms ({merge_method, parameters}); None if mergekit has none."""
         return None
 
 
