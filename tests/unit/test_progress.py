@@ -113,6 +113,13 @@ def test_status_prints_a_table_or_json(study, tmp_path):
     file.write_text(study.config.model_dump_json(exclude_unset=True))
     table = CliRunner().invoke(app, ["status", str(file)])
     assert table.exit_code == 0 and "all done" in table.output
+    old = study.results / "experts" / "small" / "code-s0@00000000"
+    old.mkdir()
+    (old / "lineage.json").write_text('{"schema": 1}')
+    assert (
+        "1 artifacts were made by another version"
+        in CliRunner().invoke(app, ["status", str(file)]).output
+    )
     printed = CliRunner().invoke(app, ["status", str(file), "--json"])
     stages = json.loads(printed.output)["stages"]
     assert stages["evaluate"] == {"finished": 2, "running": 0, "jobs": 2}

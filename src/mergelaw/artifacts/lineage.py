@@ -85,6 +85,14 @@ def read(artifact: Path) -> dict[str, Any]:
     return dict(lineage)
 
 
+def is_current(artifact: Path) -> bool:
+    """False for an artifact whose lineage another version of mergelaw wrote, or a damaged one."""
+    try:
+        return bool(json.loads((artifact / LINEAGE).read_text("utf-8"))["schema"] == SCHEMA)
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
 def verified(artifact: Path, stage: str | None = None) -> dict[str, Any]:
     """Lineage of an artifact whose files were compared with it; raises MergelawError otherwise."""
     lineage = read(artifact)

@@ -108,9 +108,20 @@ def status(file: StudyFile = DEFAULT, as_json: Json = False) -> None:
     Example: mergelaw status ours.yaml
     """
     from mergelaw.workflow.progress import progress
+    from mergelaw.workflow.results import artifacts_in
 
-    now = progress(load_study(file))
-    print(json.dumps(now.to_dict(), indent=1) if as_json else now.text())
+    study = load_study(file)
+    now = progress(study)
+    unused = sum(not lineage.is_current(artifact) for artifact in artifacts_in(study.results))
+    if as_json:
+        print(json.dumps(now.to_dict() | {"unusable_artifacts": unused}, indent=1))
+        return
+    print(now.text())
+    if unused:
+        print(
+            f"{unused} artifacts were made by another version of mergelaw, or are damaged, and are "
+            "not used; `mergelaw gc` lists them"
+        )
 
 
 def summary(file: StudyFile = DEFAULT) -> None:
