@@ -5,7 +5,7 @@ from pathlib import Path
 from mergelaw.workflow.snakemake import Pipeline
 
 # For envs/main.yaml, which Snakemake copies before pip reads it.
-os.environ["MERGELAW_ROOT"] = str(Path(workflow.basedir).parent)
+os.environ.update(MERGELAW_ROOT=str(Path(workflow.basedir).parent))
 
 pipeline = Pipeline(workflow)
 study = pipeline.study

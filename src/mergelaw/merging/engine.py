@@ -26,9 +26,10 @@ if TYPE_CHECKING:
     from mergelaw.merging.kernels import Rule
 
 # Elements merged at a time; no bit depends on it. On a processor temporaries stay in each core's
-# cache, on a GPU there is more to compute than kernels to launch. Multiples of 8, for packed masks.
+# cache, on a GPU most of them in its second cache; with fewer, launches would cost more than they
+# compute (benchmarks/gpu.md). Multiples of 8, for packed masks.
 SLICE = 1 << 18
-GPU_SLICE = 1 << 24
+GPU_SLICE = 1 << 22
 SHARD = "5GB"  # the largest file of a written merge
 
 
