@@ -1,5 +1,6 @@
 """What is said in several places is the same everywhere."""
 
+import ast
 import re
 import subprocess
 import sys
@@ -131,3 +132,24 @@ def test_the_packages_names_exist_and_cost_nothing_until_they_are_used():
         [sys.executable, "-c", program], capture_output=True, text=True, check=True
     )
     assert run.stdout == "\n"
+
+
+def test_every_import_is_a_dependency_of_the_package():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    named = {Requirement(r).name.lower().replace("-", "_") for r in project["dependencies"]}
+    named |= {
+        "yaml",
+        "ruamel",
+        "vl_convert",
+        "markupsafe",
+    }  # PyYAML, ruamel.yaml, ..., Jinja2's own
+    sources = set((ROOT / "src").rglob("*.py")) - set((ROOT / "src").rglob("openrlhf_inside.py"))
+    imported = set()
+    for path in sources:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import):
+                imported |= {alias.name.partition(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and node.module:
+                imported.add(node.module.partition(".")[0])
+    assert imported - set(sys.stdlib_module_names) - {"mergelaw"} <= named
+    assert {"pyyaml", "ruamel.yaml", "vl_convert_python", "jinja2"} <= named
