@@ -1,4 +1,1 @@
-"""Artifacts: keyed folders that are whole or absent, with their lineage.
-
-Keys name an artifact before it is made, the store makes it, its lineage says where it comes from.
-"""
+"""Artifacts: keyed folders, whole or absent, with a lineage that says where they come from."""

@@ -1,4 +1,4 @@
-"""Values computed from files, remembered for as long as the files stay as they are."""
+"""Cache of values computed from files, valid as long as the files do not change."""
 
 import json
 from collections.abc import Callable, Iterable
@@ -12,8 +12,8 @@ from mergelaw.artifacts.files import file_digest, write_json
 class FileCache:
     """JSON values by name, each with the path, size and modification time of its files.
 
-    ``path`` is the JSON file that keeps them; None keeps them in memory only. Every job that parses
-    the workflow uses it: the last one to write wins, and values that it lacks are computed again.
+    ``path`` is the JSON file of the cache; None keeps the values in memory. All jobs of the
+    workflow write this file: the last one wins, and missing values are computed again.
     """
 
     def __init__(self, path: Path | None = None):
@@ -21,9 +21,9 @@ class FileCache:
         self._entries: dict[str, Any] | None = None
 
     def value(self, name: str, files: Iterable[Path], compute: Callable[[], Any]) -> Any:
-        """The remembered value of ``name``; computed anew if one of ``files`` has changed.
+        """The cached value of ``name``; computed again if one of ``files`` has changed.
 
-        ``compute`` returns a value that JSON can hold. Raises OSError for a file that is missing.
+        ``compute`` returns a JSON value. Raises OSError for a missing file.
         """
         status = [(str(path.absolute()), path.stat()) for path in files]
         stamps = [[path, stat.st_size, stat.st_mtime_ns] for path, stat in status]

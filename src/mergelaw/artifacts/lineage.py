@@ -55,14 +55,14 @@ def content_digest(files: Mapping[str, str]) -> str:
 
 
 def checksum(lineage: Mapping[str, Any]) -> str:
-    """Checksum of a lineage without its own entry, which finds a flipped bit."""
+    """Checksum of a lineage without this entry; it detects a flipped bit."""
     return keys.digest(lineage)[:16]
 
 
 def read(artifact: Path) -> dict[str, Any]:
     """Lineage of an artifact.
 
-    Raises MergelawError if there is none, if it is damaged, or if another version wrote it.
+    Raises MergelawError for a missing or damaged lineage, or one of another version.
     """
     path = artifact / LINEAGE
     damaged = MergelawError(f"{path}: damaged; delete the folder {artifact} and rerun")
@@ -94,7 +94,7 @@ def is_current(artifact: Path) -> bool:
 
 
 def verified(artifact: Path, stage: str | None = None) -> dict[str, Any]:
-    """Lineage of an artifact whose files were compared with it; raises MergelawError otherwise."""
+    """Lineage of an artifact; raises MergelawError if its files differ from the lineage."""
     lineage = read(artifact)
     if stage is not None and lineage["stage"] != stage:
         raise MergelawError(f"{artifact}: is a {lineage['stage']}, not a {stage}; give a {stage}")
@@ -132,9 +132,9 @@ def versions() -> dict[str, str]:
 
 @cache
 def git_commit() -> str | None:
-    """Commit of mergelaw's own checkout ("-dirty" if files differ); None if it is installed.
+    """Commit of mergelaw's own checkout ("-dirty" if files differ); None for an installed package.
 
-    A repository around a virtual environment is not mergelaw's.
+    The repository around a virtual environment is not mergelaw's.
     """
     package = Path(__file__).resolve().parents[1]
 
@@ -160,7 +160,7 @@ def peak_memory() -> int:
 
 
 def find(path: Path) -> Path:
-    """The artifact at a path or above it. Raises MergelawError if there is none."""
+    """The artifact whose folder is a path or contains it. Raises MergelawError if none does."""
     for folder in (path, *path.parents):
         if (folder / LINEAGE).is_file():
             return folder
@@ -176,7 +176,7 @@ def input_paths(artifact: Path, lineage: Mapping[str, Any]) -> dict[str, Path]:
 
 
 def ancestors(artifact: Path) -> dict[Path, dict[str, Any]]:
-    """Lineages of an artifact and of everything it was made from, by folder."""
+    """Lineages of an artifact and of all artifacts that it depends on, by folder."""
     lineages: dict[Path, dict[str, Any]] = {}
     pending = [Path(os.path.normpath(artifact.absolute()))]
     while pending:
@@ -188,7 +188,7 @@ def ancestors(artifact: Path) -> dict[Path, dict[str, Any]]:
 
 
 def tree(artifact: Path) -> list[str]:
-    """Lineage back to the sources as indented lines. Raises MergelawError for a damaged one."""
+    """Lineage back to the sources as indented lines. Raises MergelawError if one is damaged."""
     lines: list[str] = []
     seen: set[Path] = set()
 
@@ -214,10 +214,10 @@ def tree(artifact: Path) -> list[str]:
 
 
 def verify(artifacts: Iterable[Path], root: Path | None = None) -> tuple[int, list[str]]:
-    """Compare artifacts, and all that they were made from, with their lineages.
+    """Compare artifacts, and all that they depend on, with their lineages.
 
-    ``root`` is the results folder that no input may lie outside of. Returns the number of artifacts
-    and the problems, one line each.
+    All inputs must lie in ``root``, the results folder. Returns the number of artifacts and the
+    problems, one line each.
     """
     pending = [Path(os.path.normpath(path.absolute())) for path in artifacts]
     digests: dict[Path, str | None] = {}

@@ -1,7 +1,7 @@
 """Base class of recipes: the settings that define an artifact.
 
-Every package keeps its recipes in a module named ``recipe``; a configuration is composed of them.
-Recipes are read by every job, so these modules import neither torch nor numpy.
+Every package has its recipes in a module named ``recipe``; a configuration consists of them. Every
+job reads recipes, so these modules import neither torch nor numpy.
 """
 
 from typing import Annotated, Any, TypeVar
@@ -17,7 +17,7 @@ from pydantic import (
 
 from mergelaw.errors import nearest
 
-# Names become parts of paths, so they hold nothing that a path or a shell treats specially.
+# Names become parts of paths, so they have no character with a meaning in paths or shells.
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
 Name = Annotated[str, StringConstraints(pattern=NAME_PATTERN, max_length=64)]
 Seed = Annotated[int, Field(ge=0)]
@@ -42,11 +42,11 @@ class Model(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _known_keys(cls, data: Any) -> Any:
-        known: list[Any] = []
+        names: list[Any] = []
         for name, field in cls.model_fields.items():
             alias = field.validation_alias or name
-            known += getattr(alias, "choices", [alias])
+            names += getattr(alias, "choices", [alias])
         for key in data if isinstance(data, dict) else ():
-            if key not in known:
-                raise ValueError(f"unknown key {key!r}{nearest(str(key), known)}")
+            if key not in names:
+                raise ValueError(f"unknown key {key!r}{nearest(str(key), names)}")
         return data

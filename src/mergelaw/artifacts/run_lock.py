@@ -1,4 +1,4 @@
-"""The run lock: one run at a time works on a results folder."""
+"""The run lock: only one run at a time works on a results folder."""
 
 import json
 import os
@@ -19,8 +19,8 @@ MARK = ".mergelaw.json"
 def lock_results(results: Path) -> "BaseFileLock":
     """Lock a results folder until the lock is released or the process ends.
 
-    The storage has to carry file locks to every host that may start a run. Raises MergelawError if
-    another run holds the lock, or if another version of mergelaw laid the folder out.
+    The storage must support file locks across all hosts that may start a run. Raises MergelawError
+    if another run holds the lock, or if another version of mergelaw wrote the folder.
     """
     from filelock import FileLock, Timeout
 
@@ -49,7 +49,7 @@ def _described(holder: Path) -> str:
 
 
 def check_layout(results: Path) -> None:
-    """Raise MergelawError for a results folder of another layout; an unmarked one passes."""
+    """Raise MergelawError for a results folder of another layout; one without a mark passes."""
     mark = results / MARK
     try:
         layout = json.loads(mark.read_text(encoding="utf-8"))["layout"] if mark.exists() else LAYOUT

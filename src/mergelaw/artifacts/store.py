@@ -1,7 +1,7 @@
 """Making artifacts: folders that appear whole or not at all.
 
-An artifact is made in a hidden folder beside its place, under a lock, and put in place by one
-rename. A kill at any moment leaves either nothing or all of it.
+An artifact is made under a lock in a hidden folder beside its final one, and then renamed. A kill
+at any moment leaves nothing or the whole artifact.
 """
 
 import os
@@ -31,14 +31,14 @@ def make(
     work: Work,
     key: str | None = None,
 ) -> bool:
-    """Make the artifact ``output`` unless it exists; return whether it was made.
+    """Make the artifact ``output`` unless it exists; return whether this call made it.
 
     Args:
-        output: its folder; a second process that makes the same artifact waits for the first.
+        output: the artifact's folder; a second process for the same artifact waits for the first.
         stage, recipe: recorded in the lineage.
         inputs: artifacts by name; their files are verified first.
-        work: ``work(folder, state)`` writes the files into ``folder`` and may keep in ``state``
-            what it needs to resume after a kill. Its result is added to the lineage as ``facts``.
+        work: ``work(folder, state)`` writes the files into ``folder`` and may save in ``state``
+            what it needs to resume after a kill. Its result is stored as ``facts`` in the lineage.
         key: the full key, where the path has its first digits.
 
     Raises:
@@ -92,7 +92,7 @@ def make(
 def _run(
     output: Path, folder: Path, state: Path, inputs: Mapping[str, Path], work: Work
 ) -> dict[str, Any]:
-    """Do the work; return what the lineage says of files, inputs, versions and times."""
+    """Do the work; return the lineage's entries for files, inputs, versions and times."""
     started, clock, cpu = datetime.now(UTC), time.perf_counter(), time.process_time()
     sources = {name: lineage.verified(path) for name, path in inputs.items()}
     facts = work(folder, state) or {}
@@ -122,7 +122,7 @@ def _run(
 def _check_vacant(output: Path) -> None:
     """Raise MergelawError for a folder that holds something else.
 
-    A folder with a key in its name is ours: without a lineage it is a half artifact, and replaced.
+    A folder with a key in its name but without a lineage is an incomplete artifact: it is replaced.
     """
     if KEYED.search(output.name) or (output / LINEAGE).exists():
         return
@@ -131,7 +131,7 @@ def _check_vacant(output: Path) -> None:
 
 
 def _publish(folder: Path, output: Path) -> None:
-    """Move a whole artifact to its place by one rename."""
+    """Move a whole artifact to its final path by one rename."""
     for path in folder.rglob("*"):
         if path.is_file() and not path.is_symlink():
             sync(path)

@@ -6,10 +6,10 @@ from mergelaw.workflow import forkserver
 
 
 def main() -> None:
-    """Run the command: in a fork where a server is running, else in this process."""
+    """Run the command: in a fork if a server is running, otherwise in this process."""
     status = forkserver.run(sys.argv[1:])
     if status is None:
-        from mergelaw.cli import app  # imported at use, as a fork's command needs none of it
+        from mergelaw.cli import app  # imported here, since a forked command does not need it
 
         return app.main()
     sys.exit(status)

@@ -1,4 +1,4 @@
-"""The command line: what people ask of a study, and the workflow's own stages."""
+"""The command line: commands for users, and those of the workflow's stages."""
 
 import os
 import sys

@@ -1,4 +1,4 @@
-"""Commands that ask a study's results: ``mergelaw forecast`` and ``mergelaw plan``."""
+"""Commands that answer questions from a study's results: ``mergelaw forecast`` and ``plan``."""
 
 import inspect
 from collections.abc import Callable
@@ -36,7 +36,7 @@ CostsFile = Annotated[
 
 @dataclass(frozen=True)
 class Question:
-    """Shared options of all questions, and the points that they choose."""
+    """Options that all questions share, and the points that they select."""
 
     study: Annotated[
         Path,
@@ -65,7 +65,7 @@ class Question:
         return laws
 
     def points(self, every: str = "") -> "pd.DataFrame":
-        """Points of one method, domain and family; with all values of the column ``every``."""
+        """Points of one method, domain and family, with all values of the column ``every``."""
         from mergelaw.planning import choose, read
 
         table, assumed = read(self.laws)
@@ -73,7 +73,7 @@ class Question:
         return choose(table, self.method, self.domain, self.family, every=every)
 
     def curve(self, joint: bool = False) -> "Curve":
-        """The curve at the chosen size; with ``joint`` of the joint law."""
+        """The curve at the selected size; with ``joint``, the joint law's."""
         from mergelaw.laws.law import MERGING
         from mergelaw.planning import Curve
 
@@ -81,7 +81,7 @@ class Question:
         return Curve(self.points(), self.N, base=self.base, level=self.level, law=law)
 
     def costs(self, file: Path | None) -> "Costs":
-        """Costs from a file; without one, the seconds of the study's jobs."""
+        """Costs from a file, or otherwise the seconds of the study's jobs."""
         from mergelaw.planning import Costs
         from mergelaw.workflow.results import measured_costs
 
@@ -94,9 +94,9 @@ class Question:
 
 
 def command(ask: "Callable[..., Answer]", without: str = "") -> Callable[..., None]:
-    """A command that takes a question's options besides those of ``ask``, and prints the answer.
+    """A command with a question's options and those of ``ask``, which prints the answer.
 
-    ``without`` is the option of questions that the command does not take.
+    ``without`` is the question's option that the command lacks.
     """
     _, *options = inspect.signature(ask).parameters.values()
     shared = inspect.signature(Question).parameters

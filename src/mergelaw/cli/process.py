@@ -1,4 +1,4 @@
-"""Settings of the process that a command runs in."""
+"""Process settings of a command: progress bars, threads, garbage collection and memory."""
 
 import atexit
 import ctypes
@@ -8,7 +8,7 @@ import platform
 
 
 def quiet() -> None:
-    """Keep progress bars out of logs, and linear algebra on one thread, which its bits depend on.
+    """Turn off progress bars in logs; use one linear-algebra thread for reproducible bits.
 
     Libraries read these settings once, when they are imported.
     """
@@ -24,15 +24,15 @@ def quiet() -> None:
 def collect_less() -> None:
     """Collect garbage less often.
 
-    Importing torch and transformers makes millions of objects that stay. Searching them for
-    garbage takes a fifth of the import's time, and as much again at exit.
+    Importing torch and transformers creates millions of lasting objects. Searching them for garbage
+    takes a fifth of the import's time, and as much again at exit.
     """
     gc.set_threshold(100_000, 50, 50)
     atexit.register(gc.freeze)
 
 
 def prepare_torch(threads: int) -> None:
-    """Fix the number of threads, which bits depend on, and keep freed memory.
+    """Fix the number of threads, which affects bits, and keep freed memory.
 
     glibc maps an activation when it is allocated and unmaps it when it is freed. A forward pass on
     a processor spent up to a third of its time on such pages.

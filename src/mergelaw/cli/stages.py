@@ -1,4 +1,4 @@
-"""`mergelaw stage`: the workflow's own commands, one a stage, each given a job file."""
+"""`mergelaw stage`: the workflow's commands, one per stage, each with a job file as argument."""
 
 import shutil
 import sys
@@ -15,12 +15,12 @@ from mergelaw.workflow.job import Job, read_job
 
 stages = typer.Typer(help="Stages of the workflow, run by Snakemake's rules.", no_args_is_help=True)
 
-# From a job, the folder for the artifact's files and the folder of states to facts for the lineage.
+# (job, folder for the artifact's files, folder of states) -> facts for the lineage
 Work = Callable[[Job, Path, Path], dict[str, Any]]
 
 
 def stage(work: Work) -> Work:
-    """Make a command of a stage's work: it reads the job, makes the artifact and logs it."""
+    """Make a stage's command from its work: it reads the job, makes the artifact and logs it."""
     name = work.__name__
 
     def command(
@@ -29,10 +29,10 @@ def stage(work: Work) -> Work:
         save_every: Annotated[float, typer.Option(help="seconds between saved states")] = 600,
     ) -> None:
         job = read_job(file, name, threads, save_every)
-        # The first line takes a block of the log's disk, so that the last one fits when it is full.
+        # The first line takes a disk block for the log, so the last one fits on a full disk.
         print(f"mergelaw: {job.output} ...", file=sys.stderr, flush=True)
-        made = job.make(lambda folder, state: work(job, folder, state))
-        print(f"mergelaw: {job.output} {'made' if made else 'exists already'}", file=sys.stderr)
+        is_new = job.make(lambda folder, state: work(job, folder, state))
+        print(f"mergelaw: {job.output} {'made' if is_new else 'exists already'}", file=sys.stderr)
 
     stages.command(name.replace("_", "-"), help=work.__doc__)(command)
     return work
@@ -114,7 +114,7 @@ def design(job: Job, folder: Path, state: Path) -> dict[str, Any]:
 
 
 def checked_rows(job: Job) -> list[Any]:
-    """The design's rows of a job, compared with their digest in the recipe."""
+    """The design's rows in a job, after comparing them with their digest in the recipe."""
     if keys.digest(list(job.rows)) != job.recipe["subsets"]:
         raise MergelawError(f"{job.output}: the job's rows are not the recipe's; rerun snakemake")
     return list(job.rows)

@@ -98,8 +98,8 @@ def rates(file: StudyFile = DEFAULT) -> None:
 
     from mergelaw.workflow import estimate as costs
 
-    known = costs.measured(load_study(file)).model_dump(exclude_none=True)
-    print(yaml.safe_dump(known, sort_keys=False), end="")
+    speeds = costs.measured(load_study(file)).model_dump(exclude_none=True)
+    print(yaml.safe_dump(speeds, sort_keys=False), end="")
 
 
 def status(file: StudyFile = DEFAULT, as_json: Json = False) -> None:
@@ -232,20 +232,20 @@ def merge(
     wanted = {"base": base, "method": method, "experts": experts, "weights": weights, "seed": seed}
     settings = study.config.model_dump(by_alias=True, exclude_unset=True)
     (artifact,) = Study(parse(settings | {"merges": {"merge": wanted}}, "merge")).merges.values()
-    for one in artifact.dependencies():
-        if not study.made(one):
+    for dependency in artifact.dependencies():
+        if not study.made(dependency):
             raise MergelawError(
-                f"{study.results / one.path}: is not made yet; run "
+                f"{study.results / dependency.path}: is not made yet; run "
                 f"`snakemake --profile profiles/local --configfile {file}` first"
             )
-    places = {name: study.results / one.path for name, one in artifact.named_inputs()}
+    places = {name: study.results / dependency.path for name, dependency in artifact.named_inputs()}
     vectors = {name: places[f"task_vectors:{name}"] for name in artifact.names("task_vectors")}
 
     def work(folder: Path, state: Path) -> dict[str, Any]:
         return export(artifact.recipe, places["base"], vectors, folder, output)
 
-    made = store.make(output, "merge", artifact.recipe, places, work)
-    print(f"{output}: {'written' if made else 'exists already'}")
+    is_new = store.make(output, "merge", artifact.recipe, places, work)
+    print(f"{output}: {'written' if is_new else 'exists already'}")
 
 
 def fit(
@@ -268,7 +268,7 @@ def fit(
     from mergelaw.laws.summary import study_text
 
     study = fits.fit_all(*read_points(points))
-    if not study.fits:  # the law of one base was tried last and needs least
+    if not study.fits:  # the law of one base was tried last and needs the fewest points
         raise MergelawError(f"{points}: {study.refused[-1]['reason']}")
     print(study_text(study.to_dict()), end="")
     if output is None:

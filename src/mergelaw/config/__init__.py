@@ -1,6 +1,6 @@
 """Configuration of a study: one YAML file, composed of the stages' recipes and checked as a whole.
 
-Hardware is not part of it; profiles describe that.
+Profiles, not configurations, describe hardware.
 """
 
 from mergelaw.config.load import load, parse, read, read_files

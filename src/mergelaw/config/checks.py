@@ -15,7 +15,7 @@ from mergelaw.evaluation.recipe import BASELINES
 def problems(config: Config) -> Iterator[str]:
     """Contradictions between sections, one line each.
 
-    Each check relies on the checks before it: take the first problem only.
+    Each check relies on the previous ones, so use only the first problem.
     """
     if BASELINES in config.methods:
         yield f"methods.{BASELINES}: the name is reserved (see 'baselines'); choose another"
@@ -70,17 +70,17 @@ def _domain_problems(config: Config, where: str, names: Iterable[str]) -> Iterat
             yield f"{where}: domain {name!r} has train_documents: 0; give it some"
 
 
-def _pretraining_problems(config: Config, base: str, given: set[str]) -> Iterator[str]:
-    own = f"bases.{base}.pretraining"
-    shared = own if config.pretraining is None else "pretraining"
+def _pretraining_problems(config: Config, base: str, settings: set[str]) -> Iterator[str]:
+    specific = f"bases.{base}.pretraining"
+    shared = specific if config.pretraining is None else "pretraining"
     try:
         recipe = config.pretraining_of(base)
     except ValidationError as error:
         yield f"{describe(error, shared)} (for base {base!r})"
         return
-    where = own if "domains" in given else shared
+    where = specific if "domains" in settings else shared
     yield from _domain_problems(config, f"{where}.domains", recipe.domains)
-    where = own if "architecture" in given else shared
+    where = specific if "architecture" in settings else shared
     if not isinstance(recipe.architecture.get("model_type"), str):
         yield f"{where}.architecture: needs a 'model_type' (llama, qwen2, ...)"
 
@@ -113,8 +113,8 @@ def _merge_problems(config: Config, name: str) -> Iterator[str]:
         yield f"{where}.seed: {merge.seed} is not among 'training_seeds'; use one of them"
 
 
-def _unknown(where: str, what: str, names: Iterable[str], known: Collection[str]) -> Iterator[str]:
+def _unknown(where: str, what: str, names: Iterable[str], valid: Collection[str]) -> Iterator[str]:
     """Names that the configuration does not define."""
     for name in names:
-        if name not in known:
-            yield f"{where}: no {what} {name!r}{nearest(name, known)}"
+        if name not in valid:
+            yield f"{where}: no {what} {name!r}{nearest(name, valid)}"

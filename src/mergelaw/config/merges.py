@@ -9,7 +9,7 @@ from mergelaw.merging.methods import Method, registry
 
 
 def _fill_methods(methods: Any) -> Any:
-    """Let ``average:`` and ``ties: {density: 0.1}`` mean the methods of these names."""
+    """Read ``average:`` and ``ties: {density: 0.1}`` as the methods of these names."""
     if not isinstance(methods, dict):
         return methods
     return {

@@ -24,7 +24,7 @@ PLAIN_WORDS = {
 
 
 def describe(error: ValidationError, where: str = "") -> str:
-    """Format validation errors of settings that stand at ``where`` as one line."""
+    """Format validation errors of settings at ``where`` as one line."""
     problems = list(dict.fromkeys(_describe(item, where) for item in error.errors()))
     more = len(problems) - MAX_PROBLEMS
     return "; ".join(problems[:MAX_PROBLEMS]) + (f"; and {more} more" if more > 0 else "")

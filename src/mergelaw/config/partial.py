@@ -1,4 +1,4 @@
-"""Partial recipes: settings that a configuration gives in several places."""
+"""Partial recipes: settings of one recipe that several places of a configuration give."""
 
 from collections.abc import Mapping
 from functools import cache
@@ -22,7 +22,7 @@ class _Partial(Model):
 
 @cache
 def _partial(recipe: type[Model]) -> type[Model]:
-    """Model with the recipe's fields, none of them required, and without its other checks."""
+    """Model with the recipe's fields, all optional, and without its other checks."""
     fields: dict[str, Any] = {}
     for name, field in recipe.model_fields.items():
         default: dict[str, Any] = {"default": field.default}
@@ -46,7 +46,7 @@ else:
 
 
 def complete(recipe: type[Whole], *parts: Model | None) -> Whole:
-    """The whole recipe of the settings that parts give; later parts win.
+    """The whole recipe from partial settings; later parts win.
 
     Raises:
         pydantic.ValidationError: a setting is missing, or settings of different parts disagree.
@@ -58,7 +58,7 @@ def complete(recipe: type[Whole], *parts: Model | None) -> Whole:
 def override(*parts: Mapping[str, Any]) -> dict[str, Any]:
     """Merge settings; later parts win. `steps` and `epochs` replace each other.
 
-    Settings that are mappings themselves (`openrlhf`, `architecture`) are merged key by key.
+    Settings that are mappings (`openrlhf`, `architecture`) are merged key by key.
     """
     merged: dict[str, Any] = {}
     for part in parts:

@@ -81,7 +81,7 @@ class Config(Model):
         return [name]
 
     def splits_of(self, name: str) -> SplitRecipe:
-        """Recipe of a domain's splits: the domain's numbers of documents, or else the study's."""
+        """Recipe of a domain's splits; the study's document numbers are the defaults."""
         domain, corpus = self.domains[name], self.corpus
         train, calibration = domain.train_documents, domain.calibration_documents
         if domain.held_out:
@@ -98,12 +98,12 @@ class Config(Model):
         )
 
     def training_of(self, base: str, expert: str) -> Training:
-        """Training recipe of an expert. Raises pydantic.ValidationError if it is not complete."""
+        """Training recipe of an expert. Raises pydantic.ValidationError if it is incomplete."""
         parts = (self.training, self.bases[base].training, self.expert(expert).training)
         return complete(Training, *parts)
 
     def pretraining_of(self, base: str) -> Pretraining:
-        """Recipe of a pre-trained base. Raises pydantic.ValidationError if it is not complete."""
+        """Recipe of a pre-trained base. Raises pydantic.ValidationError if it is incomplete."""
         return complete(Pretraining, self.pretraining, self.bases[base].pretraining)
 
     def sampling_of(self, base: str) -> Sampling:

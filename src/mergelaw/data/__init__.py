@@ -1,7 +1,7 @@
 """Documents of a domain: read from its source, deduplicated, split by content, tokenised.
 
-Others write and read splits of documents (`documents`) and turn documents into windows of tokens
-(`tokenize`); the recipes of sources and splits are in `recipe`.
+`documents` writes and reads splits; `tokenize` turns documents into windows of tokens; `recipe` has
+the recipes of sources and splits.
 """
 
 from mergelaw.data.documents import Document, check_overlap, read_split, split_identity, write_split

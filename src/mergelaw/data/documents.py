@@ -1,8 +1,8 @@
 """Documents of a domain: read from its source, deduplicated, split by content, kept as Parquet.
 
-A document is identified by its content, not by its place: files may be reordered, split or joined
-and the splits stay the same. Heavy libraries are imported only where a file has to be read, because
-every job of the workflow asks for ``split_identities``.
+The content of a document identifies it: splits do not change when files are reordered, split or
+joined. Heavy libraries are imported only to read a file, because every job of the workflow calls
+``split_identities``.
 """
 
 import hashlib
@@ -56,7 +56,7 @@ class Document:
 
 
 def document_of(record: Mapping[str, Any]) -> Document:
-    """The document of a record in any known form; ValueError says why it holds none."""
+    """The document of a record in any known form; ValueError for a record without one."""
     # Parquet and datasets fill the columns that a record lacks with nulls.
     record = {column: value for column, value in record.items() if value is not None}
     for column in ("messages", "conversations"):
@@ -93,7 +93,7 @@ def _text(value: Any, name: str) -> str:
 
 
 def _turns(value: Any, column: str, role: str | None = None) -> list[Message]:
-    """The turns of a column. Where it may be text, ``role`` is that of the text's only turn."""
+    """The turns of a column. Plain text is a single turn of ``role``."""
     if role is not None and not isinstance(value, list):
         return [{"role": role, "content": _text(value, column)}]
     if not isinstance(value, list) or not all(isinstance(turn, dict) for turn in value):
@@ -140,7 +140,7 @@ def _normalised(text: str) -> str:
 
 @dataclass(frozen=True)
 class Pool:
-    """The distinct documents of a source, in the order in which splits take them, and counts."""
+    """The distinct documents of a source, in the order in which splits take them, with counts."""
 
     documents: list[Document]
     records: int  # that were read
@@ -171,8 +171,8 @@ def _pool(part: SplitRecipe) -> Pool:
         except ValueError as error:
             invalid.append(f"{place}: {error}")
             continue
-        # Documents that differ in white space only are one document. The smaller text stands for
-        # them, whichever of them is read first.
+        # Documents that differ only in white space are one document, whose text is the smaller one,
+        # whichever of them is read first.
         same = distinct.setdefault(document.document, document)
         if same != document:
             distinct[document.document] = min(same, document, key=_line)
@@ -186,8 +186,8 @@ def _pool(part: SplitRecipe) -> Pool:
             " train_documents or calibration_documents, or give more records"
         )
     documents = list(distinct.values())
-    # Synthetic documents come in random order. Sorted by digest, those of evaluation would depend
-    # on how many are drawn.
+    # Synthetic documents are already in random order. Sorting by digest would make the evaluation
+    # documents depend on the number of documents drawn.
     if not name:
         documents.sort(key=lambda document: digest([part.seed, document.document]))
     return Pool(documents, read, len(invalid))
@@ -205,8 +205,8 @@ def _check_invalid(source: Source, invalid: Sequence[str], records: int) -> None
 
 
 def _divided(pool: Pool, part: SplitRecipe) -> dict[str, list[Document]]:
-    # Evaluation takes the first documents, calibration the last, training those behind
-    # evaluation's, so that a document more in a source moves as few others as can be.
+    # Evaluation takes the first documents, training the next and calibration the last, so that
+    # a new document in a source moves as few others as possible.
     last = len(pool.documents) - part.calibration_documents
     return {
         "eval": pool.documents[: part.eval_documents],
@@ -221,9 +221,9 @@ def _divided(pool: Pool, part: SplitRecipe) -> dict[str, list[Document]]:
 def split_identity(recipe: SplitRecipe, split: str, cache: FileCache) -> dict[str, Any]:
     """Identity of a split, for its key.
 
-    A split of local files is the digest of its documents, which ``cache`` remembers for as long as
-    the files stay as they are. A split of a hub dataset or a synthetic domain is its source, the
-    seed, and the counts that decide which documents it takes.
+    The identity of a split of local files is the digest of its documents, cached in ``cache``. The
+    identity of a split of a hub dataset or a synthetic domain is its source, the seed and the
+    counts that decide which documents it takes.
     """
     part = recipe.part(split)
     if part.source.is_local:
@@ -261,11 +261,11 @@ def write_split(
 ) -> dict[str, Any]:
     """Write a split to ``folder/documents.parquet``; return facts for its lineage.
 
-    The columns are document, messages (JSON text, null for plain text) and response; the same
-    documents give the same bytes. Facts are the numbers of records, duplicates and invalid records
-    in the source, of documents in the split and of UTF-8 bytes in their prompts and responses, and
-    the source with the SHA-256 of its files. Raises MergelawError for input that makes no split, or
-    another than ``identity`` says; then nothing is written.
+    The columns are document, messages (JSON text, null for plain text) and response; equal
+    documents give equal bytes. Facts count the records, duplicates and invalid records of the
+    source, the split's documents and the UTF-8 bytes of their prompts and responses, and name the
+    source with the SHA-256 of its files. Raises MergelawError, before it writes, for documents that
+    do not fill the split or differ from ``identity``.
     """
     part = recipe.part(split)
     pool = _pool(part)
@@ -345,9 +345,9 @@ def check_overlap(
 ) -> None:
     """Refuse splits ({domain: folder}) that share documents, also across domains.
 
-    A document that is evaluated must be neither trained nor calibrated on, by any domain, or it
-    makes a merge look better than it is; nor must calibration see what was trained on. Documents
-    that several domains train on are fine. Raises MergelawError for the first pair of domains.
+    No domain may train or calibrate on an evaluation document, which would make a merge look better
+    than it is, nor calibrate on a training document. Several domains may train on the same
+    document. Raises MergelawError for the first pair of domains that share documents.
     """
     for first_use, first_folders, second_use, second_folders in (
         ("trains", train, "evaluates", evaluation),

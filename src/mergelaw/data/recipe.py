@@ -53,7 +53,7 @@ class Source(Model):
 
     @property
     def is_local(self) -> bool:
-        """True for files or a folder of this machine, False for a hub dataset or a generator."""
+        """True for local files or a local folder, False for a hub dataset or a generator."""
         return self.files is not None or (self.dataset is not None and not is_hub_id(self.dataset))
 
     def __str__(self) -> str:
@@ -85,11 +85,11 @@ class SplitRecipe(Model):
     seed: int
 
     def splits(self) -> list[str]:
-        """The splits that take any documents."""
+        """The splits that are not empty."""
         return [split for split in SPLITS if getattr(self, f"{split}_documents") != 0]
 
     def part(self, split: str) -> Self:
-        """Part of the recipe that ``split`` is taken from: one source and its splits."""
+        """The part of the recipe that defines ``split``: one source and its splits."""
         if self.eval_source is None:
             return self
         if split != "eval":

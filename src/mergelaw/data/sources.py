@@ -1,8 +1,8 @@
 """Records of a domain's source: local files, or a dataset that the `datasets` library loads.
 
-JSON and CSV are read here and not by `datasets`, which guesses types from values: the answer
-"2024-01-01" becomes a date, "007" in CSV the number 7, "NA" nothing; a column that first appears
-after some megabytes is an error; and a bad record is reported without its line.
+This module reads JSON and CSV itself because `datasets` guesses types from values: the answer
+"2024-01-01" becomes a date, "007" in CSV the number 7, "NA" a null; a column that first appears
+after some megabytes is an error; and errors name no line.
 """
 
 import csv
@@ -30,8 +30,8 @@ COMPRESSED = {".gz": "gzip", ".bz2": "bz2", ".zst": "zstd"}
 def local_files(source: Source) -> list[Path]:
     """The files of a local source, sorted; MergelawError for a folder or a glob without any.
 
-    A folder stands for all files in and below it of the kinds that are read here (of a `dataset`:
-    all files), except hidden ones.
+    A folder stands for all files in and below it with a supported format (of a `dataset`: all
+    files), except hidden ones.
     """
     if source.dataset is not None:
         if not Path(source.dataset).is_dir():
@@ -61,9 +61,9 @@ def _visible_files(folder: Path) -> list[Path]:
 
 
 def kept_records(source: Source) -> Records:
-    """The records of files or a dataset that ``where`` keeps, with their places.
+    """The records of files or a dataset that pass the filter ``where``, with their places.
 
-    Raises MergelawError for what cannot be read or is no record, and if no record is kept.
+    Raises MergelawError for unreadable input, for an item that is no record, or if none pass.
     """
     where = source.where or {}
     columns: set[str] = set()
@@ -120,7 +120,7 @@ def unreadable(path: Path, error: OSError) -> MergelawError:
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of a library's message, which may go on for a page."""
+    """The first line of a library's error message."""
     return next(iter(str(error).strip().splitlines()), type(error).__name__).rstrip(".")
 
 
@@ -128,7 +128,7 @@ def first_line(error: BaseException) -> str:
 
 
 def _kind(path: Path) -> str:
-    """The suffix that names a file's format, without that of its compression."""
+    """The suffix that names a file's format, without the suffix of a compression."""
     suffix = path.suffix.lower()
     return Path(path.stem).suffix.lower() if suffix in COMPRESSED else suffix
 
@@ -174,7 +174,7 @@ def _parsed(content: bytes, path: Path, line: int) -> Any:
             f"{path}, line {line}, column {error.colno}: not JSON: {error.msg}; correct it there"
         ) from error
     except (ValueError, RecursionError) as error:
-        # A number of thousands of digits, or brackets nested as deep.
+        # A number with thousands of digits, or thousands of nested brackets.
         raise MergelawError(
             f"{path}, line {line}: JSON that Python cannot hold: {first_line(error)}; remove it"
         ) from error
@@ -212,7 +212,7 @@ def _parquet_records(path: Path) -> Records:
                 for record in batch.to_pylist():
                     number += 1
                     yield f"row {number}", record
-    # Damaged pages surface as any of these, whichever layer meets them first.
+    # Damaged pages raise any of these, depending on the layer that reads them first.
     except (pa.ArrowException, OSError, ValueError, OverflowError) as error:
         if isinstance(error, FileNotFoundError | IsADirectoryError):
             raise
@@ -268,9 +268,9 @@ def _dataset_records(source: Source) -> Records:
 
 
 def check_revision(source: Source, files: Iterable[str]) -> None:
-    """Refuse another commit than the source's: offline, `datasets` takes any that is cached.
+    """Refuse a dataset of another commit: offline, `datasets` accepts any cached one.
 
-    ``files`` are those of the loaded dataset; their folder is named by the commit.
+    ``files`` are those of the loaded dataset; the commit is the name of their folder.
     """
     folders = {Path(file).parent.name for file in files}
     cached = sorted(folder for folder in folders if re.fullmatch(COMMIT, folder))

@@ -1,11 +1,10 @@
 """Tokens of documents: which are scored, and windows of at most ``max_tokens``.
 
-Chat documents go through the tokenizer's chat template. The response and its end-of-turn token
-are scored; the prompt is context. Plain text is scored whole, after a beginning-of-sequence token
-if the tokenizer has one; otherwise its first token is context. Training and evaluation share this.
-
-The ``merging_eval`` protocol is that of the evaluation script released with the law's paper, for
-comparison with its numbers: see ``merging_eval_parts``.
+Chat documents go through the tokenizer's chat template. The response and its end-of-turn token are
+scored; the prompt is context. Plain text is scored whole, after a beginning-of-sequence token if
+the tokenizer has one; otherwise its first token is context. Training and evaluation share this
+code. The ``merging_eval`` protocol is that of the law paper's evaluation script, for comparison
+with the paper's numbers: see ``merging_eval_parts``.
 """
 
 from collections.abc import Sequence
@@ -104,7 +103,7 @@ def texts(tokenizer: Any, document: Document) -> tuple[str, str]:
 def parts(tokenizer: Any, documents: Sequence[Document]) -> list[Parts]:
     """The token ids of each document's prompt and response.
 
-    Of a chat's response, what follows its last special token, the end of turn, is not scored.
+    Tokens of a chat's response after its last special token, the end of turn, are not scored.
     """
     if not documents:
         return []
@@ -125,7 +124,7 @@ def parts(tokenizer: Any, documents: Sequence[Document]) -> list[Parts]:
 
 
 def too_long(where: str, document: Document, size: int, max_tokens: int) -> MergelawError:
-    """The error for a document above ``max_tokens`` under ``long_documents: refuse``."""
+    """The error for a document longer than ``max_tokens`` under ``long_documents: refuse``."""
     return MergelawError(
         f"{where}: document {document.document} has {size} tokens, max_tokens is {max_tokens};"
         " raise it, or set long_documents to split or truncate"
@@ -133,11 +132,11 @@ def too_long(where: str, document: Document, size: int, max_tokens: int) -> Merg
 
 
 def merging_eval_parts(tokenizer: Any, documents: Sequence[Document]) -> list[Parts]:
-    """Token ids as ``parts`` gives them, by the protocol of the law's paper.
+    """Token ids of prompts and responses, like ``parts``, by the protocol of the law's paper.
 
-    A document without a system message gets one, contents are stripped, and the tokenizer's
-    special tokens precede those of the template. Prompt and whole chat are tokenised separately.
-    All tokens of the chat behind as many as the prompt has are scored, the last ones included.
+    A document without a system message gets one, contents are stripped, and the tokenizer's special
+    tokens precede those of the template. Prompt and whole chat are tokenised separately; all tokens
+    of the chat after the prompt's number of tokens are scored, to the last.
     """
     encoded = []
     for document in documents:
@@ -165,11 +164,11 @@ def encode(
     where: str,
     protocol: str = "mergelaw",
 ) -> Encoded:
-    """The windows of ``documents``, of at most ``max_tokens``.
+    """The windows of ``documents``, each of at most ``max_tokens`` tokens.
 
-    A longer document is an error (``refuse``), loses the tokens behind the limit (``truncate``),
-    or becomes several windows (``split``): each token is scored once, and a window begins with the
-    last token of the one before. Raises MergelawError also if no token is left to score.
+    A longer document is an error (``refuse``), loses the tokens beyond the limit (``truncate``), or
+    becomes several windows (``split``): each token is scored once, and a window begins with the
+    last token of the previous one. Raises MergelawError also if no token is left to score.
     """
     windows: list[Window] = []
     long = dropped = scored_bytes = 0

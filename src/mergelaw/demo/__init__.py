@@ -1,7 +1,4 @@
-"""Documents of nine synthetic domains, for the demo and the tests.
-
-``draw`` draws them; the text of a domain's facts is in facts.toml, its problems in problems.
-"""
+"""Documents of nine synthetic domains, for the demo and the tests: ``draw`` generates them."""
 
 from mergelaw.demo.synthetic import DOMAINS, GENERATOR_VERSION, Domain, draw, entities
 

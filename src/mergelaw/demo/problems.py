@@ -1,7 +1,7 @@
 """Problems with computed answers, four or five kinds per domain.
 
-A problem is a function of a random generator that returns a prompt and a response. The order of
-its draws decides the documents: raise GENERATOR_VERSION when it changes.
+A problem is a function that takes a random generator and returns a prompt and a response. The order
+of random draws determines the documents: raise GENERATOR_VERSION when it changes.
 """
 
 import math

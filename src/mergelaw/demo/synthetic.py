@@ -1,8 +1,8 @@
 """Documents of nine synthetic domains that two processor cores can train on in seconds.
 
-Half of a domain's documents are problems with computed answers, which a model solves by skill. The
-other half are questions about invented entities, which it answers from memory. The entities depend
-on the domain and not on the seed, so evaluation documents ask for facts that training taught.
+Half of a domain's documents are problems with computed answers, which test skill. The other half
+are questions about invented entities, which test memory. Entities depend on the domain but not on
+the seed, so evaluation documents ask for facts that training taught.
 """
 
 import itertools
@@ -45,7 +45,7 @@ DOMAINS = {name: Domain(problems, **_FACTS[name]) for name, problems in PROBLEMS
 
 
 def draw(domain: str, seed: int) -> Iterator[dict[str, str]]:
-    """Draw documents of a domain without end: dicts of ASCII ``prompt`` and ``response``.
+    """Generate documents of a domain without end: dicts of ASCII ``prompt`` and ``response``.
 
     Problems and facts alternate. Raises MergelawError for an unknown domain.
     """

@@ -1,10 +1,10 @@
 """Cells: single measurements of cross-entropy, their identities and their append-only store.
 
-A cell is the cross-entropy of one merge on one evaluation set. Its identity is a digest of all
-that defines it. A store is a folder of files; a line holds a checksum and a cell as JSON. Every
+A cell is the cross-entropy of one merge on one evaluation set. Its identity is a digest of all that
+defines it. A store is a folder of files; each line holds a checksum and a cell as JSON. Every
 process appends to its own file, which it creates exclusively and syncs after every merge. A kill
-therefore costs at most the merge in flight, and readers ignore the torn line it may leave. A
-process locks a merge before it measures it, so that two never measure the same merge.
+therefore loses at most the merge in progress, and readers ignore an incomplete last line. A process
+locks a merge before it measures it, so that no two processes measure the same merge.
 """
 
 import fcntl
@@ -20,7 +20,7 @@ from typing import IO, Any
 from mergelaw.artifacts.files import sync, unique
 from mergelaw.artifacts.keys import digest
 
-# Part of every cell's identity. Where the same merge on the same documents would now give another
+# Part of every cell's identity. If the same merge on the same documents would now give another
 # number, raise it together with the stage `evaluate` in keys.py. A raised stage alone writes its
 # tables again from the stored cells.
 CELL_VERSION = 1
@@ -54,8 +54,8 @@ class Store(ExitStack):
     """Cell store of a folder, with one file of this process, created with its first cell.
 
     ``known`` maps identities to cells, as of the last ``refresh``. ``wanted`` restricts it to the
-    identities a shard needs. A damaged line is skipped with a message on stderr. Its context closes
-    the store's files.
+    identities that a shard needs. A damaged line is skipped with a message on stderr. Leaving the
+    context closes the store's files.
     """
 
     def __init__(self, folder: Path, name: str = "", wanted: Container[str] | None = None):
@@ -88,7 +88,7 @@ class Store(ExitStack):
             self._add(last)  # may be torn, by a kill or because its writer is still at work
 
     def _add(self, line: bytes) -> bool:
-        """Add the cell of a line to the known ones; False if the line is damaged."""
+        """Add the cell of a line to ``known``; return False if the line is damaged."""
         mark, _, text = line.decode(errors="replace").partition(" ")
         identity = text.partition('"cell":"')[2].partition('"')[0]
         if mark != checksum(text) or not identity:
@@ -100,10 +100,10 @@ class Store(ExitStack):
 
     @contextmanager
     def claim(self, merge: str, wait: bool) -> Iterator[bool]:
-        """Lock a merge (its identity) while this process measures it; yields whether it has it.
+        """Lock a merge (its identity) while this process measures it; yield whether that succeeded.
 
-        The lock is on one byte of an empty file and ends with the process. ``wait`` says whether to
-        wait for another one. Its holder may have measured the merge, so ``known`` is refreshed.
+        The lock is on one byte of an empty file and ends with the process. ``wait`` waits for
+        another process, which may have measured the merge meanwhile, so ``known`` is refreshed.
         """
         if self._locks is None:
             self.folder.mkdir(parents=True, exist_ok=True)

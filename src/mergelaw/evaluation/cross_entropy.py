@@ -1,8 +1,8 @@
 """Cross-entropy of a resident model on tokenised documents, in nats per scored token.
 
 Windows of similar length share a batch and are padded on the right. Under causal attention no
-scored token sees the padding, so no mask is needed. Batches depend on nothing but the evaluation
-set, so a cell has the same bits whatever else is measured.
+scored token sees the padding, so no mask is needed. Batches depend only on the evaluation set, so a
+cell has the same bits whatever else is measured.
 """
 
 from collections.abc import Sequence
@@ -33,7 +33,7 @@ class Batch:
 def cut(lengths: Sequence[int], batch_tokens: int) -> list[tuple[int, int]]:
     """Cut lengths (descending) into few batches: ranges [start, stop).
 
-    A batch has at most ``batch_tokens`` tokens, padding included, or is a single row. Padding is at
+    A batch has at most ``batch_tokens`` tokens, padding included, or a single row. Padding is at
     most ``PADDING`` of the set's tokens.
     """
 
@@ -48,7 +48,7 @@ def cut(lengths: Sequence[int], batch_tokens: int) -> list[tuple[int, int]]:
             tokens += length
         return [*ranges, (start, len(lengths))]
 
-    # Bisect: few long documents may be padded more where many short ones are padded less.
+    # Bisect: a few long documents may have more padding if many short ones have less.
     share, tokens = 0.0, sum(lengths)
     for step in range(1, 13):
         wider = share + 2.0**-step

@@ -1,12 +1,12 @@
 """Sampling design: which subsets of the experts are merged and measured.
 
-A pure function of the configuration, which ``config`` has checked. It is evaluated when the
-workflow is parsed, so this module needs nothing but the standard library.
+A pure function of the configuration, which ``config`` has checked. The workflow evaluates it when
+it is parsed, so this module needs only the standard library.
 
-``exhaustive`` measures every subset of every level k. The other designs are *circular* where a
-level has too many subsets to measure all: a circle puts the M experts in an order given by a hash,
-and all M rotations of one pattern of k places are measured. Each expert is then in exactly k of the
-M subsets, so a loss that adds up over experts has no sampling error; only pairs have one. ``ring``
+``exhaustive`` measures every subset of every level k. The other designs are *circular* at levels
+with too many subsets to measure all: a circle puts the M experts in an order given by a hash, and
+all M rotations of one pattern of k places are measured. Each expert is then in exactly k of the M
+subsets, so a loss that is a sum over experts has no sampling error; only pairs have one. ``ring``
 takes k neighbours: subsets are nested in k, and a new expert changes the fewest of them.
 ``difference`` leaves a few holes, which balances pairs too.
 """
@@ -49,13 +49,12 @@ def sample(
 ) -> list[Subset]:
     """The subsets of one base to merge and measure, in a fixed order.
 
-    First the base itself; then the exhaustive levels, by the bitmask of the experts' positions, so
-    that an appended expert only appends while the same levels are exhaustive; then circle by
-    circle, k ascending, place ascending. A subset may stand on two circles: it is one cell,
-    measured once, with two rows in the statistics.
-
-    Circles depend on the base's name, or errors at different N would be correlated, and on the
-    experts' names, not their digests, or a retrained expert would move. ``k`` None is 1..M.
+    The base itself comes first; then the exhaustive levels, by the bitmask of the experts'
+    positions, so that a new last expert only appends while the same levels are exhaustive; then
+    circle by circle, k ascending, place ascending. A subset on two circles is one cell, measured
+    once, with two rows in the statistics. Circles depend on the base's name, because shared circles
+    would correlate errors across N. They depend on the experts' names, not their digests, because a
+    retrained expert must not move. ``k`` None is 1..M.
     """
     pool = len(experts)
     levels = range(1, pool + 1) if k is None else sorted(k)
@@ -85,7 +84,7 @@ def exhaustive_levels(
     """The levels k of which all C(M, k) subsets are measured; M is ``pool``.
 
     These are the levels with at most ``exhaustive_up_to`` subsets, and those that one circle
-    exhausts: k = 1, M - 1 and M. Under ``design: exhaustive`` these are all levels.
+    exhausts: k = 1, M - 1 and M. ``design: exhaustive`` measures all levels.
     """
     limit = max(exhaustive_up_to, pool)
     return [k for k in levels if design == "exhaustive" or comb(pool, k) <= limit]
@@ -108,12 +107,11 @@ def rotations(circle: Sequence[int], pattern: Sequence[int]) -> list[tuple[int, 
 def pattern(design: str, k: int, pool: int | None = None) -> tuple[int, ...]:
     """Places, ascending from 0, of a circular design's subsets of k experts.
 
-    ``ring``: k neighbours. ``difference``: among the patterns with at most ``MAX_HOLES`` holes, the
-    one whose pairs are balanced best, by the sum of squares of ``pair_counts`` over pools of 3k/2,
-    2k and 3k experts; ties go to fewer holes, then to lexicographic order: (0, 1, 4, 6) for k = 4.
-
-    A pattern depends on k alone, or a new expert would change every subset. Only where ``pool`` (M;
-    None: large enough) is smaller than the difference pattern's span, ring's is used. There
+    ``ring``: k neighbours. ``difference``: the pattern with at most ``MAX_HOLES`` holes that
+    balances pairs best, by the sum of squares of ``pair_counts`` over pools of 3k/2, 2k and 3k
+    experts; ties go to fewer holes, then to lexicographic order: (0, 1, 4, 6) for k = 4. A pattern
+    depends on k alone, because otherwise a new expert would change every subset. If ``pool`` (M;
+    None: large enough) is smaller than the difference pattern's span, ring's pattern is used. Then
     k >= M - 2, and all pairs balance alike, except those M/2 places apart.
     """
     ring = tuple(range(k))
@@ -133,7 +131,7 @@ def pattern(design: str, k: int, pool: int | None = None) -> tuple[int, ...]:
 def pair_counts(pattern: Sequence[int], pool: int) -> list[int]:
     """Number of ordered pairs of the pattern's places that differ by d modulo M, for d = 1..M-1.
 
-    So many of the M = ``pool`` rotations contain both of two experts that are d places apart.
+    This many of the M = ``pool`` rotations contain both of two experts that are d places apart.
     """
     places = sum(1 << place for place in pattern)
     twice = places | places << pool

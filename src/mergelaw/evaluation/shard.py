@@ -106,7 +106,7 @@ def _measure(
     method, room = method_of(recipe["method"]), memory_for_vectors(model.device)
     measured = 0
     with Merger(model, base, pool, method, room, store.folder / "prepared") as merger:
-        # Merges that another process has claimed come last, when most of them are measured.
+        # Merges claimed by another process come last, when most of them have been measured.
         for wait in (False, True):
             for merge, group in merges.items():
                 if group.keys() <= store.known.keys():
@@ -167,7 +167,7 @@ def _measure_merge(
 def load_model(base: Path, dtype: str) -> Any:
     """Load a base for evaluation, on the processor, on a GPU, or with its layers over several GPUs.
 
-    Raises MergelawError where the job's GPUs cannot hold it.
+    Raises MergelawError if the job's GPUs cannot hold it.
     """
     import torch
 
@@ -186,7 +186,7 @@ def load_model(base: Path, dtype: str) -> Any:
 
 
 def check_gpu_memory(base: Path, dtype: str) -> None:
-    """Raise MergelawError where the job's GPUs cannot hold a model, before it is loaded."""
+    """Raise MergelawError if the job's GPUs cannot hold a model, before it is loaded."""
     import torch
 
     free = [torch.cuda.mem_get_info(index)[0] for index in range(torch.cuda.device_count())]
@@ -203,7 +203,7 @@ def check_gpu_memory(base: Path, dtype: str) -> None:
 def memory_for_vectors(device: Any) -> int:
     """Bytes for base and prepared vectors: half of the free memory, or half of the job's share.
 
-    Without SLURM that is its share of the cores, because other jobs may start on the others.
+    Without SLURM, the share is that of the job's cores, because other jobs may use the others.
     """
     import psutil
     import torch

@@ -1,7 +1,6 @@
-"""Tables of cells: what a shard publishes, and what laws, plans and reports read.
+"""Tables of cells: written by shards, read by laws, plans and reports.
 
-A row is a cell with its place in the design: a subset that stands on two circles has two rows and
-one cell.
+A row is a cell with its place in the design: a subset on two circles has two rows and one cell.
 """
 
 import base64
@@ -66,15 +65,15 @@ def write_table(
 
 
 def read_cells(shards: Sequence[Path]) -> "tuple[pd.DataFrame, Iterator[pd.DataFrame]]":
-    """The rows of shards as one table, and again shard by shard with the columns per document."""
+    """The rows of all shards as one table, and one table per shard with per-document columns."""
     return read_rows(shards), (read_rows([shard], documents=True) for shard in shards)
 
 
 def read_rows(shards: Sequence[Path], documents: bool = False) -> "pd.DataFrame":
     """The rows of shards (their folders) as one table.
 
-    The columns with a value per document are left out unless ``documents`` asks for them. Raises
-    MergelawError for a table that cannot be read.
+    The columns with a value per document are read only with ``documents``. Raises MergelawError for
+    an unreadable table.
     """
     import pandas as pd
     import pyarrow.parquet as pq

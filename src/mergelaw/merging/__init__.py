@@ -1,5 +1,5 @@
-"""Merging: what an expert has learned, and how several experts become one model.
+"""Merging: task vectors of experts, and merges of several experts into one model.
 
-Task vectors come from ``task_vector``, rules from ``methods``; ``engine`` merges in a resident
-model or writes a checkpoint, ``export`` writes one with its recipe for mergekit.
+``task_vector`` computes task vectors, ``methods`` defines merge rules, ``engine`` merges in a
+resident model or writes a checkpoint, and ``export`` adds a recipe for mergekit.
 """

@@ -1,9 +1,9 @@
 """The merge engine: theta_0 + rule(kept(v_1), ..., kept(v_k)).
 
-:class:`Merger` overwrites the parameters of a resident model, so that a merge that is only
-evaluated never becomes a file; :func:`write_merge` writes a checkpoint. Both compute in fp32, in
-the order of the configuration, and round once to the dtype they write. Methods work element by
-element, so both give the same values.
+:class:`Merger` overwrites the parameters of a resident model, so that evaluating a merge writes no
+file; :func:`write_merge` writes a checkpoint. Both compute in fp32, in the order of the
+configuration, and round once to the dtype of the result. Methods are elementwise, so both give the
+same values.
 """
 
 import json
@@ -50,7 +50,7 @@ def stored(path: Path, write: Callable[[Path], None]) -> Path:
 
 
 def thresholds(method: Method, vector: TaskVector, cache: Path | None = None) -> dict[str, float]:
-    """``method.thresholds`` of one expert, remembered in the folder ``cache``."""
+    """``method.thresholds`` of one expert, cached in the folder ``cache``."""
     if cache is None or type(method).thresholds is Method.thresholds:
         return method.thresholds(vector.tensors)
     recipe = {"method": method.model_dump(by_alias=True), "vector": vector.digest}
@@ -63,7 +63,7 @@ def thresholds(method: Method, vector: TaskVector, cache: Path | None = None) ->
 
 
 class Prepared:
-    """A task vector without the values that a method drops, read slice by slice."""
+    """A task vector with the values that a method drops set to zero, read slice by slice."""
 
     def __init__(self, method: Method, vector: TaskVector, cache: Path | None = None):
         self.vector, self._masks = vector, method.masks()
@@ -76,7 +76,7 @@ class Prepared:
         return not self._least and self._masks is None
 
     def store_masks(self, cache: Path, stack: ExitStack) -> None:
-        """Draw masks once, into a file of a bit a value that is mapped until ``stack`` closes."""
+        """Draw masks once, into a file of one bit a value that is mapped until ``stack`` closes."""
         from mergelaw.merging.kernels import pack
 
         masks, vector = self._masks, self.vector
@@ -111,7 +111,7 @@ class Prepared:
 def prepare(
     method: Method, vectors: Mapping[str, TaskVector], cache: Path | None = None
 ) -> dict[str, Prepared]:
-    """Prepare the task vectors of a pool. Raises MergelawError where they are of several bases."""
+    """Prepare the task vectors of a pool. Raises MergelawError if their bases differ."""
     names = {name: vector.names for name, vector in vectors.items()}
     first = next(iter(names), None)
     for name in names:
@@ -132,8 +132,8 @@ class Merger:
     """Writes merges of ``vectors`` by ``method`` into the parameters of ``model``.
 
     ``model`` is the base, loaded from the checkpoint ``base``; ``vectors`` are the pool by expert
-    name; ``cache`` is a folder for thresholds and masks. Where base and vectors fit ``memory``
-    bytes on the parameters' device, they are held there and the parameters become views of one flat
+    name; ``cache`` is a folder for thresholds and masks. If base and vectors fit into ``memory``
+    bytes on the parameters' device, they stay there and the parameters become views of one flat
     buffer; otherwise they are streamed from their mapped files, slice by slice.
     """
 
@@ -169,7 +169,7 @@ class Merger:
                 prepared.store_masks(cache, self._stack)
 
     def _hold(self, device: Any, dtype: Any, size: int) -> None:
-        """Load base and vectors into flat buffers, and make the parameters views of one more."""
+        """Load base and vectors into flat buffers, and make the parameters views of another one."""
         import torch
 
         def buffer(kind: Any) -> "Tensor":
@@ -197,7 +197,7 @@ class Merger:
     def _slices(
         self, experts: Sequence[str]
     ) -> Iterator[tuple["Tensor", "Tensor", list["Tensor"]]]:
-        """(slice of the result, base, vectors), flat, that cover every parameter once."""
+        """Flat slices (result, base, vectors) that cover every parameter once."""
         if self.resident:
             for start, stop in slices(self._out):
                 vectors = [self._flat[expert][start:stop] for expert in experts]
@@ -234,7 +234,7 @@ def slices(out: "Tensor") -> Iterator[tuple[int, int]]:
 
 
 def put_exceptions(vector: TaskVector, name: str, out: "Tensor") -> None:
-    """Put into an expert's flat tensor the values that base + difference does not give."""
+    """Write the exceptions of an expert, where base + difference is inexact, into its tensor."""
     if exceptions := vector.exceptions(name):
         index, value = exceptions
         out[index.to(out.device)] = value.to(out)
@@ -249,8 +249,8 @@ def write_merge(
 ) -> None:
     """Write the merge of ``vectors`` (in canonical order) into ``folder`` as a checkpoint.
 
-    In the base's dtypes, in files of at most 5 GB; config, tokenizer and chat template are the
-    base's. One tensor at a time is in memory. Raises MergelawError where a value overflows.
+    The checkpoint has the base's dtypes, files of at most 5 GB, and the base's config, tokenizer
+    and chat template. One tensor at a time is in memory. Raises MergelawError if a value overflows.
     """
     from huggingface_hub import split_torch_state_dict_into_shards
 
@@ -273,7 +273,7 @@ def write_merge(
 
 
 def merged_tensor(base: Tensors, vectors: Sequence[Prepared], rule: "Rule", name: str) -> "Tensor":
-    """One tensor of a merge, in the base's dtype. Raises MergelawError where it overflows."""
+    """One tensor of a merge, in the base's dtype. Raises MergelawError if a value overflows."""
     import torch
 
     from mergelaw.merging import kernels

@@ -1,4 +1,4 @@
-"""Merges as checkpoints on disk, with the recipe that makes mergekit merge the same way."""
+"""Merges as checkpoints, with a configuration that makes mergekit merge the same way."""
 
 import os
 from collections.abc import Collection, Mapping, Sequence

@@ -1,9 +1,9 @@
 """Elementwise merge kernels: weighted sums, and the consensus of TIES.
 
-An expression of torch's reads and writes memory once for each of its operations. On a processor
-compiled loops do the same arithmetic block by block in the cache, so that memory is read once. Both
-round each product and each sum by itself, in the order of the vectors: the bits are the same on
-every device, for any block size and any number of threads.
+Torch reads and writes memory once for each operation of an expression. On a processor, compiled
+loops do the same arithmetic block by block in the cache, so they read memory once. Both round each
+product and each sum separately, in the order of the vectors, so the bits are equal on every device,
+for any block size and any number of threads.
 """
 
 from collections.abc import Sequence
@@ -27,11 +27,11 @@ NO_MASK = np.empty(0, np.uint8)
 
 
 class Rule(NamedTuple):
-    """Combination of several experts' values, element by element.
+    """Elementwise combination of several experts' values.
 
-    Without ``elect``: scale * sum_i w_i v_i, in the order of the vectors. Else scale * weighted
-    mean of the values that have the elected sign: ``sum`` elects that of sum_i w_i v_i, ``count``
-    that of sum_i w_i sign(v_i), zero counts as plus; zero where no value has the sign.
+    Without ``elect``: scale * sum_i w_i v_i, in the order of the vectors. Otherwise scale *
+    weighted mean of the values with the elected sign, or zero if no value has it: ``sum`` elects
+    the sign of sum_i w_i v_i, ``count`` that of sum_i w_i sign(v_i); zero counts as plus.
     """
 
     elect: str
@@ -47,7 +47,7 @@ class Rule(NamedTuple):
 
 
 def combine(vectors: Sequence[Tensor], rule: Rule) -> Tensor:
-    """Combine flat fp32 vectors by a rule: what is added to the base, fp32."""
+    """Combine flat fp32 vectors by a rule: the fp32 change of the base."""
     if vectors[0].device.type == "cpu":
         out = torch.empty_like(vectors[0])
         _compiled(torch.full_like(out, NOTHING), vectors, rule, out)
@@ -58,7 +58,7 @@ def combine(vectors: Sequence[Tensor], rule: Rule) -> Tensor:
 def merge(base: Tensor, vectors: Sequence[Tensor], rule: Rule, out: Tensor) -> None:
     """Write base + combine(vectors), rounded once, into ``out``; base and out of any float dtype.
 
-    Raises ValueError where lengths differ.
+    Raises ValueError if lengths differ.
     """
     if out.device.type == "cpu" and out.dtype == torch.float32:
         _compiled(base.float(), vectors, rule, out)
@@ -91,7 +91,7 @@ def _by_torch(vectors: Sequence[Tensor], rule: Rule) -> Tensor:
 
 
 def _compiled(base: Tensor, vectors: Sequence[Tensor], rule: Rule, out: Tensor) -> None:
-    """The same by compiled loops, which get addresses only: every length is checked here."""
+    """``merge`` by compiled loops, which receive only addresses: it checks every length."""
     elect, weights, scale = rule.plain()
     size = out.numel()
     if len(vectors) != len(weights):
@@ -114,7 +114,7 @@ def pack(kept: np.ndarray) -> Tensor:
 def drop(
     values: Tensor, least: float = 0.0, bits: Tensor | None = None, scale: float = 1.0
 ) -> Tensor:
-    """Set to zero magnitudes below ``least``, or what a packed mask drops; scale what it keeps.
+    """Set magnitudes below ``least``, or those that a packed mask drops, to zero; scale the others.
 
     ``values``: flat fp32. Raises ValueError for a mask of another length.
     """
@@ -140,7 +140,7 @@ def _drop_by_torch(values: Tensor, least: float, bits: Tensor | None, scale: flo
 
 
 def _share(loop: Any, arguments: tuple[Any, ...], size: int) -> None:
-    """Run a compiled loop over all elements, in ranges of whole blocks shared among threads."""
+    """Run a compiled loop over all elements; threads share them in ranges of whole blocks."""
     threads = max(min(torch.get_num_threads(), size // SHARE), 1)
     if threads == 1:
         loop(*arguments, 0, size)
@@ -170,7 +170,7 @@ compiled = njit(nogil=True, error_model="numpy", cache=True)
 
 @compiled
 def _drop(out: Any, values: Any, least: Any, mask: Any, scale: Any, first: int, last: int) -> None:
-    """Copy elements ``first`` (a multiple of 8) to ``last``, with zeros for those dropped."""
+    """Copy elements ``first`` (a multiple of 8) to ``last``; dropped ones become zero."""
     x, y, bytes_ = values[first:last], out[first:last], mask[first // 8 :]
     if not mask.size:
         for i in range(x.size):

@@ -3,11 +3,11 @@
 ``vector.safetensors`` holds the fp32 difference of each tensor by the checkpoint's names. Where
 base + difference in fp32 does not give the expert's bits, ``exceptions.safetensors`` holds the flat
 index (``{name}.index``, int64) and the expert's value (``{name}.value``, fp32); a merge of this
-expert alone puts them back. ``statistics.json`` has norms and counts per tensor.
+expert alone restores them. ``statistics.json`` has norms and counts per tensor.
 
-With ``storage: derived`` the difference is not stored but computed again, with the same bits, from
-base and expert, which must be kept; ``derived.json`` has the digest that the file would have. An
-adapter's task vector (:mod:`mergelaw.models.lora`) is always stored.
+``storage: derived`` does not store the difference but recomputes it, with the same bits, from base
+and expert, which must be kept; ``derived.json`` has the digest of the file not stored. An adapter's
+task vector (:mod:`mergelaw.models.lora`) is always stored.
 """
 
 import json
@@ -40,8 +40,8 @@ SQUARES = 1 << 20
 def difference(expert: "Tensor", base: "Tensor") -> tuple["Tensor", "Tensor", "Tensor"]:
     """Subtract base from expert: (fp32 difference, flat indices of exceptions, their fp32 values).
 
-    Base + difference in fp32, with the exceptions put in, gives the expert's fp32 bits and so,
-    rounded to the expert's dtype, its own bits.
+    Base + difference in fp32, with the exceptions restored, gives the expert's fp32 bits and,
+    rounded to the expert's dtype, the expert's bits.
     """
     import torch
 
@@ -53,9 +53,9 @@ def difference(expert: "Tensor", base: "Tensor") -> tuple["Tensor", "Tensor", "T
 
 
 class Expert:
-    """An expert beside its base; ``names`` are the tensors to merge, ``sizes`` their elements.
+    """An expert with its base; ``names`` are the tensors to merge, ``sizes`` their elements.
 
-    ``folder`` is a checkpoint or an adapter. Open until ``stack`` closes. Raises MergelawError for
+    ``folder`` is a checkpoint or an adapter, open until ``stack`` closes. Raises MergelawError for
     an expert that does not fit its base.
     """
 
@@ -71,7 +71,7 @@ class Expert:
         self.sizes = {name: math.prod(base.shape(name)) for name in self.names}
 
     def sides(self, name: str, start: int, stop: int) -> tuple["Tensor", "Tensor"]:
-        """The flat elements ``start`` to ``stop`` of expert and base, as far as both have them."""
+        """The flat elements ``start`` to ``stop`` of expert and base that both of them have."""
         side = self._tensors if name in self._tensors else self._base
         theirs, ours = (tensors[name].view(-1)[start:stop] for tensors in (side, self._base))
         both = min(len(theirs), len(ours))
@@ -81,7 +81,7 @@ class Expert:
         return self._base[name].view(-1)[start:stop]
 
     def part(self, name: str, start: int, stop: int, device: Any = None) -> "Tensor":
-        """The flat fp32 difference of elements ``start`` to ``stop``; zero in rows it lacks."""
+        """The flat fp32 difference of elements ``start`` to ``stop``; zero in missing rows."""
         theirs, ours = self.sides(name, start, stop)
         return padded(theirs.to(device).float() - ours.to(device).float(), stop - start)
 
@@ -159,13 +159,12 @@ def measured(
 def write_exceptions(
     expert: Expert, statistics: Mapping[str, Mapping[str, Any]], path: Path
 ) -> None:
-    """Write ``exceptions.safetensors``: the differences are taken again, for a fine-tune in fp32
-    can have more exceptions than fit in memory."""
+    """Write ``exceptions.safetensors`` piece by piece, because they may not fit in memory."""
     counts = {name: s["exceptions"] for name, s in sorted(statistics.items()) if s["exceptions"]}
     layout = {f"{name}.index": ("I64", (count,)) for name, count in counts.items()}
     layout |= {f"{name}.value": ("F32", (count,)) for name, count in counts.items()}
 
-    def found(name: str, values: bool) -> Iterator["Tensor"]:
+    def exceptions(name: str, values: bool) -> Iterator["Tensor"]:
         for start, stop in pieces(expert.sizes[name]):
             _, index, value = difference(*expert.sides(name, start, stop))
             yield value if values else index + start
@@ -173,13 +172,13 @@ def write_exceptions(
     with Writer(path, layout) as writer:
         for tensor in layout:
             name, _, kind = tensor.rpartition(".")
-            writer.write_pieces(tensor, found(name, kind == "value"))
+            writer.write_pieces(tensor, exceptions(name, kind == "value"))
 
 
 def unusable(
     base: Path, expert: Path, name: str, theirs: "Tensor", ours: "Tensor"
 ) -> MergelawError:
-    """The error that says why a difference is not finite."""
+    """The error for a difference that is not finite, with its cause."""
     import torch
 
     for folder, values in ((base, ours), (expert, theirs)):
@@ -196,8 +195,8 @@ def unusable(
 def squares_of(flat: "Tensor") -> list[float]:
     """Sums of squares of SQUARES elements each, in float64.
 
-    numpy's sum, unlike torch's, has the same bits on any number of threads. The statistics are part
-    of a task vector's digest, which keys the masks of DARE.
+    numpy's sum, unlike torch's, has the same bits on any number of threads. A task vector's digest,
+    which keys DARE's masks, covers these statistics.
     """
     import numpy as np
 
@@ -208,12 +207,12 @@ def squares_of(flat: "Tensor") -> list[float]:
     ]
 
 
-def digest_of(folder: Path, known: Mapping[str, Any] | None = None) -> str:
-    """Digest of the files of a task vector as materialised, however it is stored.
+def digest_of(folder: Path, record: Mapping[str, Any] | None = None) -> str:
+    """Digest of a task vector's files as if materialised, with any storage.
 
-    ``known`` is its lineage, if that was read already.
+    ``record`` is its lineage, if already read.
     """
-    files = dict((known or lineage.read(folder))["files"])
+    files = dict((record or lineage.read(folder))["files"])
     if DERIVED in files:
         files[VECTOR] = json.loads((folder / DERIVED).read_text(encoding="utf-8"))["vector"]
         del files[DERIVED]
@@ -223,20 +222,20 @@ def digest_of(folder: Path, known: Mapping[str, Any] | None = None) -> str:
 class TaskVector:
     """A task vector's tensors, mapped or derived: flat fp32 by name. A context manager.
 
-    ``names``: its tensors, those of the base that can be merged; ``digest``: :func:`digest_of`;
-    ``changed``: the tensors with exceptions. Raises MergelawError for a damaged one.
+    ``names`` are the base's mergeable tensors; ``digest`` is :func:`digest_of`; ``changed`` are the
+    tensors with exceptions. Raises MergelawError for a damaged task vector.
     """
 
     def __init__(self, folder: Path):
         self.folder = Path(folder)
-        known = lineage.read(self.folder)
-        self.digest = digest_of(self.folder, known)
+        record = lineage.read(self.folder)
+        self.digest = digest_of(self.folder, record)
         self._stack = ExitStack()
         self._expert: Expert | None = None
         self._last: tuple[str, Any] = "", None
         with self._stack:
-            if DERIVED in known["files"]:
-                self._expert = self._derive(known)
+            if DERIVED in record["files"]:
+                self._expert = self._derive(record)
                 self.names = self._expert.names
             else:
                 self._vector = self._open(VECTOR)
@@ -254,19 +253,19 @@ class TaskVector:
                 f"{self.folder}: corrupt ({error}); delete the folder and rerun"
             ) from None
 
-    def _derive(self, known: Mapping[str, Any]) -> Expert:
-        """Open base and expert, after checking that they are those of the lineage."""
+    def _derive(self, record: Mapping[str, Any]) -> Expert:
+        """Open base and expert after comparing them with the lineage."""
         places = {}
         for name in ("base", "expert"):
-            places[name] = Path(os.path.normpath(self.folder / known["inputs"][name]["path"]))
+            places[name] = Path(os.path.normpath(self.folder / record["inputs"][name]["path"]))
             if not (places[name] / lineage.LINEAGE).exists():
                 raise MergelawError(
                     f"{places[name]}: is gone, and the task vector {self.folder} is derived from "
                     "it; make it again, or delete the task vector and set storage: materialised"
                 )
-            # The base is an input of whoever merges and verified as such, the expert is not.
+            # Every merge verifies the base as its input, but not the expert.
             read = lineage.read if name == "base" else lineage.verified
-            if read(places[name])["digest"] != known["inputs"][name]["digest"]:
+            if read(places[name])["digest"] != record["inputs"][name]["digest"]:
                 raise MergelawError(
                     f"{places[name]}: is not what the task vector {self.folder} was derived from; "
                     "delete the task vector and rerun"

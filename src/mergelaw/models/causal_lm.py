@@ -1,6 +1,6 @@
 """Load and save causal language models and tokenizers with transformers.
 
-Code that a checkpoint brings along is never run.
+Code that comes with a checkpoint is never run.
 """
 
 from pathlib import Path
@@ -11,7 +11,7 @@ from mergelaw.models.checkpoint import COMPANIONS, read_config
 
 
 def load(folder: Path, dtype: str, device_map: Any = None) -> Any:
-    """The model of a checkpoint folder, in ``dtype``. Raises MergelawError where it cannot load."""
+    """The model of a checkpoint folder, in ``dtype``. Raises MergelawError if it does not load."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -32,7 +32,7 @@ def load(folder: Path, dtype: str, device_map: Any = None) -> Any:
 
 
 def load_tokenizer(folder: Path) -> Any:
-    """The tokenizer of a checkpoint folder. Raises MergelawError where it cannot load."""
+    """The tokenizer of a checkpoint folder. Raises MergelawError if it does not load."""
     from transformers import AutoTokenizer
 
     try:
@@ -53,7 +53,7 @@ def save(model: Any, folder: Path, dtype: str) -> None:
 
 
 def copy_companions(base: Path, folder: Path) -> None:
-    """Copy what a checkpoint has besides weights, as the tokenizer; keep files already there."""
+    """Copy a checkpoint's other files, such as the tokenizer; existing files are not replaced."""
     for name in COMPANIONS:
         if (base / name).exists() and not (folder / name).exists():
             (folder / name).write_bytes((base / name).read_bytes())

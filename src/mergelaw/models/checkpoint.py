@@ -46,8 +46,8 @@ COMPANIONS = (
 class Tensors:
     """The tensors of a checkpoint folder by name, memory-mapped. A context manager.
 
-    Raises MergelawError for a folder without safetensors weights, a quantised checkpoint, or a
-    corrupt or half-copied file (named).
+    Raises MergelawError for a folder without safetensors weights, for a quantised checkpoint, and
+    for a corrupt or incomplete file, which the message names.
     """
 
     def __init__(self, folder: Path):
@@ -124,11 +124,11 @@ class Tensors:
         return tuple(self._slice(name).get_shape())
 
     def dtype(self, name: str) -> str:
-        """The dtype in the file's words: F32, BF16, F16, I64, ..."""
+        """The dtype as safetensors names it: F32, BF16, F16, I64, ..."""
         return str(self._slice(name).get_dtype())
 
     def float_dtype(self) -> str:
-        """The dtype of the floating tensors in torch's words; float32 where they differ."""
+        """The common dtype of the floating tensors as torch names it; float32 if they differ."""
         kinds = {self.dtype(name) for name in self.names()} & FLOATS.keys()
         return FLOATS[kinds.pop()] if len(kinds) == 1 else "float32"
 
@@ -154,7 +154,7 @@ def read_index(path: Path) -> dict[str, str]:
 
 
 def open_mapped(path: Path, stack: ExitStack) -> Any:
-    """Map a safetensors file until ``stack`` closes. MergelawError names a damaged file."""
+    """Map a safetensors file until ``stack`` closes. Raises MergelawError for a damaged file."""
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -165,7 +165,7 @@ def open_mapped(path: Path, stack: ExitStack) -> Any:
 
 
 def pickled(folder: Path) -> str:
-    """The end of a message about missing safetensors: what to do."""
+    """End of an error message about missing safetensors: what to do."""
     others = [p.name for kind in ("*.bin", "*.pth", "*.pt") for p in sorted(folder.glob(kind))]
     if others:
         return (
@@ -192,10 +192,10 @@ def files(folder: Path) -> list[str]:
 
 
 class Writer:
-    """Writes one safetensors file piece by piece, so that one piece at a time is in memory.
+    """Writes one safetensors file in pieces, so that only one piece at a time is in memory.
 
-    ``layout`` has dtype (in the file's words) and shape by name; tensors are written in its order.
-    Without a ``file`` only ``digest`` is computed, the SHA-256 of the file's bytes.
+    ``layout`` gives safetensors dtype and shape by name, in the order of writing. Without a
+    ``file`` it only computes ``digest``, the SHA-256 of the file's bytes.
     """
 
     def __init__(self, file: Path | None, layout: Mapping[str, tuple[str, tuple[int, ...]]]):
@@ -278,7 +278,7 @@ def pairs(base: Tensors, expert: Tensors, where: str, vocabulary: str = "refuse"
     """Check that an expert fits its base, then yield the names of its floating tensors.
 
     With ``vocabulary`` ``common_rows`` an expert may have another vocabulary size. Raises
-    MergelawError that begins with ``where`` and names the first tensor that does not fit.
+    MergelawError for the first tensor that does not fit; its message begins with ``where``.
     """
     ours, theirs = base.config["model_type"], expert.config["model_type"]
     if ours != theirs:
@@ -320,7 +320,7 @@ def mergeable(base: Tensors) -> list[str]:
 
 
 def vocabulary_size(config: Mapping[str, Any]) -> int | None:
-    """The size of the vocabulary; multimodal models keep it in their text configuration."""
+    """The vocabulary size; multimodal models have it in their text configuration."""
     text = config.get("text_config") or {}
     size: int | None = config.get("vocab_size", text.get("vocab_size"))
     return size
@@ -331,8 +331,8 @@ def check_vocabulary(
 ) -> None:
     """Refuse an expert with another vocabulary size, or with other tokens in the common rows.
 
-    ``rows``: the two sizes, the base's first. Added tokens may have other names: a chat format puts
-    its own in reserved rows.
+    ``rows`` are the two sizes, the base's first. Added tokens may have other names, because chat
+    formats rename reserved rows.
     """
     if vocabulary == "refuse":
         raise MergelawError(
@@ -350,7 +350,7 @@ def check_vocabulary(
 
 
 def read_tokens(folder: Path, limit: int) -> dict[int, str]:
-    """The first ``limit`` tokens by row; none where the folder has no tokenizer.json."""
+    """The first ``limit`` tokens by row; empty for a folder without tokenizer.json."""
     path = folder / "tokenizer.json"
     if not path.exists():
         return {}

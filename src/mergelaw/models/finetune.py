@@ -21,9 +21,9 @@ def fine_tune(
 ) -> dict[str, Any]:
     """Train all weights of ``base`` on the corpora; write the expert into ``folder``.
 
-    Only responses (and plain text) count in the loss. Weights are saved in the base's dtype.
-    Returns facts for lineage. Raises MergelawError for a document that the recipe refuses, and
-    where training diverges.
+    The loss is on responses and plain text. Weights are saved in the base's dtype. Returns facts
+    for the lineage. Raises MergelawError for a document that the recipe refuses, and if training
+    diverges.
     """
     from datasets import Dataset
     from trl.trainer.sft_config import SFTConfig
@@ -65,7 +65,7 @@ def fine_tune(
 
 
 def example(window: tokenize.Window) -> dict[str, list[int]]:
-    """A window's ids and labels; -100 labels a token without loss."""
+    """Token ids and labels of a window; the label -100 excludes a token from the loss."""
     ids, scored = list(window.ids), slice(window.start, window.stop)
     labels = [-100] * len(ids)
     labels[scored] = ids[scored]

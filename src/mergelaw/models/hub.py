@@ -1,4 +1,4 @@
-"""Checkpoints and adapters from outside: find them, check them, link them into an artifact."""
+"""External checkpoints and adapters: find them, check them, link them into an artifact."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,8 +20,8 @@ def link_verified(
 ) -> dict[str, Any]:
     """Link a checkpoint into ``folder``, check its digests, return facts for the lineage.
 
-    ``identity``: SHA-256 of its files by name, or the hub's commit; ``source``: path or hub id.
-    Raises MergelawError where a file differs from its digest.
+    ``identity`` is the SHA-256 of each file, or the hub's commit; ``source`` is a path or hub id.
+    Raises MergelawError for a file that differs from its digest.
     """
     place = locate(source)
     link(place, folder)
@@ -36,7 +36,7 @@ def link_verified(
 def link(source: Path, folder: Path) -> None:
     """Link the files of the checkpoint or adapter ``source`` into ``folder``.
 
-    Raises MergelawError for one that is incomplete or of an unsupported kind.
+    Raises MergelawError for an incomplete one or an unsupported kind.
     """
     if is_adapter(source):
         read_adapter_config(source)
@@ -47,9 +47,9 @@ def link(source: Path, folder: Path) -> None:
 
 
 def locate(checkpoint: Mapping[str, Any]) -> Path:
-    """Return the local folder of a checkpoint; a hub id is read from the hub's cache or fetched.
+    """Return the local folder of a checkpoint; a hub id is fetched unless the hub's cache has it.
 
-    The folder of a hub id is named by its commit.
+    The commit is the name of a hub id's folder.
     """
     if checkpoint.get("path") is not None:
         folder = Path(checkpoint["path"])

@@ -1,8 +1,8 @@
-"""Adapters as experts: the tensors that base and adapter make, computed by peft.
+"""Adapters as experts: merged tensors of base and adapter, computed by peft.
 
-The base is loaded in fp32 on the processor (4 bytes a parameter), peft loads the adapter into it
-and merges it. An adapter whose merge peft cannot compute, or that cannot be stored in the base's
-tensors, is refused in one line.
+The base is loaded in fp32 on the processor (4 bytes a parameter); peft loads the adapter into it
+and merges it. Adapters that peft cannot merge, or whose merge does not fit the base's tensors, are
+refused.
 """
 
 import json
@@ -25,7 +25,7 @@ from mergelaw.models.parameters import parameter_names
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-# Kinds of peft's that are merged from the adapter's own file: nothing else is read or run.
+# Kinds of adapters that peft merges from the adapter's file alone, without running other code.
 KINDS = ("LORA", "LOHA", "LOKR", "IA3", "OFT", "HRA", "VERA", "LN_TUNING")
 # Initialisations that change the base's weights too (pissa, olora, corda, loftq, ...) are refused.
 PLAIN_STARTS = (True, False, None, "gaussian", "eva", "orthogonal")
@@ -45,7 +45,7 @@ UNTIE = "give a base, and an adapter of it, whose head is a tensor of its own"
 
 
 def read_adapter_config(folder: Path) -> Any:
-    """Read the configuration of an adapter, a PeftConfig. MergelawError if it cannot be merged."""
+    """The PeftConfig of an adapter. Raises MergelawError if it cannot be merged."""
     path = Path(folder) / ADAPTER_CONFIG
     try:
         settings = json.loads(path.read_text(encoding="utf-8"))
@@ -64,26 +64,26 @@ def read_adapter_config(folder: Path) -> Any:
     from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
     config_class = PEFT_TYPE_TO_CONFIG_MAPPING[kind]
-    known = {field.name for field in fields(config_class)} - {*UNMERGEABLE}
-    for key in sorted(settings.keys() - known):
+    supported = {field.name for field in fields(config_class)} - {*UNMERGEABLE}
+    for key in sorted(settings.keys() - supported):
         if settings[key]:
             raise MergelawError(
                 f"{folder}: is a {kind} adapter with {key}, which is not supported; {ADVICE}"
             )
     # Weights are read afterwards, so no initialisation is needed.
     unused = {"peft_type", "init_lora_weights", "init_weights", "auto_mapping"}
-    chosen = {key: value for key, value in settings.items() if key in known - unused}
+    chosen = {key: value for key, value in settings.items() if key in supported - unused}
     with suppress(TypeError, ValueError, KeyError):
         return config_class(**chosen)
     raise MergelawError(f"{path}: peft cannot read its settings; copy it again")
 
 
 def merge_adapter(base: Tensors, folder: Path, vocabulary: str = "refuse") -> dict[str, "Tensor"]:
-    """Merge an adapter into its base: fp32 tensors by the base's names, of peft's arithmetic.
+    """Merge an adapter into its base with peft: fp32 tensors by the base's names.
 
-    An adapter that holds embeddings with another number of rows is refused, or, where
-    ``vocabulary`` is ``common_rows``, given a base of its size. Raises MergelawError for an adapter
-    that does not fit.
+    An adapter whose embeddings have another number of rows is refused or, with ``vocabulary``
+    ``common_rows``, merged into a resized base. Raises MergelawError for an adapter that does not
+    fit.
     """
     import torch
     from peft import get_peft_model, set_peft_model_state_dict
@@ -131,7 +131,7 @@ def read_weights(folder: Path) -> dict[str, "Tensor"]:
 def resize(
     model: Any, base: Tensors, folder: Path, tensors: dict[str, "Tensor"], vocabulary: str
 ) -> None:
-    """Give the model as many embedding rows as the adapter holds, if ``vocabulary`` allows it."""
+    """Resize the model's embeddings to the adapter's rows, if ``vocabulary`` allows it."""
     embedding = model.get_input_embeddings()
     alias = next(name for name, module in model.named_modules() if module is embedding)
     keys = (f"base_model.model.{alias}.{kind}weight" for kind in ("", "base_layer."))
@@ -143,7 +143,7 @@ def resize(
 
 
 def check_ties(wrapped: Any, ends: tuple[Any, Any], folder: Path) -> None:
-    """Refuse an adapter of the embedding or the head alone where the base ties the two."""
+    """Refuse an adapter of only the embedding or only the head if the base ties the two."""
     from peft.tuners.trainable_tokens import TrainableTokensLayer
     from peft.tuners.tuners_utils import BaseTunerLayer
 
@@ -161,7 +161,7 @@ def check_ties(wrapped: Any, ends: tuple[Any, Any], folder: Path) -> None:
 
 
 def check_weights(wrapped: "nn.Module", tensors: dict[str, "Tensor"], folder: Path) -> None:
-    """Refuse a file of weights that lacks tensors, has others, or has them in other shapes."""
+    """Refuse a weights file with missing tensors, additional tensors or other shapes."""
     from peft import get_peft_model_state_dict
 
     needed = get_peft_model_state_dict(wrapped, save_embedding_layers=False)

@@ -1,7 +1,7 @@
 """Fine-tune an expert on several GPUs with OpenRLHF's command line.
 
-OpenRLHF pins other versions, so it has an environment of its own. This process writes the training
-documents as text, starts OpenRLHF there by torchrun, and collects the trained weights.
+OpenRLHF pins other versions, so it has its own environment. This process writes the training
+documents as text, starts OpenRLHF in that environment by torchrun, and collects the weights.
 """
 
 import json
@@ -46,7 +46,7 @@ os.execvp(sys.argv[2], sys.argv[2:])
 
 
 class Batches(NamedTuple):
-    """Batches of a training with OpenRLHF, and the data file that they are read from."""
+    """Batches of a training with OpenRLHF, and its data file."""
 
     steps: int  # of the optimiser
     rows: int  # of the data file
@@ -57,9 +57,9 @@ class Batches(NamedTuple):
 def batches(recipe: Training, documents: int, world: int) -> Batches:
     """The batches of ``documents`` documents on ``world`` GPUs.
 
-    OpenRLHF counts whole passes. A number of steps, or a part of a pass, becomes one pass over a
-    file of that many rows, in which documents repeat. Raises MergelawError where the GPUs cannot
-    share a batch, or where the rows do not fill one.
+    OpenRLHF only makes whole passes. A number of steps, or a fraction of a pass, becomes one pass
+    over a file with that many rows, in which documents repeat. Raises MergelawError if the GPUs
+    cannot share a batch, or if the rows do not fill one.
     """
     ring = (recipe.openrlhf or OpenRLHF()).ring_attn_size
     readers, left = divmod(world, ring)  # groups of GPUs that read different documents
@@ -137,9 +137,9 @@ def arguments(recipe: Training, seed: int, batches: Batches, plain: bool) -> lis
 
 
 def launcher(python: str, nodes: int, gpus: int, job: str, host: str) -> list[str]:
-    """torchrun with ``gpus`` workers on this node or, by srun, on each node of the SLURM job.
+    """Torchrun with ``gpus`` workers on this node or, by srun, on each node of the SLURM job.
 
-    A module and its arguments follow. Workers of several nodes meet on node ``host``.
+    Append a module and its arguments. Workers of several nodes connect to node ``host``.
     """
     torchrun = [python, "-m", "torch.distributed.run", f"--nproc-per-node={gpus}"]
     worker = ["--no-python", python, "-c", ENDS_WITH_PARENT, "9", python, "-m"]
@@ -165,7 +165,7 @@ def slurm_job(environ: Mapping[str, str] = os.environ) -> tuple[int, str, str]:
 
 
 def interpreter(environ: Mapping[str, str] = os.environ) -> tuple[str, dict[str, str]]:
-    """OpenRLHF's Python and its package versions. Raises MergelawError for another version."""
+    """OpenRLHF's Python and its package versions. Raises MergelawError if its version differs."""
     if not environ.get(INTERPRETER):
         raise MergelawError(
             f"{INTERPRETER} is not set; name the Python of the environment with openrlhf "
@@ -180,7 +180,7 @@ def interpreter(environ: Mapping[str, str] = os.environ) -> tuple[str, dict[str,
 
 
 def environment(python: str) -> dict[str, str]:
-    """Environment variables for ``python``: none of our packages, none of an outer SLURM step."""
+    """Environment variables for ``python``, without our packages or an outer SLURM step's."""
     dropped = ("PYTHONPATH", "PYTHONHOME", "SLURM_", "SRUN_", "SBATCH_")
     kept = {
         name: value
@@ -215,7 +215,7 @@ def ask(python: str, question: str, data: Any, folder: Path) -> Any:
 
 
 def run(words: list[str], python: str, state: Path) -> None:
-    """Run a command of OpenRLHF in the folder of state. Raises MergelawError where it fails."""
+    """Run a command of OpenRLHF in the folder of state. Raises MergelawError if it fails."""
     print(f"mergelaw: {shlex.join(words)}", file=sys.stderr, flush=True)
     status = subprocess.run(words, cwd=state, env=environment(python)).returncode
     if status:
@@ -230,9 +230,9 @@ def render(
 ) -> tuple[list[dict[str, str]], str | None, dict[str, int]]:
     """Rows of OpenRLHF's data file, the token that ends every response, and facts for lineage.
 
-    Chats are rendered up to their end-of-turn token. Plain text has no such token. OpenRLHF drops a
-    document whose prompt fills the window; so do we, and count it. Raises MergelawError for
-    documents that it would train on otherwise than evaluation reads them.
+    Chats are rendered up to their end-of-turn token; plain text has none. OpenRLHF drops a document
+    whose prompt fills the window, so this function drops and counts it. Raises MergelawError for
+    documents that OpenRLHF would tokenise or score otherwise than evaluation does.
     """
     settings = recipe.max_tokens, recipe.long_documents
     encoded = tokenize.encode(tokenizer, documents, *settings, where)
@@ -261,7 +261,7 @@ def render(
 
 
 def end_of_turn(tokenizer: Any, responses: Sequence[str], where: str) -> str:
-    """The special token that ends every response. Raises MergelawError where there is none."""
+    """The special token that ends every response. Raises MergelawError if they have none."""
     special = tokenizer.convert_ids_to_tokens(tokenizer.all_special_ids)
     ends = {max(special, key=response.rfind, default="") for response in responses}
     end: str = ends.pop() if len(ends) == 1 else ""
@@ -274,7 +274,7 @@ def end_of_turn(tokenizer: Any, responses: Sequence[str], where: str) -> str:
 
 
 def write_data(path: Path, rows: list[dict[str, str]], count: int, seed: int) -> None:
-    """Write ``count`` rows: each once, in order, or repeated, in a random order each time."""
+    """Write ``count`` rows: each once, in order, or repeatedly, each time in a random order."""
     if count != len(rows):
         rng = random.Random(seed)
         passes = (rng.sample(rows, len(rows)) for _ in range(ceil(count / len(rows))))
@@ -285,7 +285,7 @@ def write_data(path: Path, rows: list[dict[str, str]], count: int, seed: int) ->
 def stage_model(base: Path, folder: Path, end: str | None) -> None:
     """Link the base into ``folder`` without code, with ``end`` as the tokenizer's end token.
 
-    Many bases name another end token than their chat template, and OpenRLHF would append it.
+    Many bases have another end token than their chat template, and OpenRLHF would append it.
     """
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
@@ -402,7 +402,7 @@ def restore(state: Path, words: list[str], world: int) -> int | None:
 
 
 def collect(base: Path, output: Path, folder: Path) -> None:
-    """Move the trained weights into ``folder``; take all else of the checkpoint from the base."""
+    """Move the trained weights into ``folder``; copy the other checkpoint files from the base."""
     with Tensors(output) as stored:
         dtype = stored.float_dtype()
         trainer.check_finite((name, stored[name]) for name in stored.names())

@@ -27,7 +27,7 @@ def versions(data: Any) -> dict[str, str]:
 
 
 def machine(data: Any) -> dict[str, Any]:
-    """Number and name of the GPUs and token ids of texts, or the module that fails to import."""
+    """Number and name of the GPUs and token ids of texts, or the module that does not import."""
     for module in data["modules"]:
         try:
             import_module(module)

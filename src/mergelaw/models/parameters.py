@@ -10,10 +10,10 @@ if TYPE_CHECKING:
 
 
 def parameter_names(model: "nn.Module", base: Tensors) -> dict[str, str]:
-    """The model's name of each parameter by the name of its tensor in the checkpoint ``base``.
+    """The model's parameter name for each tensor name of the checkpoint ``base``.
 
-    Tied parameters are listed once. Raises MergelawError where transformers does not load the
-    checkpoint's tensors as they are (it fuses, splits or rescales those of some architectures).
+    Tied parameters are listed once. Raises MergelawError if transformers fuses, splits or rescales
+    the checkpoint's tensors when it loads them, as for some architectures.
     """
     import torch
 

@@ -24,9 +24,9 @@ def pretrain(
 ) -> dict[str, Any]:
     """Train a tokenizer and a causal language model on the corpora; write both into ``folder``.
 
-    ``state`` keeps the trainer's state, saved every ``save_every`` seconds. Returns facts for
-    lineage. Raises MergelawError where the documents do not fill one sequence, where transformers
-    refuses the architecture or its tokenizer, and where training diverges.
+    ``state`` holds the trainer's state, saved every ``save_every`` seconds. Returns facts for the
+    lineage. Raises MergelawError if the documents do not fill one sequence, if transformers refuses
+    the architecture or its tokenizer, and if training diverges.
     """
     from datasets import Dataset
     from transformers import Trainer, TrainingArguments
@@ -88,7 +88,7 @@ def train_tokenizer(recipe: Pretraining, documents: Sequence[Document]) -> Any:
 
 
 def mixture(recipe: Pretraining, documents: Sequence[Document], tokenizer: Any) -> list[int]:
-    """Token ids of all documents in a row; ``recipe.chat_share`` of the chats in chat format."""
+    """Token ids of all documents in sequence; ``recipe.chat_share`` of the chats in chat format."""
     rng = random.Random(recipe.seed + 1)
     stream: list[int] = []
     for document in documents:
@@ -127,9 +127,9 @@ def new_model(recipe: Pretraining, tokenizer: Any) -> Any:
 
 
 def check_tokenizer(tokenizer: Any, folder: Path) -> None:
-    """Raise MergelawError where the saved tokenizer gives other ids than the trained one.
+    """Raise MergelawError if the tokenizer, once saved and loaded, gives other ids.
 
-    transformers loads some architectures with a tokenizer class of their own.
+    For some architectures, transformers loads a tokenizer class of their own.
     """
     saved = causal_lm.load_tokenizer(folder)
     text = "<|user|>What is 12 + 30?<|assistant|>42<|end|>\n\nzinc, Zn"

@@ -1,7 +1,7 @@
 """Size of a model: parameters, FLOPs and activations, from its configuration, without torch.
 
-Decoders of the usual kind (grouped-query attention, a gated MLP, RMS norms, or GPT-2's older form)
-are counted exactly; others as a Llama of their dimensions.
+Standard decoders (grouped-query attention, a gated MLP, RMS norms, or GPT-2's older form) are
+counted exactly; other models as a Llama with their dimensions.
 """
 
 from collections.abc import Mapping
@@ -18,7 +18,7 @@ OLDER = {"gpt2", "gpt_neox"}  # the MLP has no gate; all matrices and norms have
 
 @dataclass(frozen=True)
 class Size:
-    """Parameter counts and widths of a decoder, and what follows from them."""
+    """Parameter counts and widths of a decoder, with FLOPs and activations."""
 
     total: int  # parameters; a tied head counts once
     embedding: int  # of these: token and position embeddings, and an untied head
@@ -50,10 +50,10 @@ class Size:
     def activations(self, tokens: int, dtype: str, checkpointing: bool = False) -> float:
         """Bytes that autograd keeps of a forward pass over ``tokens`` tokens, logits included.
 
-        Counted from what transformers' decoders save in a layer: in float32 4 bytes x 6 hidden,
-        4 query, 4 key-value and 4 intermediate widths. In bfloat16 (mixed precision) residual
-        stream and norms stay fp32. Logits take 4 x 4 bytes: widened, log-softmax, gradients.
-        Checkpointing keeps the residual stream of each layer, and one whole layer.
+        transformers' decoders save in a layer, in float32, 4 bytes x 6 hidden, 4 query, 4 key-value
+        and 4 intermediate widths. In bfloat16 (mixed precision) residual stream and norms stay
+        fp32. Logits take 4 x 4 bytes: widened, log-softmax, gradients. Checkpointing keeps each
+        layer's residual stream and all of one layer.
         """
         heads = self.query + self.key_value
         layer = 24 * self.hidden + 16 * heads + 16 * self.intermediate
@@ -65,7 +65,7 @@ class Size:
 
 
 def size_of_architecture(config: Mapping[str, Any]) -> Size | None:
-    """Size of a transformers configuration (a ``config.json``); None if it gives no widths."""
+    """Size of a transformers configuration (a ``config.json``); None if it lacks the widths."""
     kind = config.get("model_type")
 
     def get(*names: str) -> int:
@@ -104,10 +104,10 @@ def size_of_architecture(config: Mapping[str, Any]) -> Size | None:
 
 
 def size_of_nominal(billions: float) -> Size:
-    """Size of a usual decoder with this many billions of parameters.
+    """Size of a standard decoder with this many billions of parameters.
 
-    Twelve hidden^2 parameters a layer, 128 units of width for each layer (between Qwen2.5's 37 and
-    115 and Llama 3's 128), and Qwen2.5's vocabulary, the largest of the common ones but Gemma's.
+    It has 12 hidden^2 parameters a layer, a width of 128 for each layer (between Qwen2.5's 37 and
+    115 and Llama 3's 128), and Qwen2.5's vocabulary, the largest common one except Gemma's.
     """
     layers = max(round((billions * 1e9 / (12 * 128**2)) ** (1 / 3)), 1)
     hidden, vocab = 128 * layers, 152_064
@@ -116,7 +116,7 @@ def size_of_nominal(billions: float) -> Size:
 
 
 def count_parameters(model: Any) -> dict[str, int]:
-    """Parameters of a loaded model: all of them, and without embeddings and an untied head."""
+    """Numbers of parameters of a loaded model: all, and without embeddings and an untied head."""
     from torch import nn
 
     layers = [module for module in model.modules() if isinstance(module, nn.Embedding)]

@@ -1,7 +1,7 @@
-"""Run transformers' Trainer, or TRL's, so that a killed training resumes.
+"""Run the Trainer of transformers or TRL so that a killed training resumes.
 
-The trainer's state is saved every few minutes into a folder that outlives a kill. A resumed run
-ends with the bits of an undisturbed one on the same device with the same number of threads.
+The trainer's state is saved every few minutes into a folder that survives a kill. A resumed run
+ends with the same bits as an uninterrupted one on the same device and number of threads.
 """
 
 import json
@@ -29,7 +29,7 @@ def training_documents(corpora: Mapping[str, Path]) -> list[corpus.Document]:
 def training_arguments(
     cls: Any, recipe: Optimisation, seed: int, state: Path, **options: Any
 ) -> Any:
-    """The recipe as transformers' TrainingArguments, or as the subclass ``cls`` of them."""
+    """The recipe as transformers' TrainingArguments, or as their subclass ``cls``."""
     import torch
 
     micro_batch = recipe.micro_batch_size or recipe.batch_size
@@ -68,9 +68,9 @@ def training_arguments(
 
 
 def train(trainer: Any, state: Path, save_every: float) -> dict[str, Any]:
-    """Train, from the last whole state in ``state`` if there is one. Returns facts for lineage.
+    """Train, from the last whole state in ``state`` if one exists. Returns facts for the lineage.
 
-    ``save_every`` is in seconds. Raises MergelawError where the weights end as NaN or Inf.
+    ``save_every`` is in seconds. Raises MergelawError if the weights end as NaN or Inf.
     """
     import torch
     from transformers import PrinterCallback
@@ -128,7 +128,7 @@ def step_of(state: Path) -> int:
 
 
 def last_state(folder: Path) -> Path | None:
-    """The newest whole ``checkpoint-STEP`` below ``folder``; torn ones are deleted."""
+    """The newest whole ``checkpoint-STEP`` below ``folder``; incomplete ones are deleted."""
     last = None
     for path in sorted(folder.glob("checkpoint-*"), key=step_of):
         try:  # the trainer writes this file last, so the state before it is whole

@@ -1,1 +1,1 @@
-"""A study as a graph of jobs, and what each job asks for."""
+"""A study as a graph of jobs, with the resources that each job requests."""

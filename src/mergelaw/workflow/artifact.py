@@ -1,4 +1,4 @@
-"""One artifact of a study: which stage makes it, of what, and where it goes."""
+"""One artifact of a study: its stage, inputs and folder."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -13,19 +13,19 @@ Row = Sequence[Any]  # of a design: k, circle, place, experts
 
 @dataclass(frozen=True, eq=False)
 class Artifact:
-    """An artifact, known before it is made.
+    """An artifact, defined before it is made.
 
     Attributes:
         stage: the stage that makes it, as in ``artifacts.keys.STAGES``.
         folder: its folder below the results folder, without the key.
-        recipe: what defines it, as JSON values.
+        recipe: the settings that define it, as JSON values.
         base, method, name, seed, shard, split: its place in the study; name is that of a domain,
             an expert, a written merge or the study, split that of a corpus.
-        sources: where files from outside lie. The recipe says what they are, so that moving them
+        sources: paths of external files. The recipe identifies their content, so moving them
             changes no key.
-        inputs: what it is made from, by role: one artifact, or several by name.
+        inputs: the artifacts it is made from, by role: one artifact, or several by name.
         checks: artifacts that have to exist first, but do not define it.
-        rows: the rows of the design that it is about.
+        rows: its rows of the design.
     """
 
     stage: str
@@ -55,16 +55,16 @@ class Artifact:
 
     @property
     def trains(self) -> bool:
-        """True for a model that is pre-trained or fine-tuned by the study."""
+        """True for a model that the study pre-trains or fine-tunes."""
         return bool(self.recipe.keys() & {"training", "pretraining"})
 
     @property
     def on_gpu(self) -> bool:
-        """True if its job uses a GPU where there is one."""
+        """True if its job uses a GPU if available."""
         return self.trains or self.stage == "evaluate"
 
     def named_inputs(self) -> Iterator[tuple[str, "Artifact"]]:
-        """Inputs with the names that they have in a lineage: ``base``, ``corpora:algebra``."""
+        """Inputs with their names in a lineage: ``base``, ``corpora:algebra``."""
         for role, value in self.inputs.items():
             if isinstance(value, Artifact):
                 yield role, value

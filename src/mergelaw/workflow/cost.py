@@ -1,7 +1,7 @@
 """Cost of one job: tokens, FLOPs, bytes and memory, from its recipe and the model's size.
 
-Requests to a cluster (``resources``) and the estimate of a study (``estimate``) are both made from
-it. Nothing here imports torch, because every job of the workflow evaluates it.
+Cluster requests (``resources``) and the estimate of a study (``estimate``) use it. Nothing here
+imports torch, because every job of the workflow evaluates it.
 """
 
 import math
@@ -46,7 +46,7 @@ class Work:
 
 @dataclass(frozen=True)
 class Documents:
-    """Assumptions about documents before they are counted and tokenised."""
+    """Assumptions about documents that are not yet counted and tokenised."""
 
     train: float = math.inf  # where a domain leaves their number open; infinite: unknown
     tokens: float = math.inf  # in a document; infinite: as many as it may have
@@ -62,10 +62,7 @@ UNKNOWN = Documents()
 
 
 def work_of(study: Study, artifact: Artifact, documents: Documents = UNKNOWN) -> Work:
-    """Cost of the job of an artifact.
-
-    Raises MergelawError if the base's size cannot be known yet.
-    """
+    """Cost of an artifact's job. Raises MergelawError if the base's size is not yet known."""
     if artifact.stage == "corpus":
         tokens = documents.count(artifact) * documents.tokens
         return Work(artifact.folder, tokens=tokens, kept=TEXT * tokens)
@@ -91,8 +88,8 @@ def work_of(study: Study, artifact: Artifact, documents: Documents = UNKNOWN) ->
 def subtraction(artifact: Artifact, size: Size, stored: float, derived: bool) -> Work:
     """Cost of a task vector: one tensor at a time, as stored and in fp32.
 
-    An adapter's is always kept, and its job holds the base in fp32. A hub id may be an adapter: its
-    job asks for as much memory.
+    An adapter's task vector is always kept, and its job holds the base in fp32. A hub id may be an
+    adapter, so its job requests as much memory.
     """
     checkpoint = artifact.of_role("expert")[0].recipe.get("checkpoint", {})
     adapter = ADAPTER_CONFIG in checkpoint.get("files", {})
@@ -104,11 +101,11 @@ def subtraction(artifact: Artifact, size: Size, stored: float, derived: bool) ->
 
 
 def training(artifact: Artifact, size: Size, stored: float, documents: Documents) -> Work:
-    """Cost of a training: 3 forward passes a token, 4 where activations are computed twice.
+    """Cost of a training: 3 forward passes a token, 4 if activations are computed twice.
 
     bfloat16 weights and gradients are 2 + 2 bytes a parameter, AdamW's fp32 weights and moments 12;
-    in fp32 weights, gradients and moments are 16 as well. Mixed precision by transformers' Trainer
-    or TRL keeps a bfloat16 copy of the weights besides.
+    in fp32, weights, gradients and moments are also 16. Mixed precision with the Trainer of
+    transformers or TRL adds a bfloat16 copy of the weights.
     """
     tuning = artifact.recipe.get("training")
     recipe: Optimisation = (
@@ -142,7 +139,7 @@ def training(artifact: Artifact, size: Size, stored: float, documents: Documents
 
 
 def sharded(work: Work, size: Size, recipe: Training) -> Work:
-    """Training by OpenRLHF, on several GPUs of a node by DeepSpeed's ZeRO.
+    """Cost of a training by OpenRLHF, on several GPUs of a node by DeepSpeed's ZeRO.
 
     GPUs share the optimiser's 12 bytes a parameter from stage 1 on, the gradients from 2, the
     weights from 3 (Rajbhandari et al. 2020, section 3). Offloaded optimiser states are in host
@@ -179,9 +176,9 @@ def evaluation(
 ) -> Work:
     """Cost of merging and evaluating a shard: one resident model, its layers spread over the GPUs.
 
-    Besides its share of the weights a GPU holds one layer's activations, the logits, the slices
-    that are merged and, while loading, a second copy of the largest tensor. The GPUs work one after
-    the other. Documents of unknown length are taken to be half as long as they may be.
+    Besides its share of the weights a GPU holds one layer's activations, the logits, the slices of
+    a merge and, while loading, a second copy of the largest tensor. The GPUs work one after
+    another. Documents of unknown length are assumed to have half the maximum length.
     """
     recipe = Evaluation.model_validate(artifact.recipe["evaluation"])
     members, merges = len(artifact.names("task_vectors")), len(artifact.rows)

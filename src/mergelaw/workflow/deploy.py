@@ -12,7 +12,7 @@ PARTS = ("workflow", "rules", "envs", "profiles", "config", "results")
 
 
 def source() -> Path:
-    """The folder that holds the workflow: inside an installed package, or a checkout's root."""
+    """The folder of the workflow: inside an installed package, or a checkout's root."""
     package = Path(__file__).resolve().parents[1]
     installed = package / "deploy"
     return installed if installed.is_dir() else package.parents[1]
@@ -21,7 +21,7 @@ def source() -> Path:
 def deploy(folder: Path) -> None:
     """Copy workflow, rules, profiles and configurations into a new or empty folder.
 
-    A folder that has them already is left as it is. Raises MergelawError if it holds anything else.
+    A folder that already has them is not changed. Raises MergelawError if it holds anything else.
     """
     if (folder / "workflow" / "Snakefile").exists():
         return

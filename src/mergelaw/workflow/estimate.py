@@ -1,8 +1,8 @@
-"""Estimate of what a study still costs: jobs, GPU hours, tokens, bytes, longest chain, requests.
+"""Estimate of a study's remaining cost: jobs, GPU hours, tokens, bytes, longest chain, requests.
 
-A job takes some time to start, then its FLOPs and bytes over the rates of its stage. Rates come
-from a file, from a profile, or from the lineage of a study that has run (:func:`measured`), so that
-a small study predicts what a large one takes.
+A job's time is its start-up time plus its FLOPs and bytes divided by its stage's rates. Rates come
+from a file, from a profile, or from the lineage of a finished study (:func:`measured`), so that a
+small study predicts the time of a large one.
 """
 
 from collections.abc import Sequence
@@ -26,7 +26,7 @@ COLUMNS = ("jobs", "left", "GPU hours", "hours", "tokens", "bytes")
 
 
 class StageRate(Model):
-    """Rates that differ in one stage's jobs."""
+    """Rates of one stage's jobs where they differ from the others."""
 
     start_seconds: float | None = Field(None, ge=0)
     teraflops: float | None = Field(None, gt=0)
@@ -34,7 +34,7 @@ class StageRate(Model):
 
 
 class Rates(Hardware):
-    """Speed of a cluster, and what is assumed of documents that are not counted yet."""
+    """Speed of a cluster, and assumptions about documents that are not yet counted."""
 
     start_seconds: float = Field(60, ge=0)  # of a job, before its work begins
     train_documents: int = Field(20_000, gt=0)  # of a domain whose number is open
@@ -43,7 +43,7 @@ class Rates(Hardware):
 
     @property
     def documents(self) -> Documents:
-        """Assumptions about documents that are not counted yet."""
+        """Assumptions about documents that are not yet counted."""
         return Documents(self.train_documents, self.tokens_per_document)
 
     def of_stage(self, stage: str) -> "Rates":
@@ -70,7 +70,7 @@ class Estimate:
 def read_rates(path: Path | None, hardware: Hardware | None = None) -> Rates:
     """Rates of a YAML file, of a profile's hardware, or the defaults.
 
-    Raises MergelawError, one line, for a file that does not hold rates.
+    Raises MergelawError for a file without valid rates.
     """
     if path is None:
         return Rates.model_validate(hardware.model_dump() if hardware else {})
@@ -85,11 +85,11 @@ def read_rates(path: Path | None, hardware: Hardware | None = None) -> Rates:
 
 
 def measured(study: Study) -> Rates:
-    """Rates that a study's results show, from the lineage of its artifacts.
+    """Rates of a study, measured from the lineage of its artifacts.
 
-    For each stage: the time a job takes to start, and how much slower or faster than the default
-    rates its work is. On processors their own time counts, not the time they waited for others.
-    Raises MergelawError if there is no expert and no evaluation.
+    They are each stage's start-up time, and the ratio of its speed to the default rates. On
+    processors, processor time counts, because wall time includes waiting for other jobs. Raises
+    MergelawError without any expert or evaluation.
     """
     import numpy as np
     from scipy.optimize import nnls
@@ -134,7 +134,7 @@ def measured(study: Study) -> Rates:
 
 
 def measured_share(entry: dict[str, Any]) -> float:
-    """Share of a shard's cells that its job measured itself, from its lineage; else 1."""
+    """Share of a shard's cells that its job measured, from its lineage; otherwise 1."""
     facts = entry["facts"]
     return facts["measured"] / facts["cells"] if entry["stage"] == "evaluate" else 1.0
 
@@ -144,8 +144,8 @@ def estimate(
 ) -> Estimate:
     """Cost of a study's remaining jobs, and their requests to a cluster.
 
-    ``hardware`` and ``threads`` of a job are those of a profile; without one, the rates'. Raises
-    MergelawError if a base's size cannot be known yet.
+    ``hardware`` and ``threads`` of a job are a profile's; without a profile, ``rates`` has them.
+    Raises MergelawError if a base's size is not yet known.
     """
     import pandas as pd
 
@@ -183,16 +183,16 @@ def text(result: Estimate, rates: Rates) -> str:
     jobs, left, *_ = result.stages["in all"].values()
     if left < jobs:
         lines.append(f"{jobs - left:.0f} of {jobs:.0f} results are there already and cost nothing")
-    asked = {
+    ranges = {
         TITLES[stage]: {
-            "GPUs": span([one["gpu"] for one in requests]),
-            "memory, GB": span([one["mem_mb"] / 1000 for one in requests]),
-            "hours": span([one["runtime"] / 60 for one in requests]),
+            "GPUs": span([request["gpu"] for request in requests]),
+            "memory, GB": span([request["mem_mb"] / 1000 for request in requests]),
+            "hours": span([request["runtime"] / 60 for request in requests]),
         }
         for stage, requests in result.requests.items()
     }
-    if asked:
-        lines.append("\na job asks for\n" + pd.DataFrame.from_dict(asked, "index").to_string())
+    if ranges:
+        lines.append("\na job asks for\n" + pd.DataFrame.from_dict(ranges, "index").to_string())
     hours = sum(spent for _, spent in result.chain)
     long = [f"{name} ({spent:.2f} h)" for name, spent in result.chain if spent >= hours / 100]
     lines.append(
@@ -206,12 +206,12 @@ def text(result: Estimate, rates: Rates) -> str:
 
 
 def span(values: Sequence[float]) -> str:
-    """``0.5 to 12``, or one number."""
+    """A range as ``0.5 to 12``, or a single number."""
     low, high = (f"{x:,.0f}" if x >= 100 else f"{x:.3g}" for x in (min(values), max(values)))
     return low if low == high else f"{low} to {high}"
 
 
 def short(value: float) -> str:
-    """``12.3 T``, for a table."""
+    """A number for a table, such as ``12.3 T``."""
     power = max(int(f"{value:.2e}".split("e")[1]) // 3, 0)
     return f"{value / 1000**power:.3g} {' kMGTPE'[power]}"

@@ -1,8 +1,8 @@
-"""Run commands in forks of a process that has imported torch and transformers already.
+"""Run commands in forks of a process that has already imported torch and transformers.
 
-These imports take 5 s of processor time, and a local run has a hundred commands. It starts a server
-and names its address in the environment. A command hands over its arguments, environment, folder
-and streams, and waits for the exit status. When one end is killed, so is the other.
+These imports take 5 s of processor time, and a local run has a hundred commands. The run puts the
+server's address into the environment. A command sends its arguments, environment, folder and
+streams, and waits for the exit status. If either end is killed, so is the other.
 """
 
 import atexit
@@ -28,7 +28,7 @@ FORKS = get_context("fork")
 
 
 def start() -> subprocess.Popen[bytes]:
-    """Start a server for the commands that this process starts. It ends with this process."""
+    """Start a server for the commands of this process. It ends with this process."""
     # A socket's address has room for 108 bytes, so it cannot lie in the results folder.
     os.environ[ADDRESS] = address = f"{tempfile.mkdtemp(prefix='mergelaw-')}/socket"
     program = "from mergelaw.cli import serve; serve()"
@@ -41,7 +41,7 @@ def start() -> subprocess.Popen[bytes]:
 
 
 def run(words: list[str]) -> int | None:
-    """Run a command in a fork. Returns its exit status, or None where no server answers."""
+    """Run a command in a fork. Returns its exit status, or None if no server answers."""
     address = os.environ.pop(ADDRESS, None)
     if address is None:
         return None

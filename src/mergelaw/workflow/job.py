@@ -1,7 +1,7 @@
-"""The job of an artifact as one JSON file: what the stage's command reads.
+"""The job of an artifact as one JSON file, which the stage's command reads.
 
-A command line has no room for a thousand inputs, and a failed job's message would bury its error
-under them. The file lies beside the job's log.
+A command line is too short for a thousand inputs, which would also bury a failed job's error
+message. The file is next to the job's log.
 """
 
 import json
@@ -38,15 +38,15 @@ class Job:
     save_every: float = 600
 
     def one(self, role: str) -> Path:
-        """The input of a role that has one."""
+        """The only input of a role."""
         return Path(self.inputs[role])
 
     def all(self, role: str) -> dict[str, Path]:
-        """The inputs of a role by name; none if the job has none."""
+        """The inputs of a role by name; empty for a role without inputs."""
         return {name: Path(path) for name, path in self.inputs.get(role, {}).items()}
 
     def make(self, work: store.Work) -> bool:
-        """Make the artifact, as ``artifacts.store.make`` does."""
+        """Make the artifact with ``artifacts.store.make``."""
         inputs = {}
         for role, value in self.inputs.items():
             if isinstance(value, str):
@@ -57,7 +57,7 @@ class Job:
 
 
 def job_file(results: Path, artifact: Artifact) -> Path:
-    """File that the job of an artifact is written to."""
+    """Path of an artifact's job file."""
     return results / "logs" / f"{artifact.path}.json"
 
 
@@ -91,7 +91,7 @@ def write_job(results: Path, artifact: Artifact) -> None:
 
 
 def read_job(path: Path, stage: str, threads: int = 1, save_every: float = 600) -> Job:
-    """The job in a file. Raises MergelawError if it is none of this stage."""
+    """The job in a file. Raises MergelawError if the file holds no job of this stage."""
     try:
         entry = json.loads(path.read_text(encoding="utf-8"))
         run = {"output": Path(entry["output"]), "threads": threads, "save_every": save_every}

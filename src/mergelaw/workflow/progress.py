@@ -1,4 +1,4 @@
-"""Progress of a study: what is made, what runs, how long the rest may take, what failed."""
+"""Progress of a study: finished and running jobs, remaining time, failures."""
 
 import re
 import threading
@@ -38,10 +38,10 @@ class Progress:
     """Progress of a study at one moment.
 
     Attributes:
-        stages: jobs finished, running and in all, by stage in the pipeline's order.
+        stages: numbers of finished, running and all jobs, by stage in the pipeline's order.
         merges_measured, merges_planned: without bases and baselines.
-        merges_per_minute: of the evaluations that run; 0 if none runs.
-        seconds_left: of the remaining jobs, at as many at a time as run now; None if unknown.
+        merges_per_minute: of the running evaluations; 0 if none runs.
+        seconds_left: of the remaining jobs, with as many in parallel as now; None if unknown.
         failures: the last line of the log, by artifact.
     """
 
@@ -93,7 +93,7 @@ def duration(seconds: float) -> str:
 
 
 def progress(study: Study) -> Progress:
-    """Progress of a study, from its results folder alone."""
+    """Progress of a study, read from its results folder only."""
     stages = {stage: {"finished": 0, "running": 0, "jobs": 0} for stage in TITLES}
     finished, missing, failed = [], [], []
     for artifact in study.by_path.values():
@@ -114,7 +114,7 @@ def progress(study: Study) -> Progress:
 
 
 def _is_running(output: Path) -> bool:
-    """True if a process makes this artifact now."""
+    """True if a process is making this artifact."""
     if not output.with_name(f".{output.name}.work").exists():
         return False
     from filelock import FileLock, Timeout
@@ -127,7 +127,7 @@ def _is_running(output: Path) -> bool:
 
 
 def _merges(study: Study) -> tuple[int, int, float]:
-    """Merges measured, merges planned, merges a minute of the shards that run."""
+    """Numbers of merges measured and planned, and merges a minute of the running shards."""
     measured = planned = 0
     rate = 0.0
     for artifact in study.evals.values():
@@ -151,9 +151,9 @@ def _merges(study: Study) -> tuple[int, int, float]:
 def _seconds_left(
     study: Study, finished: Iterable[Artifact], missing: Iterable[Artifact], workers: int
 ) -> float | None:
-    """Seconds for the missing jobs, from finished jobs of their stage, if possible of their base.
+    """Seconds for the missing jobs, from finished jobs of their stage and, if possible, their base.
 
-    An evaluation counts by its merges. None if a stage that takes long has no finished job.
+    Evaluations are counted in merges. None if a slow stage has no finished job.
     """
     times: dict[tuple[str, str | None], list[float]] = defaultdict(list)
     for artifact in finished:
@@ -162,9 +162,9 @@ def _seconds_left(
                 times[kind].append(_unit_seconds(study, artifact))
     total = 0.0
     for artifact in missing:
-        known = times.get((artifact.stage, artifact.base)) or times.get((artifact.stage, None))
-        if known:
-            total += sum(known) / len(known) * max(len(artifact.rows), 1)
+        seconds = times.get((artifact.stage, artifact.base)) or times.get((artifact.stage, None))
+        if seconds:
+            total += sum(seconds) / len(seconds) * max(len(artifact.rows), 1)
         elif artifact.stage in LONG:
             return None
     return total / workers
@@ -180,7 +180,7 @@ def _unit_seconds(study: Study, artifact: Artifact) -> float:
 
 
 def _failures(study: Study, artifacts: Iterable[Artifact]) -> Iterator[tuple[str, str]]:
-    """Artifacts whose log ends with an error, and that line."""
+    """Artifacts whose log ends with an error, with that line."""
     for artifact in artifacts:
         log = study.results / "logs" / f"{artifact.path}.log"
         try:

@@ -21,7 +21,7 @@ ASKED = ("gpu", "nodes", "mem_mb", "runtime", "slurm_partition")
 
 
 class Hardware(Model):
-    """Nodes that jobs run on, and what they do in a second."""
+    """Nodes of a cluster: their devices, memory and speed."""
 
     gpus_per_node: int = Field(8, ge=0)  # 0: everything runs on processors
     gpu_memory_gb: int = Field(80, gt=0)  # of one GPU
@@ -37,7 +37,7 @@ class Hardware(Model):
 
     @staticmethod
     def of(settings: Any) -> "Hardware | None":
-        """Hardware of a profile's `default-resources`; None if they name none, as a laptop's."""
+        """Hardware in a profile's `default-resources`; None if they name none, as for a laptop."""
         if not isinstance(settings, dict) or "gpus_per_node" not in settings:
             return None
         names = {*Hardware.model_fields, "gpu_tflops"} & settings.keys()
@@ -48,22 +48,22 @@ class Hardware(Model):
             raise MergelawError(config.describe(error, "profile")) from None
 
     def gpus(self, work: Work, factor: float = 1) -> int:
-        """GPUs that a job takes: the fewest that hold it, else the most that it can use."""
+        """Number of GPUs of a job: the fewest that hold it, otherwise the most that it can use."""
         if not (work.counts and self.gpus_per_node):
             return 0
         usable = [n for n in work.counts if n <= self.gpus_per_node] or [min(work.counts)]
         return next((n for n in usable if self.holds(work, n, factor)), max(usable))
 
     def holds(self, work: Work, gpus: int, factor: float = 1) -> bool:
-        """True if so many GPUs of one node hold a job with ``factor`` times its memory."""
+        """True if this many GPUs of one node hold a job with ``factor`` times its memory."""
         room = USABLE * self.gpu_memory_gb * 1e9 / factor
         return not gpus or (gpus <= self.gpus_per_node and work.shared / gpus + work.each <= room)
 
     def seconds(self, work: Work, gpus: int) -> float:
         """Seconds of a job's work.
 
-        The task vectors stay in memory on processors, and on a single GPU if they fit half of what
-        the model leaves free, as ``merging.engine`` decides.
+        Task vectors stay in memory on processors, and on a single GPU if they fit into half of the
+        memory that the model leaves free, as ``merging.engine`` decides.
         """
         rate = 1e12 * self.teraflops * (self.float32_share if work.dtype == "float32" else 1)
         rate *= gpus if gpus and work.parallel else 1
@@ -74,9 +74,9 @@ class Hardware(Model):
 
 
 def read_profile(path: Path) -> tuple[Hardware, int]:
-    """Hardware of a Snakemake profile (a folder or a file), and the most cores of a job.
+    """Hardware of a Snakemake profile (a folder or a file), and the maximum cores of a job.
 
-    Raises MergelawError if the file cannot be read or names no hardware.
+    Raises MergelawError for an unreadable file or one without hardware.
     """
     files = sorted(path.glob("*.yaml"), reverse=True) if path.is_dir() else [path]
     profile = config.read(files[0]) if files else {}
@@ -90,11 +90,11 @@ def read_profile(path: Path) -> tuple[Hardware, int]:
 
 
 def ask(work: Work, hardware: Hardware, threads: int = 1, attempt: int = 1) -> dict[str, Any]:
-    """Request of a job, by the names of :data:`ASKED`; ``runtime`` is in minutes.
+    """A job's request, by the names in :data:`ASKED`; ``runtime`` is in minutes.
 
-    The time is twice the expected one. Each further attempt asks for half as much memory and for
-    as much time again, up to what a node has and a job may take: a job that ran out of time goes on
-    where it was.
+    The first request is for twice the expected time. Each further attempt adds half as much memory
+    and the same time again, up to the limits of nodes and jobs, because a job that ran out of time
+    resumes.
     """
     factor, longest = (1 + attempt) / 2, hardware.max_runtime or DAY
     gpus = hardware.gpus(work, factor)
@@ -117,7 +117,7 @@ def host_memory(work: Work, gpus: int) -> float:
 
 
 def problems(work: Work, hardware: Hardware) -> Iterator[str]:
-    """Reasons why a job fits no node, one line each."""
+    """Reasons why no node can run a job, one line each."""
     gpus = hardware.gpus(work)
     if not hardware.holds(work, gpus):
         memory = (work.shared / gpus + work.each) / USABLE / 1e9

@@ -1,4 +1,4 @@
-"""What a study's results say: laws of the macro-average, times, what nothing refers to."""
+"""Results of a study: laws of the macro-average, times, and artifacts that no study needs."""
 
 import json
 import shutil
@@ -45,7 +45,7 @@ def facts_of(laws: Path) -> dict[str, str]:
 
 
 def law_lines(fits: Mapping[str, Any]) -> Iterator[str]:
-    """Laws of the macro-average, one line each: joint ones first, then those of one size."""
+    """Laws of the macro-average, one line each: joint laws first, then those of one size."""
     for joint in (True, False):
         chosen = [
             f for f in fits["fits"] if f["domain"] == "macro" and (f["base"] is None) == joint
@@ -65,7 +65,7 @@ def law_lines(fits: Mapping[str, Any]) -> Iterator[str]:
 
 
 def summary(study: Study) -> str:
-    """Laws of a study's macro-average, the time of each stage and where the report is.
+    """Laws of a study's macro-average, the time of each stage and the path of the report.
 
     Raises MergelawError if the study is not finished.
     """
@@ -91,8 +91,8 @@ def summary(study: Study) -> str:
 def find_laws(file: Path) -> tuple[Path, list[str]]:
     """Folder of the current laws of a configuration, and warnings.
 
-    Laws of a part of the study, with a warning, if there are no others. Raises MergelawError if
-    there are none.
+    If they do not exist, laws of a part of the study serve, with a warning. Raises MergelawError
+    without any laws.
     """
     study = Study(load(file))
     if study.made(study.laws):
@@ -174,7 +174,7 @@ def unused(studies: Sequence[Study]) -> list[tuple[Path, int]]:
         )
     (root,) = roots
     kept = {path for study in studies for path in study.known}
-    # What a killed or failed job left to resume from goes with the artifact it was to become.
+    # A killed or failed job's states are removed with the artifact that they belong to.
     halves = {path: path.name[1:].removesuffix(".work") for path in root.rglob(".*@*.work")}
     places = {path: path.with_name(name) for path, name in halves.items()}
     places |= {mark.parent: mark.parent for mark in root.rglob(f"*@*/{LINEAGE}")}
@@ -183,7 +183,7 @@ def unused(studies: Sequence[Study]) -> list[tuple[Path, int]]:
         for folder, place in sorted(places.items())
         if place.relative_to(root).as_posix() not in kept
     ]
-    # Prepared thresholds and masks are made again where they are missing.
+    # Missing thresholds and masks are prepared again.
     for folder in sorted(root.glob("cells/*/prepared")):
         used = any(path.startswith(f"evals/{folder.parent.name}/") for path in kept)
         for file in sorted(folder.iterdir()):
@@ -193,7 +193,7 @@ def unused(studies: Sequence[Study]) -> list[tuple[Path, int]]:
 
 
 def collect_garbage(studies: Sequence[Study], delete: bool) -> Iterator[tuple[Path, int]]:
-    """Yield what no study refers to; remove it if ``delete``. Measured cells are kept."""
+    """Yield unused files, and remove them if ``delete``. Measured cells are kept."""
     root = studies[0].results
     with lock_results(root):
         for path, size in unused(studies):
@@ -205,6 +205,6 @@ def collect_garbage(studies: Sequence[Study], delete: bool) -> Iterator[tuple[Pa
 
 
 def artifacts_in(root: Path) -> list[Path]:
-    """Folders of all artifacts in a results folder, without those in the making."""
+    """Folders of all finished artifacts in a results folder."""
     folders = (mark.parent for mark in sorted(root.glob(f"*/**/*@*/{LINEAGE}")))
     return [f for f in folders if not any(p.startswith(".") for p in f.relative_to(root).parts)]

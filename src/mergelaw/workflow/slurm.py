@@ -1,4 +1,4 @@
-"""Checks of a profile against SLURM itself, made once before anything is submitted.
+"""Checks of a profile against SLURM, before anything is submitted.
 
 Without them a wrong partition fails every job one by one, and a request that no node can serve
 waits in the queue for ever.
@@ -14,9 +14,9 @@ from mergelaw.workflow.resources import Hardware
 
 
 def check(hardware: Hardware | None, gpu_jobs: bool) -> None:
-    """Raise MergelawError, one line, for what SLURM lacks of a profile.
+    """Raise MergelawError if SLURM lacks what a profile needs.
 
-    Checked are SLURM's commands, the account, and the partitions with their time limits and, for a
+    Checked are SLURM's commands, the account, the partitions with their time limits and, for a
     study with ``gpu_jobs``, their GPUs.
     """
     for name in ("sbatch", "sinfo"):
@@ -44,7 +44,7 @@ def check(hardware: Hardware | None, gpu_jobs: bool) -> None:
 
 
 def check_partition(key: str, profile: Hardware, nodes: list[list[str]], gpus: int) -> None:
-    """Raise MergelawError if the partition of a profile's ``key`` does not take its jobs.
+    """Raise MergelawError if the partition of a profile's ``key`` does not accept its jobs.
 
     ``nodes`` are partition (a star marks the default), time limit and generic resources.
     """
@@ -90,5 +90,5 @@ def minutes(limit: str) -> int | None:
 
 
 def gpus_of(gres: str) -> int:
-    """GPUs of generic resources such as ``gpu:h100:8(S:0-1),nvme:2``."""
+    """Number of GPUs in generic resources such as ``gpu:h100:8(S:0-1),nvme:2``."""
     return sum(map(int, re.findall(r"(?:^|,)gpu:(?:[^:,(]+:)?(\d+)", gres)))

@@ -1,6 +1,6 @@
-"""What the rules know of a study: inputs, files, resources and the run's start and end.
+"""Interface to Snakemake: inputs, files and resources of the rules, and a run's start and end.
 
-Everything that touches Snakemake's objects is here and in rules/common.smk.
+Only this module and rules/common.smk use Snakemake's objects.
 """
 
 import json
@@ -45,7 +45,7 @@ def one_line_errors() -> Any:
 
 
 class Pipeline:
-    """A study in the words of Snakemake's rules.
+    """A study in the terms of Snakemake's rules.
 
     ``workflow`` is Snakemake's workflow object, with its configuration files and ``--config``.
     """
@@ -55,7 +55,7 @@ class Pipeline:
         with one_line_errors():
             # Read again, as YAML 1.2 and with repeated keys refused; Snakemake reads YAML 1.1.
             self.config = read_files(workflow.configfiles, workflow.config_settings.config)
-            if "openrlhf_python" in self.config:  # said by a profile: a fact of the machine
+            if "openrlhf_python" in self.config:  # set by a profile, as it depends on the machine
                 os.environ["MERGELAW_OPENRLHF_PYTHON"] = str(self.config.pop("openrlhf_python"))
             where = " + ".join(map(str, workflow.configfiles))
             self.study = Study(parse(self.config, where))
@@ -73,15 +73,15 @@ class Pipeline:
         self.one_machine = not self.hardware and shutil.which("nvidia-smi") is not None
 
     def paths(self, pattern: str) -> "Paths":
-        """Files of the artifacts whose path below the results folder has this pattern."""
+        """Files of the artifacts whose path in the results folder matches this pattern."""
         return Paths(self, pattern)
 
     def tracked(self, artifact: Artifact) -> str:
-        """The file that stands for an artifact."""
+        """The file by which Snakemake tracks an artifact."""
         return f"{self.study.results}/{artifact.path}/lineage.json"
 
     def targets(self) -> list[str]:
-        """Tracked files of everything the study asks for."""
+        """Tracked files of all artifacts that the study requests."""
         return [self.tracked(artifact) for artifact in self.study.targets()]
 
     def names(self, *artifacts: Artifact) -> str:
@@ -92,7 +92,7 @@ class Pipeline:
     # -- start and end of a run ----------------------------------------------------------------
 
     def start(self) -> None:
-        """Lock the results folder, check what every job needs, write the jobs."""
+        """Lock the results folder, check the conditions of every job, write the jobs."""
         with one_line_errors():
             if self.workflow.executor_plugin.name == "slurm":
                 slurm.check(self.hardware, any(work.counts for work in self.works))
@@ -127,7 +127,7 @@ class Pipeline:
                 print(summary(self.study), file=sys.stderr)
 
     def report_the_rest(self) -> None:
-        """After a failure: say what failed, then fit and report what was measured."""
+        """After a failure, print what failed, then fit and report the measured cells."""
         self._shown.set()
         with one_line_errors():
             print(progress.progress(self.study).text(), file=sys.stderr)
@@ -141,7 +141,7 @@ class Pipeline:
 
 
 class Paths:
-    """Inputs, outputs and resources of a rule, by its artifacts' path."""
+    """Inputs, outputs and resources of a rule, by the path of its artifacts."""
 
     def __init__(self, pipeline: Pipeline, pattern: str):
         self._pipeline = pipeline
@@ -153,10 +153,10 @@ class Paths:
         return self._pipeline.study.known[self._pattern.format(**wildcards)]
 
     def input(self, role: str) -> Callable[[Any], list[Any]]:
-        """Input function: the artifacts of a role. An existing path is right, however old.
+        """Input function: the artifacts of a role. An existing path is valid at any age.
 
-        Checks of an artifact that exists are left out: a check with one domain more would
-        otherwise ask for every expert again.
+        Checks of an existing artifact are left out, because a check with a new domain would
+        otherwise require every expert again.
         """
 
         def inputs(wildcards: Any) -> list[Any]:
@@ -168,12 +168,12 @@ class Paths:
         return inputs
 
     def job(self, wildcards: Any) -> str:
-        """Params function: the file that holds the job."""
+        """Params function: the path of the job's file."""
         return str(job_file(self._pipeline.study.results, self._artifact(wildcards)))
 
     @property
     def resources(self) -> dict[str, Callable[..., Any]]:
-        """Resources that the jobs ask for; on one machine its GPU, if it has one."""
+        """Resources that the jobs request; on one machine its GPU, if it has one."""
         pipeline = self._pipeline
         if pipeline.one_machine:
             return {"gpu": lambda wildcards: int(self._artifact(wildcards).on_gpu)}
@@ -181,11 +181,11 @@ class Paths:
         if hardware is None:
             return {}
 
-        def asked(name: str) -> Callable[..., Any]:
+        def resource(name: str) -> Callable[..., Any]:
             def value(wildcards: Any, threads: int, attempt: int) -> Any:
                 work = work_of(pipeline.study, self._artifact(wildcards))
                 return resources.ask(work, hardware, threads, attempt)[name]
 
             return value
 
-        return {name: asked(name) for name in resources.ASKED}
+        return {name: resource(name) for name in resources.ASKED}

@@ -1,7 +1,7 @@
 """A study: a configuration resolved into artifacts with keys, paths and inputs.
 
-It is a pure function of the configuration and of the identity of its sources. Nothing is measured
-here and nothing imports torch, because every job of the workflow parses it again.
+It is a pure function of the configuration and the identity of its sources. It measures nothing and
+does not import torch, because every job of the workflow parses it again.
 """
 
 from collections.abc import Iterator, Mapping
@@ -55,9 +55,9 @@ class Study:
 
     @cached_property
     def corpora(self) -> dict[str, dict[str, Artifact]]:
-        """Corpora by split and domain; a domain lacks the splits that take no documents.
+        """Corpora by split and domain, without a domain's empty splits.
 
-        Raises MergelawError for documents that cannot be read or are too few.
+        Raises MergelawError for unreadable or too few documents.
         """
         corpora: dict[str, dict[str, Artifact]] = {split: {} for split in SPLITS}
         errors = []
@@ -83,7 +83,7 @@ class Study:
 
     @cached_property
     def overlap(self) -> Artifact:
-        """The check that no domain evaluates a document that another one trains on."""
+        """The check that no domain's evaluation documents are training documents of a domain."""
         splits = {split: self.corpora[split] for split in ("train", "eval")}
         return Artifact("overlap", "checks/overlap", {}, inputs=splits)
 
@@ -153,7 +153,7 @@ class Study:
     @cached_property
     def task_vectors(self) -> dict[tuple[str, str, int], Artifact]:
         """Task vectors by (base, expert, training seed)."""
-        # Defaults stay out of the recipe, and how a vector is stored is not what it is.
+        # The recipe has no defaults and no storage, which does not change a task vector's values.
         vocabulary, storage = self.config.vocabulary, self.config.storage
         recipe = {"vocabulary": vocabulary} if vocabulary != "refuse" else {}
         sources = {"storage": storage} if storage != "materialised" else {}
@@ -183,7 +183,7 @@ class Study:
 
     @cached_property
     def designs(self) -> dict[str, Artifact]:
-        """Designs by base: which subsets are merged."""
+        """Designs by base: the subsets that are merged."""
         return {
             base: Artifact(
                 "design", f"designs/{base}", {"subsets": digest(rows)}, base=base, rows=rows
@@ -270,7 +270,7 @@ class Study:
 
     @cached_property
     def merges(self) -> dict[str, Artifact]:
-        """Merges to be written out as checkpoints, by name."""
+        """Merges to write as checkpoints, by name."""
         pool, merges = list(self.config.pool()), {}
         for name, merge in self.config.merges.items():
             seed = self.config.training_seeds[0] if merge.seed is None else merge.seed
@@ -296,9 +296,9 @@ class Study:
     # -- all of them ---------------------------------------------------------------------------
 
     def size(self, base: str) -> Size:
-        """Size of a base, by its recipe, its ``config.json`` here or in the hub's cache, or its N.
+        """Size of a base, from its recipe, its ``config.json`` (local or cached), or its N.
 
-        Raises MergelawError if it cannot be known yet.
+        Raises MergelawError if the size is not yet known.
         """
         if base not in self._sizes:
             architecture, nominal = self._architecture(base), self.config.bases[base].N
@@ -312,7 +312,7 @@ class Study:
         return self._sizes[base]
 
     def _architecture(self, base: str) -> Mapping[str, Any] | None:
-        """Architecture of a base as a transformers configuration, if it is at hand."""
+        """Architecture of a base as a transformers configuration; None if not available."""
         settings = self.config.bases[base]
         if settings.pretraining is not None:
             recipe = self.config.pretraining_of(base)
@@ -347,15 +347,15 @@ class Study:
 
     @cached_property
     def by_path(self) -> Mapping[str, Artifact]:
-        """Artifacts by path, inputs first; ready-made experts stand once for all seeds."""
+        """Artifacts by path, inputs first; ready-made experts occur once for all seeds."""
         return {artifact.path: artifact for artifact in self.artifacts()}
 
     @cached_property
     def known(self) -> Mapping[str, Artifact]:
-        """Artifacts by path, with those that are made only where they are asked for by path."""
+        """Artifacts by path, including those that are made only on request."""
         on_request = [*self.corpora["calibration"].values(), self.calibration_overlap]
         return {**self.by_path, **{artifact.path: artifact for artifact in on_request}}
 
     def targets(self) -> list[Artifact]:
-        """Artifacts that no other one needs."""
+        """Artifacts that are no input of another one."""
         return [self.overlap, *self.designs.values(), self.report, *self.merges.values()]

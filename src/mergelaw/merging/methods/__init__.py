@@ -1,9 +1,9 @@
 """Merge methods, one small file each, registered by name.
 
 A method is a frozen pydantic model: its fields are its parameters, its ``method`` literal is its
-name. To add one, put a file with a subclass of :class:`Method` into this folder, or name such a
+name. To add one, add a file with a subclass of :class:`Method` to this folder, or name such a
 module of another package as an entry point of the group ``mergelaw.methods``. Configurations are
-read without torch, so a method's file imports torch inside the functions that need it.
+read without torch, so a method imports torch inside the functions that need it.
 """
 
 import importlib
@@ -23,14 +23,14 @@ def registry() -> dict[str, type[Method]]:
         importlib.import_module(f"{__name__}.{module.name}")
     for entry in entry_points(group="mergelaw.methods"):
         entry.load()
-    found: dict[str, type[Method]] = {}
+    methods: dict[str, type[Method]] = {}
     pending = list(Method.__subclasses__())
     while pending:
         cls = pending.pop()
         pending.extend(cls.__subclasses__())
         if "method" in cls.model_fields:
-            found[cls.model_fields["method"].default] = cls
-    return dict(sorted(found.items()))
+            methods[cls.model_fields["method"].default] = cls
+    return dict(sorted(methods.items()))
 
 
 def method_of(recipe: Mapping[str, Any]) -> Method:

@@ -1,6 +1,6 @@
 """Average: theta_0 + mean of the task vectors ("model soup", Wortsman et al. 2022).
 
-As mergekit's ``linear`` over the experts, with their weights normalised.
+This is mergekit's ``linear`` over the experts with normalised weights.
 """
 
 from __future__ import annotations

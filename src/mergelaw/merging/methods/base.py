@@ -29,22 +29,22 @@ class Masks(NamedTuple):
 class Method(Model):
     """A merge rule: theta = theta_0 + rule(kept(v_1), ..., kept(v_k)).
 
-    ``thresholds`` and ``masks`` say which values of one expert are dropped, ``rule`` how those of
-    several experts become one. All of it is elementwise: the engine may take any slice of any
-    tensor and gets the same bits, since :mod:`mergelaw.merging.kernels` rounds additions and
-    multiplications one by one, experts in the configuration's order, on every device.
+    ``thresholds`` and ``masks`` decide which values of one expert are dropped, ``rule`` combines
+    the values of several experts. All three are elementwise: any slice of a tensor gives the same
+    bits on every device, because :mod:`mergelaw.merging.kernels` rounds additions and
+    multiplications one by one, with experts in the configuration's order.
     """
 
     def thresholds(self, tensors: Tensors) -> dict[str, float]:
-        """The smallest magnitude of one expert that is kept, by tensor; empty: all are kept."""
+        """The smallest kept magnitude of one expert, by tensor; an empty dict keeps all values."""
         return {}
 
     def masks(self) -> Masks | None:
-        """The random masks of experts; None: no value is dropped at random."""
+        """The random masks of experts; None if the method drops no value at random."""
         return None
 
     def rule(self, weights: Sequence[float]) -> Rule:
-        """Combination of the values of experts with these weights."""
+        """The combination of the experts' values with these weights."""
         raise NotImplementedError
 
     def mergekit(self) -> dict[str, Any] | None:

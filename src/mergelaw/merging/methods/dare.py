@@ -1,8 +1,8 @@
 """DARE (Yu et al. 2024): drop values at random, rescale the rest by 1/(1-p), then merge.
 
-A mask is a function of (seed, expert, tensor, place in the tensor): the same in every subset,
-process and device. mergekit's ``dare_*`` rescale to the tensor's own L1 norm instead, and draw
-masks from one global generator, so that an expert's mask depends on what else is merged.
+A mask is a function of (seed, expert, tensor, position in the tensor), equal in every subset,
+process and device. mergekit's ``dare_*`` instead rescale to the tensor's own L1 norm and draw masks
+from one global generator, so an expert's mask depends on the other experts merged.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ if TYPE_CHECKING:
 def keep_mask(
     seed: int, expert: str, name: str, start: int, size: int, drop_rate: float
 ) -> np.ndarray:
-    """Draw which of the elements ``start`` to ``start + size`` of a tensor are kept: bool, (size,).
+    """Draw a mask of elements ``start`` to ``start + size`` of a tensor, True if kept: (size,).
 
-    Element i is dropped where u_i < drop_rate; u_i is the fp32 uniform made of the upper 24 bits of
+    Element i is dropped if u_i < drop_rate; u_i is the fp32 uniform made of the upper 24 bits of
     the i-th 32-bit word of a Philox stream keyed by SHA-256 of (seed, expert, tensor name).
     """
     import numpy as np

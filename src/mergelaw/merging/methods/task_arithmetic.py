@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 class TaskArithmetic(Method):
-    """theta = theta_0 + lambda * sum_i w_i v_i, over sum_i w_i where normalised."""
+    """theta = theta_0 + lambda * sum_i w_i v_i, divided by sum_i w_i if normalised."""
 
     method: Literal["task_arithmetic"] = "task_arithmetic"
     lambda_: float = Field(1.0, alias="lambda", gt=0, description="scale of the merged difference")

@@ -1,8 +1,8 @@
 """TIES (Yadav et al. 2023): trim small values, elect a sign per element, average what agrees.
 
 With ``trim: tensor`` and ``elect: sum`` the rule is mergekit's ``ties``, except for elements whose
-magnitude equals the threshold: all of them are kept here, an arbitrary part of them there. The
-authors' code trims over the whole expert (``trim: global``).
+magnitude equals the threshold: mergelaw keeps all of them, mergekit an arbitrary part. The authors'
+code trims over the whole expert (``trim: global``).
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class Ties(Method):
     )
 
     def thresholds(self, tensors: Tensors) -> dict[str, float]:
-        """The smallest magnitude that is kept, by tensor; with ``global`` the same for all."""
+        """The smallest kept magnitude by tensor; ``trim: global`` has one for all tensors."""
         if self.density == 1:
             return {}
         if self.trim == "tensor":
@@ -66,16 +66,16 @@ class Ties(Method):
 
 
 def kept(size: int, density: float) -> int:
-    """The number of values kept of ``size``: int(density * size), at least one (as mergekit)."""
+    """Number of kept values out of ``size``: int(density * size), at least one (as in mergekit)."""
     return min(max(int(density * size), 1), size)
 
 
 def magnitude_threshold(chunks: Callable[[], Iterable[Tensor]], keep: int) -> float:
     """The ``keep``-th largest magnitude of all chunks, exactly.
 
-    ``chunks`` is called twice and gives flat fp32 tensors. Non-negative floats are ordered as their
-    bit patterns are, so two histograms, of the upper and then of the lower 16 bits, find the value
-    without a sort.
+    ``chunks`` is called twice and yields flat fp32 tensors. Non-negative floats have the order of
+    their bit patterns, so two histograms, of the upper and then of the lower 16 bits, find the
+    value without a sort.
     """
     import numpy as np
 
@@ -83,7 +83,7 @@ def magnitude_threshold(chunks: Callable[[], Iterable[Tensor]], keep: int) -> fl
         return 0.0
 
     def histogram(high: int | None) -> np.ndarray:
-        """Counts of the upper 16 bits, or of the lower ones of values with these upper bits."""
+        """Counts of the upper 16 bits, or of the lower 16 bits of values with these upper bits."""
         counts = np.zeros(1 << 16, dtype=np.int64)
         for values in chunks():
             bits = values.detach().cpu().contiguous().view(-1).numpy().view(np.uint32)
