@@ -1,7 +1,7 @@
 """Covariance of the points: known parts plus REML estimates of misfit and scatter.
 
 V = known parts (sampling design, documents) + misfit^2 1 + scatter^2 Z Z': the law's error at each
-point, and that common to all points of a base (Z maps points to bases). Both are estimated by
+point, and that common to all points of a base (Z maps points to bases). REML is
 restricted maximum likelihood (Patterson and Thompson 1971).
 """
 
@@ -14,7 +14,7 @@ import numpy as np
 
 from mergelaw.laws.law import Array
 
-# Fisher scoring ends when the log-likelihood grows by less than this.
+# Fisher scoring stops when the log-likelihood grows by less than this.
 ENOUGH = 1e-9
 # Added to a covariance to keep it regular, relative to the mean square of the values.
 TINY = 1e-13
@@ -66,29 +66,29 @@ class Noise:
     def variance_of(self, weights: Array, added: Array | float = 0.0) -> tuple[float, float, float]:
         """Variance of weights . losses and its degrees of freedom (Satterthwaite 1946).
 
-        ``added``, a multiple of each estimated variance on top, affects the freedom only.
+        ``added``, further multiples of the estimated shapes, change the degrees of freedom only.
 
         Returns:
-            The variance from parts that weight the points, that from the others, the freedom.
+            The variances from the parts that weight the points and from the others; the freedom.
         """
         slopes = np.array([weights @ shape @ weights for shape in self.shapes])
-        weighed, beside, spread = float(slopes @ self.variances), 0.0, 0.0
+        weighed, extra, spread = float(slopes @ self.variances), 0.0, 0.0
         for part in self.parts:
             share = float(weights @ part.matrix @ weights)
             spread += 2 * share**2 / part.freedom
-            weighed, beside = weighed + share * part.weigh, beside + share * (not part.weigh)
+            weighed, extra = weighed + share * part.weigh, extra + share * (not part.weigh)
         slopes = slopes + added
         spread += float(slopes @ self.uncertainty @ slopes)
-        total = weighed + beside + float(np.sum(added * self.variances))
-        return weighed, beside, max(2 * total**2 / spread, 1.0) if spread > 0 else math.inf
+        total = weighed + extra + float(np.sum(added * self.variances))
+        return weighed, extra, max(2 * total**2 / spread, 1.0) if spread > 0 else math.inf
 
 
 def weighing(parts: Sequence[Part], whole: bool = False) -> list[Array]:
     """Matrices by which the points are weighted.
 
-    They are the parts' own, but parts with few degrees of freedom get a common scale, since weights
-    must not follow the chance differences of three circles at each base. Of parts that do not
-    weight the points only the average independent variance stays, unless ``whole``.
+    Parts with few degrees of freedom get a common scale: weights must not follow the chance
+    differences of three circles at each base. A part that does not weight the points contributes
+    its average independent variance only, unless ``whole``.
     """
     rough = [part for part in parts if math.isfinite(part.freedom)]
     scale = sum(part.freedom * float(np.trace(part.matrix)) for part in rough)
@@ -108,7 +108,7 @@ def weighing(parts: Sequence[Part], whole: bool = False) -> list[Array]:
 def circle_part(means: Array, shape: Array) -> Part:
     """Covariance of the mean over circles, scaled by the variance between circles.
 
-    Estimated level by level from three circles, it would have rank two and get trusted weights.
+    A covariance estimated level by level from three circles has rank two; its weights mislead.
 
     Args:
         means: (circles, levels), each circle's estimates of E[L|k]; two circles or more.
@@ -124,44 +124,44 @@ def circle_part(means: Array, shape: Array) -> Part:
 def restricted(
     residuals: Array,
     jacobian: Array,
-    known: Array,
+    covariance: Array,
     shapes: Sequence[Array | None],
     above_zero: bool = False,
 ) -> tuple[Array, Array]:
     """REML estimates of the variances that multiply ``shapes``, and their covariance.
 
     Args:
-        residuals: (points,) of a fit by any weights.
+        residuals: (points,), of a fit with any weights.
         jacobian: (points, parameters), derivatives of the fitted losses by the free parameters.
-        known: (points, points), the rest of the covariance.
+        covariance: (points, points), its known part.
         shapes: (points, points) each; None is the identity and comes first.
         above_zero: keep the first variance above 0 by a prior (Chung et al. 2013).
     """
-    # Contrasts that no parameter can move have the distribution of the noise alone.
+    # No parameter can move these contrasts, so they show the noise alone.
     lengths = np.linalg.norm(jacobian, axis=0)
     left = np.linalg.qr(jacobian / np.where(lengths > 0, lengths, 1), mode="complete").Q
     left = left[:, jacobian.shape[1] :]
-    values, rest = left.T @ residuals, left.T @ known @ left
+    values, reduced = left.T @ residuals, left.T @ covariance @ left
     projected = [None if shape is None else left.T @ shape @ left for shape in shapes]
-    variances, _, information = _likeliest(values, rest, projected)
+    variances, _, information = _likeliest(values, reduced, projected)
     if above_zero and variances[0] == 0:
-        variances, _, information = _likeliest(values, rest, projected, above_zero=True)
+        variances, _, information = _likeliest(values, reduced, projected, above_zero=True)
     above = variances > 0
     inverse: Array = np.linalg.pinv(information[np.ix_(above, above)]).astype(float)
     return variances, 2 * inverse
 
 
-def deviance(residuals: Array, known: Array, shapes: Sequence[Array | None]) -> float:
-    """Minus twice the log-likelihood, maximised over the shapes' variances, less a constant."""
-    return _likeliest(residuals, known, shapes)[1]
+def deviance(residuals: Array, covariance: Array, shapes: Sequence[Array | None]) -> float:
+    """Minus twice the log-likelihood, maximised over the shapes' variances, up to a constant."""
+    return _likeliest(residuals, covariance, shapes)[1]
 
 
 def _likeliest(
-    values: Array, known: Array, shapes: Sequence[Array | None], above_zero: bool = False
+    values: Array, covariance: Array, shapes: Sequence[Array | None], above_zero: bool = False
 ) -> tuple[Array, float, Array]:
-    """Variances >= 0 by Fisher scoring, minus twice the log-likelihood, its expected curvature."""
+    """Variances >= 0 by Fisher scoring, with the deviance and its expected curvature there."""
     scale = float(values @ values) / len(values) or 1.0
-    likelihood = _likelihood(values / math.sqrt(scale), known / scale, shapes)
+    likelihood = _likelihood(values / math.sqrt(scale), covariance / scale, shapes)
     if above_zero:
         likelihood = _off_zero(likelihood)
     variances, value, second = _scored(likelihood, len(shapes))
@@ -182,16 +182,16 @@ def _off_zero(likelihood: Likelihood) -> Likelihood:
     return penalised
 
 
-def _likelihood(values: Array, known: Array, shapes: Sequence[Array | None]) -> Likelihood:
+def _likelihood(values: Array, covariance: Array, shapes: Sequence[Array | None]) -> Likelihood:
     """Minus twice the log-likelihood as a function of the variances."""
     count = len(values)
-    others = [shape for shape in (known, *shapes) if shape is not None and shape.any()]
+    others = [shape for shape in (covariance, *shapes) if shape is not None and shape.any()]
     if len(others) < 2:
-        # At most one matrix besides identities: along its eigenvectors the likelihood is a sum.
+        # With one matrix besides identities, the likelihood is a sum along its eigenvectors.
         spectrum, vectors = np.linalg.eigh(others[0] if others else np.zeros((count, count)))
         spectrum = np.maximum(spectrum, 0)
         squares = (vectors.T @ values) ** 2
-        fixed = spectrum if known.any() else np.zeros(count)
+        fixed = spectrum if covariance.any() else np.zeros(count)
         scales = np.array([np.ones(count) if shape is None else spectrum for shape in shapes])
         scales = scales.reshape(len(shapes), count)
 
@@ -205,7 +205,7 @@ def _likelihood(values: Array, known: Array, shapes: Sequence[Array | None]) -> 
     full = [np.eye(count) if shape is None else shape for shape in shapes]
 
     def dense(variances: Array) -> tuple[float, Array, Array]:
-        total = known + TINY * (1 + np.trace(known) / count) * np.eye(count)
+        total = covariance + TINY * (1 + np.trace(covariance) / count) * np.eye(count)
         for variance, shape in zip(variances, full, strict=True):
             total = total + variance * shape
         root = np.linalg.inv(np.linalg.cholesky(total))
@@ -221,7 +221,7 @@ def _likelihood(values: Array, known: Array, shapes: Sequence[Array | None]) -> 
 
 
 def _scored(likelihood: Likelihood, count: int) -> tuple[Array, float, Array]:
-    """Minimum over variances >= 0: where, its value, the expected curvature."""
+    """Variances >= 0 at the minimum, the value there and the expected curvature."""
     variances = np.full(count, 0.5)
     value, slope, second = likelihood(variances)
     for _ in range(100):

@@ -17,15 +17,15 @@ from mergelaw.laws.projection import ROUNDING, Problem
 from mergelaw.laws.result import Result
 from mergelaw.laws.solve import ROUNDED, Solution
 
-# Difference in AICc from which on one law is clearly better than another.
+# One law is clearly better than another if its AICc is lower by more than this.
 CLEARLY = 2
-# Chance below which residuals have too few runs.
+# Residuals have too few runs if chance gives so few with a lower probability than this.
 FEW_RUNS = 0.05
-# Below this ratio of the largest to the smallest N, exponents follow the bases' training budgets.
+# If the largest N is less than this times the smallest, exponents follow training budgets.
 LADDER = 100
-# A nonlinear parameter with a standard error over this share of its bounds' range is undetermined.
+# A parameter is undetermined if its standard error exceeds this share of its bounds' range.
 FLAT = 0.1
-# Up to this many levels of a variable, a warning lists them.
+# Warnings list at most this many levels of a variable.
 FEW_LEVELS = 4
 
 
@@ -75,8 +75,8 @@ class Diagnostics(Result):
     def holdout(self) -> dict[str, dict[str, Any]]:
         """Forecasts of the points with a variable's largest value from all others, by variable.
 
-        Each has the ``value`` held out; ``error``, the root mean squared error of the forecast; and
-        ``same``, that of repeating the loss at the next smaller value, or None (nats per token).
+        ``value`` is held out. ``error`` is the root mean squared error of the forecast (nats per
+        token); ``same`` is that of repeating the loss at the next smaller value, or None.
         """
         results: dict[str, dict[str, Any]] = {}
         variables, loss = self.variables, self.loss
@@ -184,7 +184,7 @@ def _warnings(solution: Solution) -> Iterable[Note]:
 
 
 def _on_bound(problem: Problem, name: str, value: float) -> str:
-    """Warning on a parameter on its bound, with the levels that would separate it from there."""
+    """Warning that a parameter is on its bound, and the levels that would move it off."""
     text = f"{name} hit its bound {value:g}"
     along = "N" if name in ("beta", "gamma") else "k"
     at_lower = value <= problem.law.nonlinear[name][0]
@@ -208,13 +208,13 @@ def _doubts(fitted: Diagnostics) -> Iterable[Note]:
                 "limit it upwards; measure more levels of " + " or ".join(law.levels),
             )
     scored = [rival for rival in fitted.rivals if rival["aicc"] is not None]
-    mine = min((r["aicc"] for r in scored if r["law"] in (law.name, *NESTED)), default=-math.inf)
-    better = [rival for rival in scored if rival["aicc"] < mine - CLEARLY]
+    aicc = min((r["aicc"] for r in scored if r["law"] in (law.name, *NESTED)), default=-math.inf)
+    better = [rival for rival in scored if rival["aicc"] < aicc - CLEARLY]
     if better:
         yield Note(
             "better_rival",
             f"law {better[0]['law']} describes the points better (AICc lower by "
-            f"{mine - better[0]['aicc']:.1f}): compare its forecasts before extrapolating",
+            f"{aicc - better[0]['aicc']:.1f}): compare its forecasts before extrapolating",
         )
     for name, forecast in fitted.holdout.items():
         if forecast["same"] is not None and forecast["error"] > forecast["same"]:
@@ -235,7 +235,7 @@ def _doubts(fitted: Diagnostics) -> Iterable[Note]:
 
 
 def or_none(value: float) -> float | None:
-    """The number, or None where JSON has no number for it."""
+    """The number, or None if it is not finite, since JSON has no such numbers."""
     return float(value) if math.isfinite(value) else None
 
 
@@ -248,14 +248,14 @@ def _groups(variables: Mapping[str, Array], along: str) -> Iterable[NDArray[np.i
 
 
 def _rises(fitted: Result) -> bool:
-    """Does the loss at the largest k exceed one at a smaller k, all else equal?"""
+    """Whether the loss at the largest k exceeds a loss at a smaller k, all else equal."""
     k, loss = fitted.variables["k"], fitted.loss
     groups = _groups(fitted.variables, "k")
     return any(loss[chosen[np.argmax(k[chosen])]] > loss[chosen].min() for chosen in groups)
 
 
 def _last(variables: Mapping[str, Array], loss: Array, name: str, kept: NDArray[np.bool_]) -> Array:
-    """Loss per point held out at the next smaller value of ``name``, all else equal; or NaN."""
+    """For each held-out point, the loss at the next smaller value of ``name``, or NaN."""
     values = variables[name]
     last = np.full(len(loss), math.nan)
     for chosen in _groups(variables, name):

@@ -25,7 +25,7 @@ class Fit(Diagnostics):
         """Fit another law, or this one, to the same points or to those in a mask."""
         solution = self.solution
         kept = np.ones(self.n_points, dtype=bool) if kept is None else kept
-        # Exponents that the laws share are about equal, so a smaller grid of starts is enough.
+        # The laws' shared exponents are about equal, so a smaller grid of starts is enough.
         starts = {
             name: tuple(sorted({box[0], self.parameters[name], box[-1]}))
             if name in ("beta", "gamma") and name in self.law.nonlinear
@@ -82,19 +82,19 @@ def fit(
 ) -> Fit:
     """Fit a law by generalised least squares; no starting values are needed.
 
-    The covariance of the points is ``covariance`` + misfit^2 1 + scatter^2 Z Z': errors of the
-    measurement, and of the law itself at each point and common to each base.
+    The points' covariance is ``covariance`` + misfit^2 1 + scatter^2 Z Z': errors of measurement,
+    of the law at each point, and of the law in common at each base.
 
     Args:
         law: one of ``LAWS``, or a law of your own.
         table: the law's variables by name (N > 0 in billions of parameters, k >= 1) and the loss
             ``ce`` (nats per token, > 0), or the law's other response; optionally standard errors
             ``se``.
-        covariance: instead of ``se``, (points, points), in the table's order; or parts of it.
+        covariance: (points, points), in the table's order, or its parts; replaces ``se``.
         misfit, scatter: standard deviations (nats per token). None estimates them from the
-            residuals: the misfit of more points than parameters, the scatter of five sizes or more.
-        jackknife: tables with the same columns and some of the rows, whose losses leave out one
-            expert each; for intervals about experts like these.
+            residuals: misfit needs more points than parameters, scatter five sizes or more.
+        jackknife: for intervals about experts like these, one table per expert: some of the rows,
+            with the losses without that expert.
 
     Raises:
         MergelawError: missing or impossible values, or too few points or levels of a variable.
@@ -108,7 +108,7 @@ def fit(
         raise MergelawError(
             "misfit 0 without standard errors leaves no uncertainty at all: omit it"
         )
-    # Sums of floats depend on the order of the points: use one order, whatever the table's.
+    # Sums of floats depend on the order of the points, so sort them.
     order = np.lexsort((loss, *reversed(variables.values())))
     ordered = {name: values[order] for name, values in variables.items()}
     selected = tuple(part.select(order) for part in parts)
@@ -129,7 +129,7 @@ def _parts(
     covariance: ArrayLike | Sequence[Part] | None,
     points: int,
 ) -> tuple[Part, ...]:
-    """Known parts of the points' covariance, checked, without those that are 0."""
+    """Known parts of the points' covariance, checked, without zero parts."""
     if covariance is None:
         if "se" not in table:
             return ()

@@ -33,8 +33,8 @@ class StudyFit:
 
     Attributes:
         base, N: the base and its size (billions) if the law is for one base, else None.
-        floors: by base, the pool's size M, the floor (k to infinity) and the fitted loss of the
-            merge of all M experts (nats per token), with 90% intervals where no domain is named.
+        floors: by base, the pool's size M, the floor (k to infinity) and the fitted loss of all M
+            experts merged (nats per token), with 90% intervals except at single domains.
     """
 
     method: str
@@ -86,7 +86,7 @@ class StudyFits:
 
 
 def fit_study(rows: pd.DataFrame, documents: Iterable[pd.DataFrame] = ()) -> StudyFits:
-    """Fit the points of evaluation rows, weighted by the errors that the cells show.
+    """Fit laws to the points of evaluation rows, weighted by their errors.
 
     Where a base has one circle, a surrogate that passed its check estimates the circle's error.
 
@@ -112,7 +112,7 @@ def fit_all(table: pd.DataFrame, warnings: Iterable[str] = ()) -> StudyFits:
 
     Args:
         table: points as of ``read_points``; optionally with the columns of ``noise.describe``.
-        warnings: warnings on the points, to keep with the fits.
+        warnings: warnings on the points, kept with the fits.
     """
     fits: list[StudyFit] = []
     variances: list[StudyFit] = []
@@ -184,15 +184,15 @@ def _fit(law: Law, group: pd.DataFrame) -> Fit:
 def _fit_variance(group: pd.DataFrame) -> Fit:
     """Fit the variance law to the loss's variances over the subsets of one base."""
     table = group[group["variance"] > (ROUNDED * group["ce"]) ** 2]
-    # A variance of n values is known within a share of it; equal weights would fit k = 1 only.
+    # A variance's error is a share of the variance; equal weights would fit k = 1 only.
     error = table["variance"] * np.sqrt(2 / (table["subsets"] - 1).clip(lower=1))
     columns = {name: table[name] for name in ("k", "M", "variance")}
     return fit(VARIANCE, {**columns, "se": error})
 
 
 def _floors(fitted: Fit, group: pd.DataFrame) -> Iterator[dict[str, Any]]:
-    """Floors of each base, and the experts needed to come close to them."""
-    # An interval takes refits: only for the losses that are read first.
+    """Floors of each base, and numbers of experts that come close to them."""
+    # Intervals take refits, so only the losses that are read first have them.
     with_intervals = group["domain"].iloc[0] in (MACRO, "")
     bases = group[["base", "N", "M"]].drop_duplicates().sort_values(["N", "base"])
     for name, N, M in bases.itertuples(index=False):
@@ -244,7 +244,7 @@ def write(study: StudyFits, output: Path, missing: Sequence[str] = ()) -> dict[s
 
 
 def parameter_table(fits: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
-    """One row per fit of laws.json, with the parameters of any law and their intervals' ends."""
+    """One row per fit of laws.json, with its parameters and the ends of their intervals."""
     place = ["method", "family", "domain", "law", "base", "N"]
     quality = ["r2", "rmse", "misfit", "scatter", "aicc", "n_points"]
     names = [*MERGING.parameters, *MERGING_FIXED_N.parameters[:-1]]

@@ -23,10 +23,10 @@ class Law:
     Attributes:
         levels: the variables, each with the number of distinct values that a fit needs.
         linear: the coefficients' names, in the order of the basis; >= 0 unless in ``signed``.
-        nonlinear: the nonlinear parameters' starting values, ascending; the ends are its bounds.
+        nonlinear: starting values of each nonlinear parameter, ascending; the ends are bounds.
         basis: maps variables and nonlinear parameters, by name, to the basis functions: arrays over
-            the points, or numbers. It must broadcast (many parameters are tried at once) and accept
-            complex numbers (derivatives are taken by complex steps).
+            the points, or numbers. It must broadcast (the solver tries many parameters at once) and
+            accept complex numbers (derivatives use complex steps).
         fixed: columns that must not vary within a table.
         response: the column that the law describes; a variance may be 0, a loss may not.
     """
@@ -105,7 +105,7 @@ def _laws_in_k(
 
 
 # The merging law first, E[L | N, k] of Wang et al., arXiv:2509.24244; then its rivals, which a few
-# points can hardly distinguish from it.
+# points hardly distinguish from it.
 JOINT, FIXED_N = zip(
     _laws_in_k("merging", "{A} / (k + b)", lambda k, b: (1.0 / (k + b),), {"b": OFFSET}),
     _laws_in_k("inverse", "{A} / k", lambda k: (1.0 / k,), {}),
@@ -119,7 +119,7 @@ JOINT, FIXED_N = zip(
         {"c": (0.02, 0.1, 0.3, 0.7, 1.2, 2.0, 4.0)},
     ),
     _laws_in_k("logarithmic", "{A} (-log k)", lambda k: (-np.log(k),), {}),
-    # A bounded loss that grows with k (theirs for TIES with lambda = 1).
+    # A bounded loss that grows with k; the paper's law for TIES with lambda = 1.
     _laws_in_k(
         "interference",
         "{A} / (k + b) + D k / (k + q)",
@@ -152,5 +152,5 @@ VARIANCE = Law(
 )
 LAWS = {law.name: law for law in (*JOINT, *FIXED_N, VARIANCE)}
 RIVALS = {laws[0].name: laws[1:] for laws in (JOINT, FIXED_N)}
-# The merging law with b = 0: a lower AICc of these does not speak against the merging law.
+# The merging law with b = 0: its lower AICc does not speak against the merging law.
 NESTED = (INVERSE.name, INVERSE_FIXED_N.name)

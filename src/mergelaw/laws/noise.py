@@ -1,4 +1,4 @@
-"""Errors of points, estimated from cells: of the sampling design, the documents and the pool."""
+"""Errors of points, estimated from cells: design, documents and pool."""
 
 import itertools
 from collections import Counter
@@ -38,7 +38,7 @@ def describe(
         table: points, as ``points.points`` returns them.
         rows: the evaluation rows under them.
         documents: the same rows, in any pieces, with the columns document_nll and document_tokens.
-        tau2: scale of the pair part for bases with one circle; without it their error is unknown.
+        tau2: scale of the pair part for bases with one circle; without it, their error is unknown.
 
     Returns:
         Warnings on unknown errors, after the table with the columns
@@ -47,8 +47,8 @@ def describe(
           method, family and domain, in the table's order; 0 where unknown;
         - ``freedom``: degrees of freedom of the base's part of the design; NaN if it has none;
         - ``se``: standard error (nats per token) from both; NaN where neither is known;
-        - ``variance``: of the loss over the subsets of the pool (nats^2); NaN for a single one;
-        - ``without``: the loss without each expert of the pool in turn, None where not all subsets
+        - ``variance``: of the loss over the pool's subsets (nats^2); NaN for a single subset;
+        - ``without``: the loss without each expert of the pool in turn; None unless all subsets
           are measured.
     """
     merges = _merges(rows)
@@ -67,13 +67,13 @@ def describe(
             single.setdefault(str(group["method"].iloc[0]), set()).update(unknown)
         shared = _documents(sums, group, *map(str, group[GROUP].iloc[0]))
         shared = np.zeros_like(design) if shared is None else shared
-        both = np.diag(design) + np.diag(shared)
+        variance = np.diag(design) + np.diag(shared)
         keys = pd.MultiIndex.from_frame(group[[*PLACE, "k"]])
         columns = {
             "documents": list(shared),
             "design": list(design),
             "freedom": freedom,
-            "se": np.where(both > 0, np.sqrt(both), np.nan),
+            "se": np.where(variance > 0, np.sqrt(variance), np.nan),
             "variance": spread.reindex(keys).to_numpy() + np.diag(design),
             "without": [jackknife.get(key) for key in keys],
         }
@@ -94,7 +94,7 @@ def _group_design(
     shapes: Mapping[Any, Shape],
     tau2: Tau2,
 ) -> tuple[Array, Array, list[str]]:
-    """Sampling covariance of a group's points, its freedom, and the bases where it is unknown."""
+    """Sampling covariance of a group's points, its freedom, and bases where both are unknown."""
     method, family, domain = map(str, group[GROUP].iloc[0])
     count = len(group)
     design, freedom, unknown = np.zeros((count, count)), np.full(count, np.nan), []
@@ -112,7 +112,7 @@ def _group_design(
 
 
 def of_one_circle(rows: pd.DataFrame) -> pd.DataFrame:
-    """Rows of methods on bases with one circle, whose error only a surrogate can estimate."""
+    """Rows of methods and bases with one circle; only a surrogate can estimate its error."""
     place = ["method", "family", "base"]
     drawn = rows[(rows["role"] == "merge") & (rows["replicate"] >= 0)]
     circles = drawn.groupby(place)["replicate"].nunique()
@@ -137,7 +137,7 @@ def _merges(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def _shape(merges: pd.DataFrame) -> Shape:
-    """Covariance of one circle's estimates up to tau^2, from which experts share subsets.
+    """Covariance of one circle's estimates up to tau^2, from the experts that share subsets.
 
     q_ij is the share of the circle's subsets that contain both i and j, less its mean over all
     circles; the covariance is the sum over pairs of q q' / (k k')^2.
@@ -180,10 +180,7 @@ def _design(circles: pd.DataFrame, shape: Shape, tau2: float | None) -> Part | N
 
 
 def _jackknife(merges: pd.DataFrame) -> dict[tuple[Any, ...], list[float]]:
-    """Losses at points over the subsets without one expert, for every expert in turn.
-
-    Only where all subsets of the pool are measured; the merge of all experts has no such subset.
-    """
+    """Losses at points over the subsets without one expert, for every expert in turn."""
     means_by_point: dict[tuple[Any, ...], list[float]] = {}
     for _, group in merges.groupby(["family", "base"]):
         names = sorted(set(itertools.chain.from_iterable(group["experts"])))
@@ -224,10 +221,7 @@ def _document_sums(pieces: Iterable[pd.DataFrame]) -> DocumentSums:
 def _documents(
     sums: DocumentSums, points: pd.DataFrame, method: str, family: str, domain: str
 ) -> Array | None:
-    """Covariance of a group's points over documents like the evaluated ones; None if unknown.
-
-    A loss is the ratio of the documents' NLL to their tokens.
-    """
+    """Covariance of a group's points over documents like the evaluated ones; None if unknown."""
     if not sums:
         return None
     if domain == MACRO:
@@ -245,7 +239,7 @@ def _documents(
         tokens = next(iter(circles.values()))[2]
         errors.append((nll - nll.sum() / tokens.sum() * tokens) / tokens.sum())
     covariance = np.zeros((len(points), len(points)))
-    # Only bases with the same documents can be paired; another tokenizer may have dropped others.
+    # Pair only bases with the same documents: tokenizers may drop different ones.
     for count in {len(error) for error in errors}:
         rows = [i for i, error in enumerate(errors) if len(error) == count]
         table = np.array([errors[i] for i in rows])

@@ -1,4 +1,4 @@
-"""Warnings of fits and points: sentences with a code, so that code need not read the sentence."""
+"""Warnings of fits and points: sentences with a code for programs."""
 
 
 class Note(str):

@@ -14,13 +14,13 @@ CIRCLE = ["seed", "replicate"]
 COLUMNS = [*POINT, *CIRCLE, "merge", "role", "ce", "finite"]
 # Columns that a points table may have besides N, k and ce (or loss).
 OPTIONAL = ["se", "M", "domain", "method", "family", "base"]
-# Further columns that `mergelaw fit` writes, and reads again.
+# Further columns that `mergelaw fit` writes and reads.
 WRITTEN = ["subsets", "replicates", "documents", "design", "freedom", "variance", "without"]
-# No model has so many billions of parameters: such an N counts parameters.
+# No model has so many billions of parameters, so N counts parameters.
 TOO_MANY_BILLIONS = 1e4
-# No base has so few parameters: such an N, too large for billions, counts something else.
+# No base has so few parameters, so N, too large for billions, counts something else.
 TOO_FEW_PARAMETERS = 1e6
-# Several sizes of at least the first, or one of at least the second, may be in millions.
+# Several sizes above the first limit, or one above the second, may be in millions.
 MILLIONS, MILLIONS_ALONE = 30, 1000
 MOST = 1_000_000  # experts in a pool
 
@@ -28,10 +28,10 @@ MOST = 1_000_000  # experts in a pool
 def points(rows: pd.DataFrame) -> tuple[pd.DataFrame, list[Note]]:
     """Estimate E[L | N, k] of every method, base and evaluation domain, and of their macro-average.
 
-    The expectation is over uniformly random k-subsets of the pool. Each circle, and the one pass
-    over an exhaustive level, is an unbiased estimate: subsets are averaged within circles, then
-    circles with equal weights. Domain ``macro`` is the unweighted mean over all evaluation domains
-    of the family (the cross-domain loss of Wang et al., arXiv:2509.24244), where none is missing.
+    The expectation is over uniformly random k-subsets of the pool. Each circle is an unbiased
+    estimate, and so is an exhaustive level: subsets are averaged within circles, then circles with
+    equal weights. Domain ``macro`` is the unweighted mean over all evaluation domains of the
+    family (the cross-domain loss of Wang et al., arXiv:2509.24244), where none is missing.
 
     Args:
         rows: one row per (merge, evaluation domain); N in billions of parameters, ce in nats per
@@ -49,7 +49,7 @@ def points(rows: pd.DataFrame) -> tuple[pd.DataFrame, list[Note]]:
         raise MergelawError(
             f"evaluation rows lack the columns {', '.join(absent)}: pass the rows of cells.parquet"
         )
-    # Sorted, so that the order of shards and files cannot change the last bit of a mean.
+    # Sort: the order of shards and files must not change the last bit of a mean.
     merges = rows.loc[rows["role"] == "merge", COLUMNS].sort_values([*POINT, *CIRCLE, "merge"])
     if merges.empty:
         raise MergelawError("no evaluation row has role 'merge': evaluate merges of k >= 1 first")
@@ -59,7 +59,7 @@ def points(rows: pd.DataFrame) -> tuple[pd.DataFrame, list[Note]]:
     means = circles.groupby(POINT).agg(ce=("ce", "mean"), replicates=("ce", "size"))
     by_point = merges.groupby(POINT)
     means["subsets"] = by_point["merge"].nunique()
-    # The mean over the subsets with a finite loss would be biased: drop the whole point.
+    # A mean over the finite losses only would be biased, so drop the whole point.
     whole = by_point["finite"].all()
     dropped: pd.DataFrame = means.loc[~whole].reset_index()
     table: pd.DataFrame = means.loc[whole].reset_index()
@@ -74,7 +74,7 @@ def points(rows: pd.DataFrame) -> tuple[pd.DataFrame, list[Note]]:
 
 
 def _macro(table: pd.DataFrame, merges: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Macro points where every domain of the family has a point, and the places without."""
+    """Macro points where every domain of the family has a point, and the incomplete places."""
     place = POINT[:-1]
     macro = table.groupby(place).agg(
         ce=("ce", "mean"),
@@ -110,8 +110,8 @@ def read_points(path: Path) -> tuple[pd.DataFrame, list[Note]]:
             method, family and base. Columns that ``mergelaw fit`` writes are accepted too.
 
     Returns:
-        The points in the form of ``points``, with M and, if present, se; and warnings on what was
-        assumed. Missing names are empty; a base without a name is named after its N.
+        The points in the form of ``points``, with M and, if present, se; and warnings on
+        assumptions. Missing names are empty; a base without a name is named after its N.
 
     Raises:
         MergelawError: the table cannot be read, or its columns or values are impossible.
@@ -143,9 +143,9 @@ def read_points(path: Path) -> tuple[pd.DataFrame, list[Note]]:
     if len(distinct) < len(table):
         repeated = len(table) - len(distinct)
         warnings.append(Note("repeated", f"{repeated} rows repeat others and were dropped"))
-    again = distinct[distinct.duplicated(POINT, keep=False)].sort_values(POINT)
-    if len(again):
-        first, second = again.iloc[0], again.iloc[1]
+    repeats = distinct[distinct.duplicated(POINT, keep=False)].sort_values(POINT)
+    if len(repeats):
+        first, second = repeats.iloc[0], repeats.iloc[1]
         raise MergelawError(
             f"{path}: the point N = {first['N']:g}, k = {first['k']} appears twice, with losses "
             f"{first['ce']:g} and {second['ce']:g}: give their mean, or distinguish them by a "
@@ -226,11 +226,11 @@ def _numbers(path: Path, table: pd.DataFrame, name: str) -> pd.Series:
         "se": (finite & (values >= 0), "a standard error of 0 or more"),
         "M": (whole & (values >= 1) & (values <= MOST), "the whole number of experts in the pool"),
     }
-    allowed, meaning = rules[name]
+    allowed, rule = rules[name]
     if not allowed.all():
         row = int(np.flatnonzero(~allowed)[0])
         raise MergelawError(
-            f"{path}: row {row + 1} has {name} = {cells.iloc[row]}: give {meaning}, or drop the row"
+            f"{path}: row {row + 1} has {name} = {cells.iloc[row]}: give {rule}, or drop the row"
         )
     return values.astype(int) if name in ("k", "M") else values
 

@@ -24,7 +24,7 @@ ROUNDED = 1e-9
 
 
 def pool_domains(fits: Mapping[str, Result]) -> dict[str, Any] | None:
-    """Choose the parameters to share by all domains; each keeps the weights and noise of its fit.
+    """Choose parameters that all domains share; each domain keeps its fit's weights and noise.
 
     Returns:
         The ``shared`` parameters, their ``parameters`` (values) and 90% ``intervals`` for this
@@ -41,13 +41,13 @@ def pool_domains(fits: Mapping[str, Result]) -> dict[str, Any] | None:
         for shared in itertools.combinations(names, size):
             problem = _Together(list(fits.values()), shared)
             state = problem.descend(problem.project(problem.start), ENOUGH)
-            spent = len(fits) * linear + len(state.theta)
-            if points - spent - 1 <= 0:
+            n_free = len(fits) * linear + len(state.theta)
+            if points - n_free - 1 <= 0:
                 continue
             deviance = state.squares * problem.size**2
-            aicc = deviance + 2 * spent * points / (points - spent - 1)
+            aicc = deviance + 2 * n_free * points / (points - n_free - 1)
             ways.append((aicc, shared, problem, state))
-    if all(shared for _, shared, _, _ in ways):  # too few points to share nothing
+    if all(shared for _, shared, _, _ in ways):  # too few points for separate fits
         return None
     ways.sort(key=lambda way: way[0])
     best, shared, problem, state = ways[0]
@@ -77,10 +77,7 @@ class _States(State):
 
 
 class _Together(Problem):
-    """The problems of several fits as one, with some nonlinear parameters shared.
-
-    Its nonlinear parameters are the shared ones, then the separate ones of each fit.
-    """
+    """The problems of several fits as one: shared nonlinear parameters, then those of each fit."""
 
     def __init__(self, fits: Sequence[Result], shared: tuple[str, ...]) -> None:
         self.law = fits[0].law
@@ -88,7 +85,7 @@ class _Together(Problem):
         self.problems = [fitted.solution.problem for fitted in fits]
         self.shared = [names.index(name) for name in shared]
         self.separate = [j for j in range(len(names)) if j not in self.shared]
-        # Every fit's residuals in units of their standard deviation.
+        # Scale every fit's residuals to their standard deviation.
         scales = []
         for fitted in fits:
             problem, noise = fitted.solution.problem, fitted.solution.noise
@@ -136,15 +133,15 @@ class _Together(Problem):
     def jacobian(self, state: State) -> Array:
         """Derivatives of all fitted losses by the nonlinear parameters."""
         assert isinstance(state, _States)
-        out = np.zeros((len(self.loss), len(state.theta)))
+        slopes = np.zeros((len(self.loss), len(state.theta)))
         row, column = 0, len(self.shared)
         for problem, scale, part in zip(self.problems, self.scales, state.each, strict=True):
             block = scale * problem.jacobian(part)
             rows = slice(row, row + len(block))
-            out[rows, : len(self.shared)] = block[:, self.shared]
-            out[rows, column : column + len(self.separate)] = block[:, self.separate]
+            slopes[rows, : len(self.shared)] = block[:, self.shared]
+            slopes[rows, column : column + len(self.separate)] = block[:, self.separate]
             row, column = row + len(block), column + len(self.separate)
-        return out
+        return slopes
 
     def parameters_of_each(self, state: State) -> list[dict[str, float]]:
         """All parameters of each fit, by name."""

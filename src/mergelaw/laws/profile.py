@@ -1,4 +1,4 @@
-"""Profile-likelihood intervals: values of a quantity for which a refit is not much worse.
+"""Profile-likelihood intervals: values of a quantity at which a refit is not much worse.
 
 The interval holds the values at which the squares of a refit with the quantity fixed exceed the
 minimum by at most a threshold.
@@ -17,7 +17,7 @@ from mergelaw.laws.projection import ROUNDING, STEP, Problem, State
 TOLERANCE = 1e-3
 # Descents end when a step reduces the squares by less than this share.
 ENOUGH = 1e-7
-# Stiffness of a pull relative to the fit; it reaches its value within 1/STIFF^2.
+# Stiffness of a pull relative to the fit; the pull reaches its value within 1/STIFF^2.
 STIFF = 30.0
 
 Vector = Callable[[NDArray[np.inexact]], NDArray[np.inexact]]
@@ -37,7 +37,7 @@ def nonlinear_interval(
         state = fixed.descend(fixed.project(theta), ENOUGH)
         return value, state.squares, state
 
-    # Standard error given that all other parameters are refitted (Frisch, Waugh and Lovell).
+    # Standard error while all other parameters are refitted (Frisch, Waugh and Lovell).
     jacobian = problem.jacobian(best)
     lengths = np.linalg.norm(jacobian, axis=0)
     lengths[lengths == 0] = 1
@@ -129,7 +129,7 @@ def _end(
         if min(wanted - inner[2], outer[2] - wanted) < TOLERANCE * wanted:
             break
         share = (wanted - inner[2]) / (outer[2] - inner[2])
-        # Twice in a row on the same side: the secant is stuck, so bisect.
+        # After two steps on the same side the secant is stuck, so bisect.
         share = 0.5 if abs(side) > 1 else share
         middle, state = evaluate(inner[0] + share * (outer[0] - inner[0]), near)
         if middle[2] < wanted:

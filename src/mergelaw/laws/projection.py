@@ -1,7 +1,7 @@
 """Variable projection: the least-squares solver of every fit (Golub and Pereyra 1973).
 
 At fixed nonlinear parameters the best coefficients of a law solve a non-negative least-squares
-problem. So only the nonlinear parameters are searched, from the law's grid of starting values.
+problem. The search is over nonlinear parameters only, from the law's grid of starts.
 """
 
 import itertools
@@ -17,7 +17,7 @@ from scipy.optimize import nnls
 
 from mergelaw.laws.law import Array, Law
 
-# Grid points to descend from besides the grid's local minima.
+# Descents start at this many grid points besides the local minima.
 BEST_STARTS = 4
 # Parameters closer than this share of their bounds' range lead to the same minimum.
 SAME = 1e-4
@@ -25,7 +25,7 @@ SAME = 1e-4
 WELL_POSED = 1e-8
 # Keeps normal equations solvable where two columns of the basis are the same.
 RIDGE = 1e-12
-# Length of complex steps; they have no rounding error, however short.
+# Length of complex steps, which have no rounding error.
 STEP = 1e-30
 # Parts of the loss smaller than this share of it are rounding errors.
 ROUNDING = 1e-14
@@ -50,7 +50,7 @@ class State:
 
 
 class Problem:
-    """Least squares in the nonlinear parameters of a law, with the linear ones projected out.
+    """Least squares in a law's nonlinear parameters, with the linear ones projected out.
 
     The loss is scaled to unit length, and squares and coefficients with it; multiply by ``size`` to
     undo that. Columns of the basis are scaled too, so the unit of N does not matter.
@@ -81,20 +81,20 @@ class Problem:
 
     def columns(self, theta: NDArray[Any]) -> NDArray[Any]:
         """Basis functions at ``theta``, (points, coefficients)."""
-        out = self._columns(theta)
+        columns = self._columns(theta)
         if self.pull is not None:
             vector, weight = self.pull
-            out = np.vstack([out, weight * vector(theta)])
-        return out
+            columns = np.vstack([columns, weight * vector(theta)])
+        return columns
 
     def _columns(self, theta: NDArray[Any]) -> NDArray[Any]:
         """Basis without the pull, at one theta or at many: (..., points, coefficients)."""
         points = len(next(iter(self.variables.values())))
-        out = np.empty((*theta.shape[:-1], points, len(self.law.linear)), dtype=theta.dtype)
+        columns = np.empty((*theta.shape[:-1], points, len(self.law.linear)), dtype=theta.dtype)
         named = dict(zip(self.law.nonlinear, theta.T[..., None], strict=True))
         for j, column in enumerate(self.law.basis(**self.variables, **named)):
-            out[..., j] = column
-        return out if self.whitener is None else self.whitener @ out
+            columns[..., j] = column
+        return columns if self.whitener is None else self.whitener @ columns
 
     def parameters(self, state: State) -> dict[str, float]:
         """All parameters of the law by name, in the losses' units."""
@@ -108,12 +108,12 @@ class Problem:
     def _slopes(self, state: State) -> Array:
         """Derivatives of the fitted losses by the nonlinear parameters, coefficients fixed."""
         steps = state.theta + self.steps
-        out = (self._columns(steps).imag @ state.coefficients).T / STEP
+        slopes = (self._columns(steps).imag @ state.coefficients).T / STEP
         if self.pull is not None:
             vector, weight = self.pull
             last = [vector(step).imag @ state.coefficients for step in steps]
-            out = np.vstack([out, weight * np.array(last) / STEP])
-        return out
+            slopes = np.vstack([slopes, weight * np.array(last) / STEP])
+        return slopes
 
     def with_fixed(self, j: int, value: float) -> "Problem":
         """Copy of the problem with nonlinear parameter ``j`` fixed at a value."""
@@ -138,9 +138,9 @@ class Problem:
         """Best coefficients at ``theta``, by non-negative least squares."""
         columns = self.columns(theta)
         lengths = np.sqrt(np.einsum("ij,ij->j", columns, columns))
-        lengths[lengths == 0] = 1  # a term that is 0 at every point gets the coefficient 0
+        lengths[lengths == 0] = 1  # terms that are 0 at every point get the coefficient 0
         unit = columns / lengths
-        # The plain solution if nothing in it is negative, else that of the active coefficients.
+        # Use the plain solution unless it is negative somewhere; then only active coefficients.
         q, r = np.linalg.qr(unit)
         well_posed = len(r) == r.shape[1] and np.abs(r.diagonal()).min(initial=1) > WELL_POSED
         coefficients = np.linalg.solve(r, q.T @ self.loss) if well_posed else np.zeros(r.shape[1])
@@ -165,13 +165,10 @@ class Problem:
         return used
 
     def jacobian(self, state: State) -> Array:
-        """Derivatives of the fitted losses by the nonlinear parameters (Kaufman 1975).
-
-        The part that the coefficients can absorb is projected out.
-        """
-        out = self._slopes(state)
+        """Derivatives by the nonlinear parameters, coefficients projected out (Kaufman 1975)."""
+        slopes = self._slopes(state)
         q = state.orthonormal
-        return out - q @ (q.T @ out)
+        return slopes - q @ (q.T @ slopes)
 
     def descend(
         self, state: State, enough: float = 1e-13, known_minima: Sequence[State] = ()
@@ -191,7 +188,7 @@ class Problem:
             outwards = ((state.theta <= self.lower) & (ascent <= 0)) | (
                 (state.theta >= self.upper) & (ascent >= 0)
             )
-            # A parameter without effect (its coefficient is 0) does not move either.
+            # Parameters without effect (their coefficient is 0) do not move either.
             free = np.flatnonzero(~outwards & (diagonal > 0))
             slope = np.abs(ascent[free]) / np.sqrt(diagonal[free])
             if state.squares <= rounding or not (slope > 1e-14 * math.sqrt(state.squares)).any():
@@ -219,8 +216,8 @@ class Problem:
     def minimum(self, near: Array | None = None, enough: float = 1e-13) -> State:
         """Best state of descents from the grid's local minima, and from ``near``.
 
-        A narrow valley may run across the grid, so descents also start at its best few points,
-        unless there is ``near``, a minimum under other weights.
+        Without ``near``, a minimum under other weights, descents also start at the best few
+        points of the grid, since a narrow valley may cross it.
         """
         if not self.law.nonlinear:
             return self.project(np.empty(0))
@@ -250,7 +247,7 @@ class Problem:
         normal = np.einsum("gij,gik->gjk", unit, unit)
         right = np.einsum("gij,i->gj", unit, self.loss)
         squares = np.full(len(grid), float(self.loss @ self.loss))
-        # Non-negative least squares: the best of all choices of coefficients above 0.
+        # The non-negative solution is the best among all choices of coefficients above 0.
         bounded = np.flatnonzero(~self.signed)
         left = np.ones(len(grid), dtype=bool)
         for size in range(len(bounded), -1, -1):

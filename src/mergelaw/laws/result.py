@@ -18,10 +18,10 @@ from mergelaw.laws.covariance import deviance, weighing
 from mergelaw.laws.law import Array, Law
 from mergelaw.laws.solve import ROUNDED, Solution
 
-# Level of the intervals that are reported.
+# Level of the reported intervals.
 LEVEL = 0.9
-# Populations that an interval can refer to: the mean over subsets of the measured experts, or over
-# subsets of another pool of as many experts, drawn as these were.
+# An interval is for the mean over subsets of this pool, or of another pool of as many experts
+# from the same population.
 POOL, EXPERTS = "this pool", "experts like these"
 # No pool has so many experts.
 MANY = 2**30
@@ -29,7 +29,7 @@ MANY = 2**30
 
 @dataclass(frozen=True)
 class Result:
-    """A law fitted to a table: its numbers.
+    """A law fitted to a table: parameters, predictions and intervals.
 
     Attributes:
         parameters: by name; losses in nats per token, N in the table's unit.
@@ -43,8 +43,6 @@ class Result:
     residuals: Array
     solution: Solution = field(repr=False, compare=False)
     jackknife: tuple[dict[str, float], ...] = field(repr=False, compare=False)
-
-    # ---- quality
 
     @property
     def n_points(self) -> int:
@@ -92,22 +90,20 @@ class Result:
 
     @cached_property
     def aicc(self) -> float:
-        """Akaike's criterion, corrected for few points; NaN where there are too few for it."""
+        """Akaike's criterion, corrected for few points; NaN where they are too few."""
         solution, count = self.solution, len(self.law.parameters)
         shapes, residuals = solution.estimated, solution.residuals
         fixed = sum(weighing(solution.fixed), np.zeros((self.n_points, self.n_points)))
         if not shapes and solution.misfit is not None:
             return deviance(residuals, fixed, []) + 2 * count
-        spent = count + len(shapes)
-        left = self.n_points - spent - 1
+        n_free = count + len(shapes)
+        left = self.n_points - n_free - 1
         if left <= 0 or not shapes:
             return math.nan
         least = (1e-13 * float(np.mean(self.loss))) ** 2
         if float(np.mean(residuals**2)) < least:
             residuals = np.full_like(residuals, math.sqrt(least))
-        return deviance(residuals, fixed, shapes) + 2 * spent * self.n_points / left
-
-    # ---- parameters and predictions
+        return deviance(residuals, fixed, shapes) + 2 * n_free * self.n_points / left
 
     @property
     def params(self) -> pd.Series:
@@ -115,7 +111,7 @@ class Result:
         return pd.Series(self.parameters, name=self.law.name)
 
     def conf_int(self, level: float = LEVEL, population: str = POOL) -> pd.DataFrame:
-        """Intervals of all parameters: columns low and high, NaN where there is none."""
+        """Intervals of all parameters: columns low and high, NaN if unknown."""
         ends = {name: self.interval(name, level, population) for name in self.parameters}
         rows = {name: e or (math.nan, math.nan) for name, e in ends.items()}
         return pd.DataFrame.from_dict(rows, orient="index", columns=["low", "high"])
@@ -140,7 +136,7 @@ class Result:
         return table.assign(low=low, high=high)
 
     def k_within(self, nats: float, **others: float) -> int | None:
-        """k_eps: experts needed to come this close to the floor; None if no number does.
+        """k_eps: experts needed to come this close to the floor; None if no number is enough.
 
         Args:
             nats: distance of the expected loss from its limit for k to infinity, above 0.
@@ -163,15 +159,13 @@ class Result:
                 return None
         return bisect.bisect_left(range(above), True, lo=1, key=lambda k: not too_far(k))
 
-    # ---- intervals
-
     def interval(
         self, name: str, level: float = LEVEL, population: str = POOL
     ) -> tuple[float, float] | None:
         """Interval of a parameter; None where the noise is unknown.
 
-        For ``POOL`` it is a profile-likelihood interval; an end on the parameter's bound means that
-        the points do not limit it there. For ``EXPERTS`` it is the jackknife's, or None.
+        ``POOL`` gives a profile-likelihood interval; the points do not limit an end that is on the
+        parameter's bound. ``EXPERTS`` gives the jackknife's, or None.
 
         Raises:
             MergelawError: unknown parameter or population, or an impossible level.
@@ -201,7 +195,7 @@ class Result:
         if name in law.signed or value <= 0 or ends[0] <= 0:
             low, high = _widened(ends, value, extra)
             return (low if name in law.signed else max(low, 0.0)), high
-        # An amplitude is uncertain by a factor: far from N = 1 it varies with an exponent of N.
+        # Amplitudes are uncertain by a factor: far from N = 1 they vary with an exponent of N.
         logarithms = math.log(ends[0]), math.log(ends[1])
         low, high = _widened(logarithms, math.log(value), extra / value)
         with np.errstate(over="ignore"):
@@ -235,13 +229,13 @@ class Result:
         new: bool = False,
         **variables: ArrayLike,
     ) -> tuple[Array, Array] | None:
-        """Intervals of the expected loss (nats per token); None where there are none.
+        """Intervals of the expected loss (nats per token); None if unknown.
 
         Args:
             level: nominal coverage.
             population: ``POOL`` or ``EXPERTS``; see ``interval``.
-            new: False: the mean that the law describes. True: E[L|N,k] of another base, which the
-                law misses by as much as the measured ones, without sampling error.
+            new: the interval is for E[L|N,k] of another base, with the law's misfit and scatter
+                but without sampling error; else for the mean that the law describes.
             variables: as in ``predict``; k may be infinite.
         """
         centre = self.predict(**variables)
@@ -263,8 +257,8 @@ class Result:
     ) -> tuple[float, tuple[float, float] | None]:
         """Expected loss at the first variables minus that at the second (nats per token).
 
-        The two losses share most of their error: the profile-likelihood interval, which is None
-        where the noise is unknown, is narrower than theirs.
+        The losses share most of their error, so the profile-likelihood interval of the difference
+        is narrower than theirs; it is None where the noise is unknown.
         """
         value = float(self.predict(**first) - self.predict(**second))
         _check(level, POOL)
@@ -309,7 +303,7 @@ class Result:
     def _noise_of(
         self, gradient: Array, parameter: bool = False, new: bool = False
     ) -> tuple[float, float, float]:
-        """Variance of gradient . parameters relative to the weights', other variance, freedom.
+        """Variance of gradient . parameters relative to the weights', extra variance, freedom.
 
         The gradient has linear parameters first. A ``parameter`` counts even if it is on its bound;
         ``new`` adds the law's error at a new base.
@@ -323,11 +317,11 @@ class Result:
         lengths = np.linalg.norm(tangent, axis=0)
         lengths[lengths == 0] = 1
         white = np.linalg.pinv(tangent / lengths).T @ (gradient[used] / lengths)
-        if parameter and gradient[len(self.law.linear) :].any():  # nonlinear: per unit loss
+        if parameter and gradient[len(self.law.linear) :].any():  # nonlinear ones are per unit loss
             white = white / problem.size
         weighed, extra, freedom = noise.variance_of(problem.whitener.T @ white, float(new))
         assumed = float(white @ white)
-        # Rounding may leave a zero variance slightly negative.
+        # Rounding can make a zero variance slightly negative.
         ratio = max(weighed, 0.0) / assumed if assumed > 0 else 1.0
         return ratio, max(extra, 0.0) + missed, freedom
 

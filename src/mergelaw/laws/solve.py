@@ -12,11 +12,11 @@ from mergelaw.laws.covariance import Noise, Part, restricted, weighing
 from mergelaw.laws.law import Array, Law
 from mergelaw.laws.projection import ROUNDING, Problem, State
 
-# With this many sizes, the law's error common to a base can be distinguished from misfit.
+# Scatter over bases can be told from misfit with this many sizes.
 SIZES_FOR_SCATTER = 5
-# Alternations between estimating the variances and refitting with the weights they imply.
+# Rounds of estimating the variances and refitting with their weights.
 ROUNDS = 2
-# Tolerance of a minimum from which only the first weights follow.
+# Tolerance of the minimum that only gives the first weights.
 ROUGHLY = 1e-6
 # Added to a covariance so that it has an inverse, relative to its mean variance.
 SINGULAR = 1e-10
@@ -29,7 +29,7 @@ class Solution:
     """The minimum of a fit, with points in the solver's order.
 
     Attributes:
-        parts, misfit, scatter: as the caller gave them.
+        parts, misfit, scatter: the caller's arguments.
         fixed: parts of the covariance that are not estimated.
         estimated: matrices whose variances were to be estimated (None: the identity).
     """
@@ -89,7 +89,7 @@ def solve(
     least = ROUNDED * float(np.mean(loss))
     if grouped and not parts and state.squares * plain.size**2 < points * least**2:
         even, estimated = True, estimated[:-1]  # losses without any noise
-    if even:  # equal errors are no weights
+    if even:  # equal errors do not weight the points
         problem, noise = plain, _even_noise(plain, state, misfit, enough)
     else:
         problem, state, variances, spread = _weighted(plain, state, loss, fixed, estimated, least)
@@ -113,7 +113,7 @@ def _weighted(
     law, points = plain.law, len(loss)
     none = np.zeros((points, points))
     total, whole = sum(weighing(fixed), none), sum(weighing(fixed, whole=True), none)
-    # A law that passes through as many exact points as it has parameters may still miss others.
+    # A law can pass through as many exact points as it has parameters and still miss others.
     exact = int(np.sum(np.diag(whole) == 0))
     unknown = any(shape is None for shape in estimated)
     pinned = unknown and exact >= len(law.parameters)
@@ -144,7 +144,7 @@ def _noise(
     spread: Array,
     assumed: tuple[float | None, float | None],
 ) -> Noise:
-    """Noise model of weighted points; ``assumed``: misfit and scatter where not estimated."""
+    """Noise model of weighted points; ``assumed`` are misfit and scatter if not estimated."""
     points = len(problem.loss)
     deviations = {
         "misfit" if shape is None else "scatter": math.sqrt(variance)
@@ -176,7 +176,7 @@ def _even_noise(problem: Problem, state: State, misfit: float | None, enough: bo
 
 
 def _same_base(variables: Mapping[str, Array]) -> Array | None:
-    """Matrix of 1 where two points are of one base, else 0; None without bases."""
+    """Matrix with 1 where two points share a base, else 0; None without bases."""
     if not {"N", "k"} <= variables.keys():
         return None
     same: Array = (variables["N"][:, None] == variables["N"]).astype(float)
@@ -193,10 +193,7 @@ def _free(problem: Problem, state: State) -> NDArray[np.bool_]:
 def solve_again(
     solution: Solution, variables: Mapping[str, Array], loss: Array
 ) -> dict[str, float]:
-    """Parameters of the law fitted to other losses at some of a solution's points.
-
-    The points keep their weights, and the search starts from the solution.
-    """
+    """Parameters of a law refitted to other losses at some points, with the same weights."""
     problem, old = solution.problem, solution.problem.variables
     same = [old[name] == values[:, None] for name, values in variables.items()]
     places = np.argmax(np.all(same, axis=0), axis=1)
@@ -204,6 +201,6 @@ def solve_again(
     if problem.whitener is not None:
         covariance = np.linalg.inv(problem.whitener.T @ problem.whitener)
         covariance = covariance[np.ix_(places, places)]
-    again = Problem(problem.law, variables, loss, covariance)
-    state = again.descend(again.project(solution.state.theta))
-    return again.parameters(state)
+    refit = Problem(problem.law, variables, loss, covariance)
+    state = refit.descend(refit.project(solution.state.theta))
+    return refit.parameters(state)

@@ -18,8 +18,8 @@ def fit_text(fit: Mapping[str, Any], equation: str) -> str:
             for kind in ("intervals", "experts_intervals")
             if name in fit[kind]
         ]
-        beside = f"   90%: {'   experts like these: '.join(ends)}" if ends else ""
-        lines.append(f"  {name:<{width}} = {value:<10.5g}{beside}".rstrip())
+        suffix = f"   90%: {'   experts like these: '.join(ends)}" if ends else ""
+        lines.append(f"  {name:<{width}} = {value:<10.5g}{suffix}".rstrip())
     r2 = math.nan if fit["r2"] is None else fit["r2"]
     noise = "" if fit["misfit"] is None else f"  misfit {fit['misfit']:.2g}"
     noise += f"  scatter over N {fit['scatter']:.2g}" if fit["scatter"] > 0 else ""
@@ -28,10 +28,10 @@ def fit_text(fit: Mapping[str, Any], equation: str) -> str:
     )
     for name, forecast in fit["left_out"].items():
         same = forecast["same"]
-        beside = "" if same is None else f'; "same as the last point" misses it by {same:.3g}'
+        suffix = "" if same is None else f'; "same as the last point" misses it by {same:.3g}'
         lines.append(
             f"  with {name} = {forecast['value']:g} held out, the law misses it by "
-            f"{forecast['error']:.3g} nats{beside}"
+            f"{forecast['error']:.3g} nats{suffix}"
         )
     rivals = [rival for rival in fit["rivals"] if rival["above"] is not None]
     if len(fit["rivals"]) > 1 and fit["aicc"] is not None:
@@ -41,7 +41,7 @@ def fit_text(fit: Mapping[str, Any], equation: str) -> str:
 
 
 def pooled_text(pooled: Mapping[str, Any]) -> str:
-    """One line on a pooled fit: the shared parameters, and the gain in AICc over sharing none."""
+    """A pooled fit in one line: the shared parameters, and the gain in AICc over separate fits."""
     if not pooled["shared"]:
         return "the domains share none of beta, gamma and b (AICc)"
     none = next(way["above"] for way in pooled["ways"] if not way["shared"])
@@ -94,8 +94,8 @@ def _floor_lines(floor: Mapping[str, Any]) -> tuple[str, str]:
     losses = []
     for kind in ("asymptotic", "reachable"):
         ends = floor[f"{kind}_interval"]
-        beside = "" if ends is None else f" (90%: {interval(ends)})"
-        losses.append(f"{floor[kind]:.5g}{beside}")
+        suffix = "" if ends is None else f" (90%: {interval(ends)})"
+        losses.append(f"{floor[kind]:.5g}{suffix}")
     return (
         f"  {floor['base']}: floor {losses[0]}, reachable with these {floor['M']} experts "
         f"{losses[1]}",
@@ -104,7 +104,7 @@ def _floor_lines(floor: Mapping[str, Any]) -> tuple[str, str]:
 
 
 def interval(ends: Sequence[float | None], digits: int = 5) -> str:
-    """An interval, as in "0.976 to 0.98"; an end without limit is inf."""
+    """An interval, as in "0.976 to 0.98"; an open end is inf."""
     low, high = ((-math.inf, math.inf)[i] if end is None else end for i, end in enumerate(ends))
     return f"{low:.{digits}g} to {high:.{digits}g}"
 
@@ -115,10 +115,10 @@ def _macro_first(fit: Mapping[str, Any]) -> tuple[bool, str, str]:
 
 def _base(fit: Mapping[str, Any]) -> str:
     base = fit["base"] or "all sizes"
-    # A base of a points table may be named after its size.
+    # A points table may name a base after its size.
     return base if not fit["base"] or base.startswith("N=") else f"{base} (N = {fit['N']:g})"
 
 
 def _place(fit: Mapping[str, Any], *others: str) -> str:
-    """Place of a fit in its study; a points table need not name everything."""
+    """Place of a fit in its study, without the parts that a points table does not name."""
     return ", ".join(name for name in (fit["method"], fit["family"], *others) if name)

@@ -1,4 +1,4 @@
-"""Quadratic surrogate: the loss of any merge of a pool, from the merges that were measured.
+"""Quadratic surrogate: the loss of any merge of a pool, predicted from measured merges.
 
 For weights w that sum to one, L = w.Q.w = sum_i s_i w_i - sum_(i<j) D_ij w_i w_j: s_i is the loss
 of expert i alone, D_ij = s_i + s_j - 2 Q_ij the gain of two experts in one merge. Shrinkage pulls
@@ -24,7 +24,7 @@ RANK = 1e-9
 FULL_LEVERAGE = 1e-8
 # The check holds out this many parts of the tested merges in turn, and needs as many merges.
 FOLDS = 8
-# It passes from this rank correlation on, and up to this RMSE as a share of the spread.
+# The check needs at least this rank correlation and at most this RMSE, relative to the spread.
 CORRELATION = 0.95
 ERROR = 0.25
 
@@ -34,8 +34,8 @@ class Check:
     """Prediction of held-out merges.
 
     Attributes:
-        correlation: Spearman's rank correlation of predicted and measured losses within the same k,
-            so that the fall of the loss with k is no merit.
+        correlation: Spearman's rank correlation of predicted and measured losses within the same k;
+            the fall of the loss with k does not count.
         rmse: root mean squared error (nats per token).
         spread: standard deviation of the measured losses within k (nats per token).
     """
@@ -52,7 +52,7 @@ class Surrogate:
     Attributes:
         experts: the pool's M experts; the order of weights.
         Q: symmetric (M, M), in nats per token.
-        check: prediction of held-out merges; None where there were none to spare.
+        check: prediction of held-out merges; None if there are too few merges.
     """
 
     experts: tuple[str, ...]
@@ -79,7 +79,7 @@ class Surrogate:
     def tau2(self) -> float:
         """Scale of a circular design's variance (nats squared): ||B||_F^2 / (2M(M-3)).
 
-        B is the pair part of 2 Q: off-diagonal entries less what is additive in the two experts.
+        B is the pair part of 2 Q: off-diagonal entries less their additive part.
         """
         M = len(self.experts)
         if M < 4:
@@ -94,7 +94,7 @@ class Surrogate:
 
     @property
     def usable(self) -> bool:
-        """True if held-out merges were predicted well enough to use the surrogate."""
+        """True if the surrogate predicts held-out merges well enough to be used."""
         check = self.check
         return (
             check is not None
@@ -150,7 +150,7 @@ class _Ridge:
         """Error of each cell predicted from all others; None where undefined."""
         factors = self._factors(shrinkage)
         leverage = (self.q**2).sum(axis=1) + (self.u**2) @ factors
-        # A cell that alone determines a coefficient, such as an expert alone, cannot be left out.
+        # Some cells determine a coefficient alone, as single experts do, and cannot be left out.
         defined = leverage < 1 - FULL_LEVERAGE
         if not defined.any() or (shrinkage == 0 and not defined.all()):
             return None
@@ -162,14 +162,14 @@ class _Ridge:
         """Shrinkage of the least leave-one-out error, for each loss."""
         best = np.zeros(self.losses.shape[1])
         if self.rank >= len(self.losses):
-            return best  # no residuals to choose by: interpolate the cells
+            return best  # without residuals, interpolate the cells
         least = np.full(len(best), np.inf)
         for shrinkage in SHRINKAGE:
             errors = self._leave_one_out(shrinkage)
             if errors is None:
                 continue
             squares = (errors**2).mean(axis=0)
-            # On exact data small shrinkages leave only rounding errors: take the smallest.
+            # On exact data only rounding errors remain, so take the smallest shrinkage.
             better = squares < least * (1 - 1e-6) - 1e-24
             best[better], least[better] = shrinkage, squares[better]
         return best
@@ -252,10 +252,7 @@ def fit_rows(rows: pd.DataFrame) -> dict[str, Surrogate]:
 
 
 def tau2_of(rows: pd.DataFrame) -> dict[tuple[str, str, str, str], float]:
-    """Scales tau^2 (nats squared) of the sampling error of single circles.
-
-    They are by (method, family, base, domain), for every surrogate that passed its check.
-    """
+    """Scales tau^2 (nats^2) of single circles' sampling error, from surrogates that passed."""
     scales = {}
     merges = rows[rows["role"] == "merge"]
     for (method, family, base), group in merges.groupby(["method", "family", "base"]):
@@ -270,7 +267,7 @@ def tau2_of(rows: pd.DataFrame) -> dict[tuple[str, str, str, str], float]:
 
 
 def _distinct(w: Array, y: Array) -> tuple[Array, Array]:
-    """Distinct merges in an order of their own; losses of repeated ones are averaged."""
+    """Distinct merges, sorted; losses of repeated merges are averaged."""
     _, first, inverse = np.unique(w.round(12), axis=0, return_index=True, return_inverse=True)
     counts = np.bincount(inverse.ravel())
     means = np.zeros((len(first), y.shape[1]))
@@ -288,10 +285,7 @@ def _matrix(free: Array, pairs: Array, M: int) -> Array:
 
 
 def _checks(w: Array, y: Array, rank: int) -> list[Check | None]:
-    """Checks of each domain, and of their mean.
-
-    Merges beyond singles and pairs are tested in parts, each predicted from all other merges.
-    """
+    """Checks of each domain and their mean, on merges beyond pairs; parts are held out in turn."""
     unchecked: list[Check | None] = [None] * (y.shape[1] + 1)
     sizes = (w != 0).sum(axis=1)
     group = np.unique(sizes, return_inverse=True)[1].ravel()
@@ -299,7 +293,7 @@ def _checks(w: Array, y: Array, rank: int) -> list[Check | None]:
     tested = np.flatnonzero((sizes >= 3) & (crowd >= 3))
     if len(tested) < FOLDS or len(w) - rank < 1:
         return unchecked
-    # Parts with equal shares of each k, the same in every run.
+    # Each part has an equal share of each k; parts are the same in every run.
     order = np.random.default_rng(0).permutation(len(tested))
     order = order[np.argsort(group[tested[order]], kind="stable")]
     part = np.empty(len(tested), dtype=int)

@@ -1,6 +1,6 @@
-"""Forecasts and plans from fitted laws: what to expect, merge, buy and measure next.
+"""Forecasts and plans from fitted laws: losses, experts, budgets and measurements.
 
-Questions are asked of a ``Curve``, one module a question; ``forecast`` goes on from few points.
+Each question has a module and is asked of a ``Curve``; ``forecast`` extends a few points.
 """
 
 from mergelaw.planning.answer import Answer as Answer

@@ -20,9 +20,9 @@ class Answer:
         answer: the answer as a sentence.
         value, ends: the figure and its interval (nats per token, or a number of experts), if any.
         level: of the interval.
-        reason: what the answer follows from.
-        assumption: the assumption that moves the answer most if it is wrong.
-        warnings: sentences on when not to rely on the answer.
+        reason: facts that lead to the answer.
+        assumption: the one that changes the answer most if it is wrong.
+        warnings: reasons not to rely on the answer, as sentences.
         table: one row per alternative, or per point of the curve.
         details: further facts by name.
     """
@@ -63,10 +63,7 @@ def _finite(value: Any) -> Any:
 
 
 def with_interval(value: float, ends: Ends | None, level: float, unit: str = "nats") -> str:
-    """A figure with its interval to two digits of its width, ``0.978 nats (90%: 0.976 to 0.980)``.
-
-    Without an interval, or with one of no finite width, the figure alone.
-    """
+    """A figure and interval to two digits of its width: ``0.978 nats (90%: 0.976 to 0.980)``."""
     width = math.nan if ends is None else ends[1] - ends[0]
     if ends is None or not 0 < width < math.inf:
         return f"{value:.5g} {unit}"

@@ -34,7 +34,7 @@ def budget(
         curve: of the present base, with the joint law.
         k: experts merged now.
         costs: by size.
-        amount: what may be spent; None compares gains per unit of cost.
+        amount: the budget; None compares gains per unit of cost.
         have: experts trained at this size so far, if more than k.
         serve: million tokens to be served.
         larger: sizes of bases to consider (billions); empty is all measured or priced ones.
@@ -76,9 +76,9 @@ def budget(
 def _steps(
     curve: Curve, k: int, costs: Costs, trained: int, serve: float, larger: Sequence[float]
 ) -> Iterator[Step]:
-    """Every step with its cost and gain; the pool may grow by one expert."""
-    known = {*curve.table["N"].unique(), *costs.table["N"]}
-    larger = larger or [size for size in known if size > curve.N * (1 + SAME_SIZE)]
+    """All steps with cost and gain; the pool may grow by one expert."""
+    candidates = {*curve.table["N"].unique(), *costs.table["N"]}
+    larger = larger or [size for size in candidates if size > curve.N * (1 + SAME_SIZE)]
     sizes = sorted(map(check_size, larger))
     if not sizes or sizes[0] <= curve.N:
         raise MergelawError(
@@ -120,7 +120,7 @@ def _best_of_each(steps: Sequence[Step], amount: float | None, unit: str) -> lis
 def _other(
     curve: Curve, steps: Sequence[Step], chosen: Step, others: Sequence[Step], amount: float | None
 ) -> tuple[str, bool]:
-    """The other kind's best step in words, and whether the chosen one's lead is clear."""
+    """The other kind's best step in words, and whether the chosen step is clearly better."""
     if not others:
         kind = LARGER if chosen["step"] == MORE else MORE
         cheapest = min(step["cost"] for step in steps if step["step"] == kind)

@@ -28,7 +28,7 @@ class Costs:
 
     @classmethod
     def read(cls, path: Path) -> "Costs":
-        """Read a CSV file with the column N and any of the others; missing ones cost 0."""
+        """Read a CSV file with the column N and any of the others; missing columns cost 0."""
         try:
             table = pd.read_csv(path)
         except (ValueError, OSError) as error:
@@ -53,13 +53,13 @@ class Costs:
     def at(self, N: float, kind: str) -> float:
         """Cost of one kind at a size (billions); a power law in N between and beyond the sizes.
 
-        A known cost of 0 at this very size is 0. A kind without any cost above 0 is free.
+        A cost of 0 at this size stays 0. A kind without any cost above 0 is free.
         """
         here = self.table.loc[np.isclose(self.table["N"], N), kind].dropna()
-        known = self.table[self.table[kind] > 0].groupby("N")[kind].mean()
-        if known.empty or (len(here) and not here.any()):
+        priced = self.table[self.table[kind] > 0].groupby("N")[kind].mean()
+        if priced.empty or (len(here) and not here.any()):
             return 0.0
-        sizes, costs = np.log(known.index.to_numpy(dtype=float)), np.log(known.to_numpy())
+        sizes, costs = np.log(priced.index.to_numpy(dtype=float)), np.log(priced.to_numpy())
         if len(sizes) == 1:  # proportional to N
             return float(np.exp(costs[0] + math.log(N) - sizes[0]))
         if sizes[0] <= math.log(N) <= sizes[-1]:

@@ -14,12 +14,12 @@ from mergelaw.laws.result import LEVEL
 from mergelaw.planning.answer import Ends
 from mergelaw.planning.points import at_size, base_points, beyond_sizes, sampled_without_errors
 
-# Rivals whose AICc is above the best one's by no more than this are not excluded.
+# A rival is not excluded if its AICc is at most this much above the best.
 NOT_EXCLUDED = 10
 
 
 def fit_law(law: Law, points: pd.DataFrame, misfit: float | None = None) -> Fit:
-    """Fit a law to points of one method, family and domain, weighed by their sampling errors."""
+    """Fit a law to points of one method, family and domain, weighted by their sampling errors."""
     if "design" not in points:
         return fit(law, points, misfit=misfit)
     design = np.vstack(points["design"].to_list())[:, points["_place"].to_numpy()]
@@ -35,7 +35,7 @@ def fit_law(law: Law, points: pd.DataFrame, misfit: float | None = None) -> Fit:
 class Curve:
     """Expected losses along k at one size, for one method and domain.
 
-    At a measured size the law is that base's own curve; elsewhere it is the joint law of all sizes.
+    The law is the base's own curve at a measured size, else the joint law of all sizes.
 
     Args:
         points: of one method, family and domain (``points.choose``).
@@ -51,7 +51,7 @@ class Curve:
         joint: whether the law is the joint law of all sizes.
         table, fitted: the points of the law, and its fit.
         formula, parameters: the law's right-hand side and the fitted parameters, as text.
-        warnings: sentences on when not to rely on the curve.
+        warnings: reasons not to rely on the curve, as sentences.
 
     Raises:
         MergelawError: the size is impossible or ambiguous, or the law cannot be fitted.
@@ -116,12 +116,12 @@ class Curve:
         return (warning,) if k > self.M else ()
 
     def assumption(self, k: float) -> str:
-        """The assumption that moves the loss at k most if it is wrong."""
+        """The assumption that changes the loss at k most if it is wrong."""
         effects = [self._effect_of_form(k)]
         if not self.measured:
             error, check = math.inf, "there are too few sizes to check it"
-            if missed := self.fitted.holdout.get("N"):
-                error = missed["error"]
+            if held_out := self.fitted.holdout.get("N"):
+                error = held_out["error"]
                 check = f"fitted without the largest size, the law missed it by {error:.2g} nats"
             effects.append((error, f"floor and tail are powers of N; {check}"))
         if k > self.M:
@@ -131,7 +131,7 @@ class Curve:
         return max(effects)[1]
 
     def _effect_of_form(self, k: float) -> tuple[float, str]:
-        """How far the farthest rival law that is not excluded is from this one at k."""
+        """Distance at k to the farthest rival law that is not excluded, and a sentence on it."""
         rivals = []
         for rival in self.fitted.rivals:
             above, name = rival["above"], rival["law"]

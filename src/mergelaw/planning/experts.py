@@ -9,7 +9,7 @@ from mergelaw.errors import MergelawError
 from mergelaw.planning.answer import Answer, Ends, with_interval
 from mergelaw.planning.curve import Curve
 
-# A search for a number of experts ends here: nobody merges more.
+# Nobody merges more experts, so the search ends here.
 MOST = 100_000
 
 
@@ -74,7 +74,7 @@ def experts(curve: Curve, target: float) -> Answer:
 
 
 def stop(curve: Curve, threshold: float) -> Answer:
-    """Number of experts from which on one more gains less than a threshold (nats per token).
+    """Number of experts after which one more gains less than a threshold (nats per token).
 
     Raises:
         MergelawError: the threshold is not above 0.
@@ -128,7 +128,7 @@ def stop(curve: Curve, threshold: float) -> Answer:
 
 
 def _least_count(holds: Callable[[int], bool]) -> int | None:
-    """The least k >= 1 from which on a condition holds; None if it is above ``MOST``."""
+    """Least k >= 1 from which on a condition holds; None above ``MOST``."""
     end = 1
     while not holds(end):
         end *= 2
@@ -138,7 +138,7 @@ def _least_count(holds: Callable[[int], bool]) -> int | None:
 
 
 def _interval_of_count(interval: Callable[[int], Ends | None], limit: float) -> Ends | None:
-    """Ends of the least k from which on a quantity that falls with k is at or below a limit."""
+    """Ends of the least k at which a quantity that falls with k reaches a limit."""
     ends = cache(interval)
     if ends(1) is None:
         return None

@@ -1,4 +1,4 @@
-"""Forecasts of losses from few points, with intervals, beside what was measured.
+"""Forecasts of losses from few points, with intervals and measured losses.
 
 Schemes along k, for one base:
 
@@ -8,10 +8,10 @@ Schemes along k, for one base:
 
 Along N, ``size``: the joint law of the measured sizes, at another one.
 
-Two or three points cannot show how far a scheme is off. Its interval therefore comes from its
-record: the scheme is tried on the study's other bases with measured curves, and its errors there,
-as shares of the gain, set the width (t with as many degrees of freedom as bases). With fewer than
-two such bases it is a profile-likelihood interval from standard errors and a given misfit.
+Two or three points cannot show a scheme's error, so its interval comes from its record: the scheme
+is tried on the study's other bases with measured curves. Its errors there, as shares of the gain,
+set the width (t with as many degrees of freedom as bases). With fewer than two such bases the
+interval is a profile-likelihood interval from standard errors and a given misfit.
 """
 
 import math
@@ -54,15 +54,15 @@ def forecast(
         N, base: the size, in billions or by a base's name. The scheme ``size`` uses the smaller
             bases at a named base, and all bases at N.
         k: numbers of experts; None is all in 1..M that the scheme does not use.
-        misfit: standard deviation (nats per token) of what the law misses at a point; sets the
-            intervals, instead of the scheme's record at other bases.
+        misfit: standard deviation (nats per token) of the law's error at a point; sets the
+            intervals instead of the scheme's record.
         level: of the intervals.
 
     Returns:
-        table has a row per k: k, forecast, low, high (nats per token), and where it was measured:
-        measured, error, naive error (of "same as the last point") and held (whether the interval
-        holds the measured loss). details says what was forecast, from what, and the score: points,
-        error and naive error (rms), intervals, held.
+        table has a row per k: k, forecast, low, high (nats per token); at measured k also measured,
+        error, naive error (of "same as the last point") and held (whether the interval holds the
+        measured loss). details has the base, the points used and the score: points, error and
+        naive error (rms), intervals, held.
 
     Raises:
         MergelawError: unknown scheme, or the points that it needs are missing.
@@ -130,20 +130,17 @@ def _gain(used: pd.DataFrame) -> float:
 def _record(
     points: pd.DataFrame, base: str | None, scheme: str, sizes: Sequence[float]
 ) -> dict[str, Array]:
-    """Errors of a scheme at the other bases, as shares of their gain, by base and size.
-
-    Interpolated between the k that a base measured, NaN beyond them.
-    """
+    """A scheme's errors at the other bases, as shares of their gain; NaN beyond measured k."""
     record = {}
     for name in points["base"].unique():
         curve = base_points(points, name)
         needed = _needed(scheme, curve)
         used = curve[curve["k"].isin(needed)]
-        # A base counts if more than the scheme's points is measured and the loss changes.
+        # A base counts if it has more points than the scheme uses and its loss changes.
         if name == base or not set(needed) < set(curve["k"]) or not _gain(used):
             continue
-        missed = curve["ce"] - fit_law(LAWS[scheme], used).predict(k=curve["k"])
-        shares = np.where(curve["k"].isin(needed), 0.0, missed / _gain(used))
+        errors = curve["ce"] - fit_law(LAWS[scheme], used).predict(k=curve["k"])
+        shares = np.where(curve["k"].isin(needed), 0.0, errors / _gain(used))
         record[name] = np.interp(sizes, curve["k"], shares, left=math.nan, right=math.nan)
     return record
 
@@ -161,7 +158,7 @@ def _set_intervals(
 
 
 def _basis(curve: Curve, misfit: float | None) -> str:
-    """What a fit's intervals rest on."""
+    """The basis of a fit's intervals, in words."""
     if curve.fitted.freedom == 0:
         return "none: give --misfit, or measure the whole curve of two other bases"
     if misfit is not None:
@@ -174,7 +171,7 @@ def _basis(curve: Curve, misfit: float | None) -> str:
 def _score(
     rows: Sequence[dict[str, Any]], curve: pd.DataFrame, used: pd.DataFrame, scheme: str
 ) -> dict[str, Any]:
-    """Add to the rows what was measured; return the score, or nothing where nothing was."""
+    """Add measured losses and errors to the rows; return the score, empty without any."""
     losses = curve.set_index("k")["ce"]
     last = used[used["N"] == used["N"].max()].groupby("k")["ce"].mean()
     scored = [row for row in rows if row["k"] in losses.index]

@@ -1,4 +1,4 @@
-"""Measure: which measurements to buy next to narrow the interval of a forecast."""
+"""Measure: measurements to buy next to narrow the interval of a forecast."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -14,7 +14,7 @@ from mergelaw.planning.answer import Answer
 from mergelaw.planning.costs import Costs
 from mergelaw.planning.curve import Curve
 
-# No more purchases than this are looked ahead.
+# Plans end after this many purchases.
 PURCHASES = 8
 # A purchase has to narrow the interval by more than this share.
 LITTLE = 1e-3
@@ -22,7 +22,7 @@ LITTLE = 1e-3
 
 @dataclass(frozen=True, eq=False)
 class Purchase:
-    """Something to measure: its name, the points that it adds or replaces, and its cost."""
+    """A possible measurement: name, points that it adds or replaces, and cost."""
 
     name: str
     points: pd.DataFrame
@@ -44,7 +44,7 @@ def measure(curve: Curve, k: float, costs: Costs | None = None, *, share: float 
         share: of the present width, between 0 and 1.
 
     Returns:
-        value is the share that is left, table has a row per purchase.
+        value is the remaining share, table has a row per purchase.
 
     Raises:
         MergelawError: there is no interval yet.
@@ -91,13 +91,13 @@ def measure(curve: Curve, k: float, costs: Costs | None = None, *, share: float 
 def _buy(
     curve: Curve, candidates: Sequence[Purchase], k: float, share: float
 ) -> tuple[list[Purchase], list[float]]:
-    """Purchases, each the best after those before; and the interval's width before and after."""
+    """Purchases, each the best after the earlier ones; the interval's width before and after."""
     table, left = curve.table, list(candidates)
     bought: list[Purchase] = []
     widths = [_width(curve, table, k)]
 
     def worth(purchase: Purchase) -> tuple[float, float]:
-        """Nats that the interval narrows by, per cost; then in all, as some cost nothing."""
+        """Narrowing of the interval per cost, then in all, since some purchases cost nothing."""
         nats = widths[-1] - after[purchase]
         return nats / purchase.cost if purchase.cost > 0 else math.copysign(math.inf, nats), nats
 
@@ -114,17 +114,17 @@ def _buy(
 
 
 def _candidates(curve: Curve, costs: Costs | None) -> Iterator[Purchase]:
-    """Everything that could be measured next; without costs each costs 1."""
+    """Possible measurements; each costs 1 if there are no costs."""
 
     def price(N: float, merges: float, experts: int = 0) -> float:
         if costs is None:
             return 1.0
         return experts * costs.at(N, "training") + merges * costs.of_merge(N)
 
-    def expected(like: pd.DataFrame, base: str, N: float, ks: Sequence[float]) -> pd.DataFrame:
+    def expected(peers: pd.DataFrame, base: str, N: float, ks: Sequence[float]) -> pd.DataFrame:
         losses = [curve.loss(k, N) for k in ks]
         points = pd.DataFrame({"N": N, "k": ks, "M": curve.M, "ce": losses, "base": base})
-        return points.assign(se=float(like["se"].median())) if "se" in like else points
+        return points.assign(se=float(peers["se"].median())) if "se" in peers else points
 
     for base, table in curve.table.groupby("base"):
         N, M = float(table["N"].iloc[0]), int(table["M"].iloc[0])
@@ -150,13 +150,13 @@ def _candidates(curve: Curve, costs: Costs | None) -> Iterator[Purchase]:
 
 
 def _with(table: pd.DataFrame, added: pd.DataFrame) -> pd.DataFrame:
-    """Points with others added, which replace those of the same base and k."""
-    both = pd.concat([table, added], ignore_index=True)
-    return both.drop_duplicates(["base", "k"], keep="last")
+    """Points with others added; these replace points of the same base and k."""
+    points = pd.concat([table, added], ignore_index=True)
+    return points.drop_duplicates(["base", "k"], keep="last")
 
 
 def _width(curve: Curve, table: pd.DataFrame, k: float) -> float:
-    """Width of the interval of the expected loss if the table were measured (nats per token)."""
+    """Width (nats per token) of the expected loss's interval once the table is measured."""
     # A misfit of 0 leaves the points' standard errors as the only noise.
     misfit = max(curve.fitted.misfit, 1e-9 * float(curve.table["ce"].mean()))
     fitted = fit(curve.fitted.law, table, misfit=misfit)

@@ -11,18 +11,18 @@ from mergelaw.laws.points import MACRO, TOO_MANY_BILLIONS, read_points
 
 # Sizes that differ by less than this share count as one size.
 SAME_SIZE = 0.02
-# A size is far beyond the measured ones from this share of their range (in log N) on.
+# A size is far away if it is this share of the measured range (in log N) outside that range.
 FAR = 0.5
 
 
 def read(source: Path) -> tuple[pd.DataFrame, list[str]]:
     """Read points from a folder that ``mergelaw fit`` wrote, a file in it, or a table.
 
-    A table is what ``laws.points.read_points`` takes. Standard errors of written points become
-    those of sampling alone: forecasts and plans speak of these evaluation documents.
+    A table has the form of ``laws.points.read_points``. Standard errors of written points are
+    those of sampling alone, since forecasts and plans are for these evaluation documents.
 
     Returns:
-        The points, with M and perhaps se; and sentences on what was assumed.
+        The points, with M and perhaps se; and sentences on assumptions.
 
     Raises:
         MergelawError: there are no points, or they cannot be read.
@@ -35,13 +35,13 @@ def read(source: Path) -> tuple[pd.DataFrame, list[str]]:
                 f"{folder}: holds no points.parquet; give a folder that `mergelaw fit` wrote, or "
                 "a table of points"
             )
-    table, assumed = read_points(source)
+    table, notes = read_points(source)
     if "design" in table:
         # A row of the design matrix has a column for each point of its method and domain.
         table["_place"] = table.groupby(["method", "family", "domain"]).cumcount()
         rows = table[["design", "_place"]].itertuples(index=False, name=None)
         table["se"] = [math.sqrt(max(variances[place], 0.0)) for variances, place in rows]
-    return table, list(map(str, assumed))
+    return table, list(map(str, notes))
 
 
 def choose(
@@ -54,7 +54,7 @@ def choose(
     """Points of one method, family and domain: the named ones, or the only ones.
 
     Args:
-        points: as ``read`` gives them.
+        points: as returned by ``read``.
         method, domain, family: names; the default domain is the macro-average, if there is one.
         every: a column of which all values are kept.
 
@@ -95,8 +95,8 @@ def at_size(
         nearest base, if one is within 2% of N.
 
     Raises:
-        MergelawError: both are given, several sizes are measured and neither is, there is no such
-            base or size, or several bases are as near.
+        MergelawError: N and base are both given; neither is and several sizes are measured; no such
+            base or size exists; or several bases are as near.
     """
     if base is not None:
         if N is not None:
@@ -123,7 +123,7 @@ def check_size(N: float) -> float:
 
 
 def beyond_sizes(points: pd.DataFrame, N: float) -> list[str]:
-    """A warning where N (billions) lies outside of the measured sizes, stronger where it is far."""
+    """A warning where N (billions) is outside the measured sizes, stronger if far."""
     least, most = points["N"].min(), points["N"].max()
     if least <= N <= most:
         return []
@@ -136,12 +136,12 @@ def beyond_sizes(points: pd.DataFrame, N: float) -> list[str]:
 
 
 def sampled_without_errors(points: pd.DataFrame) -> list[str]:
-    """A warning where points are means over some subsets and have no standard errors."""
+    """A warning on means over some subsets that have no standard errors."""
     if "subsets" not in points:
         return []
     subsets = [math.comb(int(M), int(k)) for M, k in zip(points["M"], points["k"], strict=True)]
-    known = points["se"] > 0 if "se" in points else False
-    sampled = points[(points["subsets"] < subsets) & ~np.asarray(known)]
+    with_errors = points["se"] > 0 if "se" in points else False
+    sampled = points[(points["subsets"] < subsets) & ~np.asarray(with_errors)]
     if sampled.empty:
         return []
     return [

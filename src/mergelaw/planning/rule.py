@@ -75,7 +75,7 @@ def rule(
 def _result(
     rows: Sequence[Mapping[str, Any]], level: float
 ) -> tuple[str, float | None, Ends | None]:
-    """The answer as a sentence, and the lead with its interval if there is only one (N, k)."""
+    """The answer as a sentence; for a single (N, k), the lead and its interval."""
     if len(rows) == 1:
         (row,) = rows
         ends = None if math.isnan(row["low"]) else (row["low"], row["high"])

@@ -1,7 +1,7 @@
 """The report's figures: loss against k, and floor and tail against N.
 
-Each figure is a grid of panels that show one table. The table has a row per mark, the columns of
-the two axes, and the column ``kind``, which says what the mark shows: a key of ``MARKS``.
+Each figure is a grid of panels that show one table. The table has a row per mark, a column per
+axis, and the column ``kind``: what the mark shows, a key of ``MARKS``.
 """
 
 import json
@@ -17,19 +17,19 @@ from mergelaw.laws.law import MERGING, MERGING_FIXED_N
 from mergelaw.laws.points import MACRO
 from mergelaw.report.tables import base_label, mean_loss
 
-# The version of Vega-Lite that altair writes, such as v6.4.1, in the form that vl_convert wants.
+# The version of Vega-Lite that altair writes, such as v6.4.1, in vl_convert's form.
 VEGALITE = ".".join(alt.SCHEMA_VERSION.lstrip("v").split(".")[:2])
 STYLE = json.loads((resources.files(__package__) / "templates/figures.json").read_text("utf-8"))
 # Width and height of a panel in pixels, by the number of panels in a row.
 SIZES = {2: (330, 260), 3: (205, 150)}
-# A panel shows at most this many single subsets at one k: more look the same and slow the page.
+# Single subsets per panel and k; more look the same and slow the page.
 SUBSETS = 40
 # Viridis without its lightest colours, which are faint on paper.
 SIZE_COLOURS = alt.SchemeParams(name="viridis", extent=[0.0, 0.82])
 # The palette of Okabe and Ito, whose colours differ for every kind of colour vision.
 METHOD_COLOURS = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#555555"]
 
-# In the order in which they are drawn.
+# Marks in drawing order.
 MARKS = {
     "subset": alt.MarkDef("circle", size=9, opacity=0.28),
     "baseline": alt.MarkDef("rule", strokeDash=[5, 4], strokeWidth=1.1),
@@ -57,8 +57,8 @@ def figures(
 
     Args:
         fits: the fits in laws.json, a row each.
-        points: the means that the laws were fitted to, as in points.parquet.
-        rows: the evaluation rows that the points come from.
+        points: the fitted means, as in points.parquet.
+        rows: the evaluation rows of the points.
     """
     losses = _losses(fits, points, rows)
     macro = losses[losses["domain"] == MACRO]
@@ -80,7 +80,7 @@ def _losses(fits: pd.DataFrame, points: pd.DataFrame, rows: pd.DataFrame) -> pd.
     place = ["N", "base"]
     merges = mean_loss(rows[rows["role"] == "merge"], ["method", *place, "k", "merge"])
     subsets = merges.groupby(["method", *place, "k"]).head(SUBSETS)
-    # The base and the multitask baseline are no merges, so they belong in every method's panel.
+    # The base and the multitask baseline are not merges, so every method's panel shows them.
     others = rows[rows["role"].isin(["base", "baseline"])].rename(columns={"role": "kind"})
     macro = mean_loss(others, ["kind", *place]).assign(domain=MACRO)
     references = pd.concat([macro, mean_loss(others, ["kind", *place, "domain"])])
@@ -117,7 +117,7 @@ def _curves(table: pd.DataFrame) -> alt.FacetChart:
 def _against_k(
     table: pd.DataFrame, panel: str, colour: str, columns: int = 2, scale: list[float] | None = None
 ) -> alt.FacetChart:
-    """Loss against k, a panel per value of the column ``panel``, on one scale if it is given."""
+    """Loss against k, one panel per value of ``panel``, on one scale if it is given."""
     first = 0 if table["kind"].isin(["base", "far base"]).any() else 1
     last = int(table["k"].max())
     ticks = list(range(first, last + 1, -(-last // 10)))
@@ -179,7 +179,7 @@ def _logarithmic(table: pd.DataFrame) -> tuple[alt.X, alt.Y]:
         values=sorted(set(table.loc[table["kind"] == "mean", "N"])),
         grid=False,
         labelOverlap="greedy",
-        # The SI prefix G of 7e9 parameters is B to everybody.
+        # Parameters are counted in B, not in the SI prefix G.
         labelExpr="replace(format(datum.value, '.3~s'), 'G', 'B')",
     )
     x, y = (alt.Scale(type="log", zero=False, nice=False, padding=pixels) for pixels in (20, 12))
@@ -190,7 +190,7 @@ def _logarithmic(table: pd.DataFrame) -> tuple[alt.X, alt.Y]:
 
 
 def _layers(table: pd.DataFrame, x: alt.X, y: alt.Y, colour: str, columns: int) -> alt.LayerChart:
-    """One panel, with a layer per kind of mark and a colour per value of a column."""
+    """One panel: a layer per kind of mark, a colour per value of a column."""
     names = _order(table, colour)
     scale, title = alt.Scale(domain=names, range=METHOD_COLOURS), colour
     if colour == "label":

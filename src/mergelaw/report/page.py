@@ -24,10 +24,10 @@ def write_report(
     """Write report.html, which needs no other file and runs no script.
 
     Args:
-        laws: the folder that ``mergelaw.laws.fits.write`` wrote.
-        rows: the evaluation rows that the laws were fitted to (units as in ``points``).
-        output: the folder for report.html, figures/ (SVG and PNG) and tables/ (CSV). It is created
-            if it does not exist.
+        laws: the folder of ``mergelaw.laws.fits.write``.
+        rows: the evaluation rows that the laws describe (units as in ``points``).
+        output: the folder for report.html, figures/ (SVG and PNG) and tables/ (CSV); created if
+            missing.
         title: the page's heading.
         facts: labels and values for the page's last section, in this order.
 

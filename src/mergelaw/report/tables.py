@@ -19,10 +19,9 @@ NONE = "–"
 
 @dataclass(frozen=True)
 class Table:
-    """A table on the page: headings, the cells of each row as text, the first two being words.
+    """A table on the page: headings and rows of cells as text; the first two columns are words.
 
-    The first ``strong`` rows are set in bold. The last column refers to the notes, if there are
-    any, by their numbers from 1.
+    The first ``strong`` rows are bold. The last column has the numbers of notes, from 1, if any.
     """
 
     columns: Sequence[str]
@@ -45,7 +44,7 @@ def base_label(base: str, N: float) -> str:
 
 
 def mean_loss(rows: pd.DataFrame, by: list[str]) -> pd.DataFrame:
-    """Mean loss of groups of rows, without the groups in which a loss is not finite."""
+    """Mean loss by groups of rows, without groups with a loss that is not finite."""
     groups = rows.groupby(by).agg(ce=("ce", "mean"), finite=("finite", "all"))
     return groups[groups["finite"].astype(bool)].drop(columns="finite").reset_index()
 
@@ -56,9 +55,6 @@ def _interval(ends: Sequence[float | None] | None, digits: str = ".3g") -> str:
         return ""
     low, high = ("∞" if end is None else format(end, digits) for end in ends)
     return f"{low} to {high}"
-
-
-# ---- What was measured
 
 
 def measured(rows: pd.DataFrame, points: pd.DataFrame) -> dict[str, str]:
@@ -98,20 +94,14 @@ def bases(rows: pd.DataFrame) -> Table:
 
 
 def short_ladders(points: pd.DataFrame) -> dict[str, str]:
-    """Families whose largest N is less than LADDER times the smallest: name to that ratio."""
+    """Ratio of largest to smallest N of each family where it is below LADDER."""
     sizes = points.groupby("family")["N"]
     ratios = sizes.max() / sizes.min()
     return {str(family): f"{r:.3g}" for family, r in ratios.items() if 1 < r < LADDER}
 
 
-# ---- What was fitted
-
-
 def floors(fits: pd.DataFrame) -> Table:
-    """Asymptotic and reachable floors (nats per token), and the experts needed to come close.
-
-    A number of experts in brackets is more than the pool has.
-    """
+    """Asymptotic and reachable floors (nats per token), and the experts needed to come close."""
     records = []
     for fit in _ordered(fits):
         (floor,) = fit["floors"]
@@ -131,25 +121,25 @@ def floors(fits: pd.DataFrame) -> Table:
     return Table(headings, records)
 
 
-def parameters(fits: pd.DataFrame, law: Law, of: str) -> Table:
+def parameters(fits: pd.DataFrame, law: Law, column: str) -> Table:
     """Parameters of a law's fits with intervals; warnings and doubts are numbered notes.
 
     Args:
         fits: the fits to list, in laws.json's form.
         law: the law that they fit.
-        of: the column that tells a method's fits apart: ``domain`` or ``base``.
+        column: the column that tells a method's fits apart: ``domain`` or ``base``.
     """
     notes: dict[str, int] = {}
     records = []
     for fit in _ordered(fits):
-        # The doubts about each domain's fit would fill the page; tables/parameters.csv has them.
+        # Doubts about each domain would fill the page; tables/parameters.csv has them.
         doubts = fit["doubts"] if fit["domain"] == MACRO and law is MERGING else []
         for sentence in (sentences := [*fit["warnings"], *doubts]):
             notes.setdefault(sentence, len(notes) + 1)
         records.append(
             [
                 fit["method"],
-                fit["domain"] if of == "domain" else base_label(fit["base"], fit["N"]),
+                fit["domain"] if column == "domain" else base_label(fit["base"], fit["N"]),
                 *(_parameter(fit, name) for name in law.parameters),
                 NONE if pd.isna(fit["r2"]) else f"{fit['r2']:.5f}",
                 f"{fit['rmse']:.2g}",
@@ -157,13 +147,13 @@ def parameters(fits: pd.DataFrame, law: Law, of: str) -> Table:
                 ", ".join(map(str, sorted(notes[sentence] for sentence in sentences))),
             ]
         )
-    headings = ["method", of, *law.parameters, "R²", "RMSE", "points", "notes"]
-    strong = int((fits["domain"] == MACRO).sum()) if of == "domain" else 0
+    headings = ["method", column, *law.parameters, "R²", "RMSE", "points", "notes"]
+    strong = int((fits["domain"] == MACRO).sum()) if column == "domain" else 0
     return Table(headings, records, strong=strong, notes=list(notes))
 
 
 def _parameter(fit: Mapping[str, Any], name: str) -> str:
-    """A parameter with its interval for this pool and, if any, the one for experts like these."""
+    """A parameter with its intervals for this pool and, if known, for experts like these."""
     text = Markup("{:.4g}").format(fit["parameters"][name])
     for column, form in (("intervals", "{}"), ("experts_intervals", "({})")):
         if interval := _interval(fit[column].get(name)):
@@ -191,9 +181,9 @@ def shared(pooled: Mapping[str, Any]) -> str:
 
 
 def rivals(fits: pd.DataFrame) -> Table | None:
-    """Other laws' AICc above the best, and the law's error on points that were held out.
+    """AICc of rival laws above the best, and each law's error on held-out points.
 
-    Only joint fits are listed, if any, because they have enough points to tell laws apart.
+    If there are joint fits, only they are listed: they have enough points to tell laws apart.
     """
     joint = fits["law"] == MERGING.name
     records = _ordered(fits[joint] if joint.any() else fits)
@@ -233,18 +223,10 @@ def refused(fits: Sequence[Mapping[str, Any]]) -> list[str]:
     return [f"{m}, {base} ({', '.join(d)}): {why}" for (m, base, why), d in domains.items()]
 
 
-# ---- Files
-
-
 def files(
     study: Mapping[str, Any], points: pd.DataFrame, parameters: pd.DataFrame
 ) -> dict[str, pd.DataFrame]:
-    """The tables that are written as CSV files, by name.
-
-    Args:
-        study: the content of laws.json.
-        points, parameters: the tables of points.parquet and parameters.parquet.
-    """
+    """Tables for the CSV files, by name, from laws.json, points.parquet and parameters.parquet."""
     bounds = []
     for fit in study["fits"]:
         if fit["base"] is not None:
