@@ -51,7 +51,7 @@ def sync(path: Path) -> None:
 def disk_error(folder: Path, error: Exception) -> OSError | None:
     """The OSError behind a library's error, found by writing to ``folder``; None if it is writable.
 
-    Libraries often hide "no space left on device" behind errors of their own.
+    Libraries often hide "no space left on device" behind their own errors.
     """
     code = re.search(r"\(os error (\d+)\)", str(error))
     if code:

@@ -216,8 +216,7 @@ def tree(artifact: Path) -> list[str]:
 def verify(artifacts: Iterable[Path], root: Path | None = None) -> tuple[int, list[str]]:
     """Compare artifacts, and all that they depend on, with their lineages.
 
-    All inputs must lie in ``root``, the results folder. Returns the number of artifacts and the
-    problems, one line each.
+    ``root`` is the results folder of all inputs. Returns the number of artifacts and the problems.
     """
     pending = [Path(os.path.normpath(path.absolute())) for path in artifacts]
     digests: dict[Path, str | None] = {}

@@ -55,8 +55,7 @@ def read_files(
 ) -> dict[str, Any]:
     """Read YAML files and merge them as Snakemake merges its configuration files.
 
-    Later files win over earlier ones, and ``overrides`` over all. Mappings are merged key by key,
-    at every depth. Raises MergelawError.
+    Later files win, and ``overrides`` over all. Nested mappings are merged. Raises MergelawError.
     """
     merged: dict[str, Any] = {}
     for data in [*map(read, paths), overrides or {}]:

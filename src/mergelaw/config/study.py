@@ -13,7 +13,7 @@ from mergelaw.data.recipe import SplitRecipe
 from mergelaw.evaluation.recipe import Evaluation, Sampling
 from mergelaw.models.recipe import Pretraining, Training
 
-# `algebra:` with nothing behind it is an expert with all defaults.
+# `algebra:` without settings is an expert with all defaults.
 EmptyOrExpert = Annotated[
     Expert,
     BeforeValidator(

@@ -1,8 +1,4 @@
-"""Documents of a domain: read from its source, deduplicated, split by content, tokenised.
-
-`documents` writes and reads splits; `tokenize` turns documents into windows of tokens; `recipe` has
-the recipes of sources and splits.
-"""
+"""Documents of a domain: read from its source, deduplicated, split by content, tokenised."""
 
 from mergelaw.data.documents import Document, check_overlap, read_split, split_identity, write_split
 from mergelaw.data.recipe import SPLITS, Source, SplitRecipe

@@ -1,8 +1,7 @@
 """Documents of a domain: read from its source, deduplicated, split by content, kept as Parquet.
 
 The content of a document identifies it: splits do not change when files are reordered, split or
-joined. Heavy libraries are imported only to read a file, because every job of the workflow calls
-``split_identities``.
+joined. Only reading a file imports heavy libraries, since every job asks for split identities.
 """
 
 import hashlib
@@ -45,7 +44,7 @@ Message = dict[str, str]
 
 @dataclass(frozen=True)
 class Document:
-    """One document: its content digest, the prompt's messages (None: plain text), the response."""
+    """A document: its content digest, the prompt's messages (None: plain text), the response."""
 
     document: str
     messages: list[Message] | None

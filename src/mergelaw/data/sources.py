@@ -30,8 +30,7 @@ COMPRESSED = {".gz": "gzip", ".bz2": "bz2", ".zst": "zstd"}
 def local_files(source: Source) -> list[Path]:
     """The files of a local source, sorted; MergelawError for a folder or a glob without any.
 
-    A folder stands for all files in and below it with a supported format (of a `dataset`: all
-    files), except hidden ones.
+    A folder stands for the visible files in and below it of known formats (of a `dataset`: any).
     """
     if source.dataset is not None:
         if not Path(source.dataset).is_dir():

@@ -1,7 +1,4 @@
-"""Evaluation: which subsets of the experts are merged, and the cross-entropy of these merges.
-
-Subsets come from ``design``, measurements from ``shard``; ``read_rows`` reads them as a table.
-"""
+"""Evaluation: which subsets of the experts are merged, and the cross-entropy of these merges."""
 
 from mergelaw.evaluation.table import TABLE, read_cells, read_rows
 

@@ -37,7 +37,7 @@ def identities(
 ) -> tuple[str, dict[str, str]]:
     """Identity of an equally weighted merge, and of its cells by domain: 16 and 32 hex digits.
 
-    ``vectors`` are digests in the order of the pool, ``sets`` those of the evaluation sets by
+    ``vectors`` are digests in the order of the pool; ``sets`` are digests of the evaluation sets by
     domain. ``method`` and ``evaluation`` are recipes; the base itself has no method.
     """
     merge = {"base": base, "vectors": [*vectors], "weights": [1.0] * len(vectors), "method": method}

@@ -93,8 +93,7 @@ def exhaustive_levels(
 def rotations(circle: Sequence[int], pattern: Sequence[int]) -> list[tuple[int, ...]]:
     """The M subsets, each ascending, that the rotations of a pattern pick from a circle.
 
-    ``circle`` holds the experts' positions in their order on the circle, (M,); ``pattern`` k
-    distinct places in 0..M-1.
+    ``circle``: positions of the experts, (M,), in circle order; ``pattern``: k places in 0..M-1.
     """
     pool = len(circle)
     return [

@@ -35,12 +35,11 @@ def evaluate(
 ) -> dict[str, Any]:
     """Measure the cells that the store lacks and write the shard's table.
 
-    ``recipe`` holds method, evaluation settings, domains (whether each is held out) and labels,
-    ``subsets`` rows (k, replicate, place, experts) of the design. Folders are those of the base, of
-    task vectors by expert, of corpora by domain, of the cell store (``folder``), and of the table
-    (``output``). ``name`` begins the name of this process's file in the store.
-
-    Returns counts for the lineage: cells, cells measured here, seconds and scored tokens.
+    ``recipe`` holds method, evaluation settings, domains (with ``held_out``) and labels,
+    ``subsets`` rows (k, replicate, place, experts) of the design. The folders are the base, task
+    vectors by expert, corpora by domain, the cell store (``folder``) and the table (``output``).
+    ``name`` begins the file name of this process. Returns counts of cells and tokens, and seconds,
+    for the lineage.
     """
     entries = cells_of(recipe, subsets, base, vectors, corpora)
     facts: dict[str, Any] = {"cells": len(entries), "measured": 0}

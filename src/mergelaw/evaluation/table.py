@@ -72,8 +72,7 @@ def read_cells(shards: Sequence[Path]) -> "tuple[pd.DataFrame, Iterator[pd.DataF
 def read_rows(shards: Sequence[Path], documents: bool = False) -> "pd.DataFrame":
     """The rows of shards (their folders) as one table.
 
-    The columns with a value per document are read only with ``documents``. Raises MergelawError for
-    an unreadable table.
+    ``documents`` adds the columns per document. Raises MergelawError for an unreadable table.
     """
     import pandas as pd
     import pyarrow.parquet as pq

@@ -2,8 +2,7 @@
 
 :class:`Merger` overwrites the parameters of a resident model, so that evaluating a merge writes no
 file; :func:`write_merge` writes a checkpoint. Both compute in fp32, in the order of the
-configuration, and round once to the dtype of the result. Methods are elementwise, so both give the
-same values.
+configuration, and round once to the dtype of the result. Both give the same values.
 """
 
 import json
@@ -124,7 +123,7 @@ def prepare(
 
 
 def keeps_expert(rule: "Rule", vectors: Sequence[Prepared]) -> bool:
-    """True if the vectors are one expert of which nothing is dropped or scaled."""
+    """True if the vectors are a single expert, neither trimmed nor scaled."""
     return len(vectors) == 1 and vectors[0].whole and rule.plain().scale == 1
 
 

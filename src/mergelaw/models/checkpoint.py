@@ -331,8 +331,7 @@ def check_vocabulary(
 ) -> None:
     """Refuse an expert with another vocabulary size, or with other tokens in the common rows.
 
-    ``rows`` are the two sizes, the base's first. Added tokens may have other names, because chat
-    formats rename reserved rows.
+    ``rows``: the two sizes, the base's first. Chat formats may rename added tokens (reserved rows).
     """
     if vocabulary == "refuse":
         raise MergelawError(

@@ -22,8 +22,7 @@ def fine_tune(
     """Train all weights of ``base`` on the corpora; write the expert into ``folder``.
 
     The loss is on responses and plain text. Weights are saved in the base's dtype. Returns facts
-    for the lineage. Raises MergelawError for a document that the recipe refuses, and if training
-    diverges.
+    for the lineage. Raises MergelawError for a refused document, and if training diverges.
     """
     from datasets import Dataset
     from trl.trainer.sft_config import SFTConfig

@@ -1,8 +1,7 @@
 """Adapters as experts: merged tensors of base and adapter, computed by peft.
 
 The base is loaded in fp32 on the processor (4 bytes a parameter); peft loads the adapter into it
-and merges it. Adapters that peft cannot merge, or whose merge does not fit the base's tensors, are
-refused.
+and merges it. Adapters that peft cannot merge, or whose merge does not fit the base, are refused.
 """
 
 import json
@@ -81,9 +80,8 @@ def read_adapter_config(folder: Path) -> Any:
 def merge_adapter(base: Tensors, folder: Path, vocabulary: str = "refuse") -> dict[str, "Tensor"]:
     """Merge an adapter into its base with peft: fp32 tensors by the base's names.
 
-    An adapter whose embeddings have another number of rows is refused or, with ``vocabulary``
-    ``common_rows``, merged into a resized base. Raises MergelawError for an adapter that does not
-    fit.
+    With ``vocabulary`` ``common_rows`` the base is resized to the rows of the adapter's embeddings.
+    Raises MergelawError for an adapter that does not fit.
     """
     import torch
     from peft import get_peft_model, set_peft_model_state_dict

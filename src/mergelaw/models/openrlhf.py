@@ -37,7 +37,7 @@ SAMPLE = 64  # documents on which both environments' tokenizers are compared
 STATES_SAVED = 10  # per training; OpenRLHF saves by steps, not by seconds
 
 # Linux (prctl's PR_SET_PDEATHSIG, 1) sends the signal argv[1] when the parent ends. A killed job
-# must not leave a training behind, and torchrun's workers are in sessions of their own.
+# must also end its training, and torchrun's workers have their own sessions.
 ENDS_WITH_PARENT = """
 import ctypes, os, sys
 ctypes.CDLL(None).prctl(1, int(sys.argv[1]))
@@ -154,7 +154,7 @@ def launcher(python: str, nodes: int, gpus: int, job: str, host: str) -> list[st
 
 
 def slurm_job(environ: Mapping[str, str] = os.environ) -> tuple[int, str, str]:
-    """(nodes, job id, this node) of the SLURM job around this process; one node without a job."""
+    """(nodes, job id, this node) of the surrounding SLURM job; one node without SLURM."""
     job, host = environ.get("SLURM_JOB_ID", ""), os.uname().nodename
     nodes = environ.get("SLURM_JOB_NUM_NODES", "1") if job else "1"
     if job and shutil.which("squeue"):  # within a job step, the variable may count the step's nodes
@@ -355,7 +355,7 @@ def fine_tune(
 def examine(
     python: str, recipe: Training, tokenizer: Any, rows: list[dict[str, str]], state: Path
 ) -> dict[str, Any]:
-    """The GPUs that OpenRLHF sees. Raises MergelawError where it cannot run or reads other ids."""
+    """The GPUs that OpenRLHF sees. Raises MergelawError if it cannot run or reads other ids."""
     modules = ["openrlhf.cli.train_sft"]
     if recipe.openrlhf and recipe.openrlhf.ring_attn_size > 1:
         modules.insert(0, "ring_flash_attn")
@@ -375,9 +375,9 @@ def examine(
 
 
 def restore(state: Path, words: list[str], world: int) -> int | None:
-    """Delete what a training cannot resume from. Returns the step that it resumes at, if any.
+    """Delete states that the training cannot resume from. Returns the step to resume at, or None.
 
-    States are of one command on one number of GPUs. OpenRLHF writes a state's metric.json last.
+    A state belongs to one command and number of GPUs. OpenRLHF writes its metric.json last.
     """
     states, mark = state / STATES, state / "run.json"
     command = json.dumps({"command": words, "world": world})

@@ -8,7 +8,7 @@ from typing import Any
 from mergelaw.artifacts.keys import KEY_DIGITS, stage_key
 
 Inputs = Mapping[str, "Artifact | Mapping[str, Artifact]"]
-Row = Sequence[Any]  # of a design: k, circle, place, experts
+Row = Sequence[Any]  # a design's row: k, circle, place, experts
 
 
 @dataclass(frozen=True, eq=False)

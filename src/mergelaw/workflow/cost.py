@@ -21,7 +21,7 @@ PROCESS = 3e9  # bytes of host memory: Python, torch, transformers, a cluster jo
 BUCKET = 500_000_000  # gradients that ZeRO reduces at a time
 STATES = 10  # training states that OpenRLHF saves in a training
 TEXT = 4  # bytes of a token's text
-ROW = 400  # bytes of a cell and of its row, beside 24 for each document
+ROW = 400  # bytes of a cell and its row, plus 24 for each document
 
 
 @dataclass(frozen=True)
@@ -33,8 +33,8 @@ class Work:
     flops: float = 0
     dtype: str = "bfloat16"
     moved: float = 0  # read from storage, or written to it
-    streamed: float = 0  # read besides, unless the task vectors stay in GPU memory ...
-    vectors: float = 0  # ... where they take this much
+    streamed: float = 0  # read in addition, unless the task vectors stay in GPU memory
+    vectors: float = 0  # bytes of the task vectors in GPU memory
     kept: float = 0  # in the results when the job is done
     host: float = PROCESS  # host memory
     counts: tuple[int, ...] = ()  # numbers of GPUs that the job can use; (): a processor's job
@@ -48,8 +48,8 @@ class Work:
 class Documents:
     """Assumptions about documents that are not yet counted and tokenised."""
 
-    train: float = math.inf  # where a domain leaves their number open; infinite: unknown
-    tokens: float = math.inf  # in a document; infinite: as many as it may have
+    train: float = math.inf  # of a domain without a number; infinite: unknown
+    tokens: float = math.inf  # per document; infinite: the maximum length
 
     def count(self, artifact: Artifact) -> float:
         """Documents in an artifact's corpora, or in a corpus."""

@@ -37,7 +37,7 @@ class Rates(Hardware):
     """Speed of a cluster, and assumptions about documents that are not yet counted."""
 
     start_seconds: float = Field(60, ge=0)  # of a job, before its work begins
-    train_documents: int = Field(20_000, gt=0)  # of a domain whose number is open
+    train_documents: int = Field(20_000, gt=0)  # of a domain without a number
     tokens_per_document: float = Field(1_000, gt=0)  # prompt and response together
     stages: dict[str, StageRate] = Field({})
 
@@ -62,9 +62,9 @@ class Estimate:
     """Remaining cost of a study."""
 
     stages: dict[Any, dict[Any, float]]  # :data:`COLUMNS` by stage, and of all as "in all"
-    chain: list[tuple[str, float]]  # longest chain of jobs that wait for one another: name, hours
-    requests: dict[str, list[dict[str, Any]]]  # what each job asks a cluster for, by stage
-    problems: list[str]  # what does not fit the nodes, a line each
+    chain: list[tuple[str, float]]  # longest chain of dependent jobs: name, hours
+    requests: dict[str, list[dict[str, Any]]]  # requests of the jobs, by stage
+    problems: list[str]  # jobs that no node can run, one line each
 
 
 def read_rates(path: Path | None, hardware: Hardware | None = None) -> Rates:

@@ -29,10 +29,10 @@ FORKS = get_context("fork")
 
 def start() -> subprocess.Popen[bytes]:
     """Start a server for the commands of this process. It ends with this process."""
-    # A socket's address has room for 108 bytes, so it cannot lie in the results folder.
+    # A socket's address has at most 108 bytes, so it is not in the results folder.
     os.environ[ADDRESS] = address = f"{tempfile.mkdtemp(prefix='mergelaw-')}/socket"
     program = "from mergelaw.cli import serve; serve()"
-    # The terminal's Ctrl-C is for the commands, which end their forks.
+    # Ctrl-C in the terminal ends the commands, which end their forks.
     server = subprocess.Popen(
         [sys.executable, "-c", program, address], stdin=subprocess.PIPE, start_new_session=True
     )
@@ -76,7 +76,7 @@ def serve(address: str, main: Callable[[], Any]) -> None:
         listener.bind(address)
         listener.listen()
         while 0 not in wait([listener, 0]):  # standard input
-            active_children()  # reaps those that have ended
+            active_children()  # reaps ended forks
             connection, _ = listener.accept()
             FORKS.Process(target=supervise, args=[listener, connection, main]).start()
             connection.close()
@@ -84,7 +84,7 @@ def serve(address: str, main: Callable[[], Any]) -> None:
 
 
 def supervise(listener: socket.socket, connection: socket.socket, main: Callable[[], Any]) -> None:
-    """Run a connection's command in a fork and send its exit status; end it with the connection."""
+    """Run a connection's command in a fork and send its exit status; kill it if the client ends."""
     listener.close()
     _, streams, _, _ = socket.recv_fds(connection, 1, 3)
     job = json.loads(connection.makefile().readline())
@@ -93,7 +93,7 @@ def supervise(listener: socket.socket, connection: socket.socket, main: Callable
     if process.sentinel not in wait([process.sentinel, connection]):
         process.kill()
     process.join()
-    with suppress(OSError):  # nobody waits any more
+    with suppress(OSError):  # the command is gone
         connection.sendall(f"{process.exitcode}\n".encode())
 
 

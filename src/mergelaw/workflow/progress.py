@@ -26,9 +26,9 @@ TITLES = {
     "report": "report",
     "merge": "merges",
 }
-LONG = ("base", "expert", "evaluate")  # stages that most of a study's time goes to
+LONG = ("base", "expert", "evaluate")  # the stages that take most of the time
 ERROR = re.compile(r"^mergelaw: error: |^\w*(Error|Exception|Interrupt)\b")
-ACTIVE = 120  # seconds since its last cell in which a shard counts as running
+ACTIVE = 120  # seconds: a shard with a cell more recent than this is running
 LINE_EVERY = 60  # seconds between lines of progress in a log
 SAMPLED = 20  # finished jobs of a kind whose times are read
 

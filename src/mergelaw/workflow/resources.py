@@ -12,11 +12,11 @@ from mergelaw.artifacts.recipe import Model
 from mergelaw.errors import MergelawError
 from mergelaw.workflow.cost import Work
 
-USABLE = 0.9  # of a GPU's memory: the rest is its context, and gaps of the allocator
+USABLE = 0.9  # share of a GPU's memory, without its context and fragmentation
 GPU_PROCESS = 5e9  # bytes of host memory: the CUDA libraries
 CORE = 0.01  # TFLOP/s of a core
 DAY = 24 * 60  # minutes
-START = 15  # minutes for imports, for loading, and for what is the same for every size
+START = 15  # minutes for imports, loading and other fixed work
 ASKED = ("gpu", "nodes", "mem_mb", "runtime", "slurm_partition")
 
 

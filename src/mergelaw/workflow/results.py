@@ -91,8 +91,7 @@ def summary(study: Study) -> str:
 def find_laws(file: Path) -> tuple[Path, list[str]]:
     """Folder of the current laws of a configuration, and warnings.
 
-    If they do not exist, laws of a part of the study serve, with a warning. Raises MergelawError
-    without any laws.
+    Laws of a part of the study come with a warning. Raises MergelawError without any laws.
     """
     study = Study(load(file))
     if study.made(study.laws):

@@ -1,7 +1,6 @@
 """Checks of a profile against SLURM, before anything is submitted.
 
-Without them a wrong partition fails every job one by one, and a request that no node can serve
-waits in the queue for ever.
+Without them a wrong partition fails every job, and an impossible request waits for ever.
 """
 
 import getpass
@@ -16,8 +15,7 @@ from mergelaw.workflow.resources import Hardware
 def check(hardware: Hardware | None, gpu_jobs: bool) -> None:
     """Raise MergelawError if SLURM lacks what a profile needs.
 
-    Checked are SLURM's commands, the account, the partitions with their time limits and, for a
-    study with ``gpu_jobs``, their GPUs.
+    This checks commands, account, partitions, time limits and, with ``gpu_jobs``, the GPUs.
     """
     for name in ("sbatch", "sinfo"):
         if shutil.which(name) is None:
@@ -36,7 +34,7 @@ def check(hardware: Hardware | None, gpu_jobs: bool) -> None:
     text = output_of("sinfo", "-a", "-h", "-o", "%P|%l|%G")
     if text is None:
         raise MergelawError("sinfo: SLURM does not answer; wait, or ask its administrator")
-    nodes = [line.split("|", 2) for line in text.splitlines()]  # one line for each kind of node
+    nodes = [line.split("|", 2) for line in text.splitlines()]  # one line per kind of node
     check_partition("slurm_partition", profile, nodes, gpus=0)
     if gpu_jobs:
         key = "gpu_partition" if profile.gpu_partition else "slurm_partition"

@@ -53,7 +53,7 @@ class Pipeline:
     def __init__(self, workflow: Any):
         self.workflow = workflow
         with one_line_errors():
-            # Read again, as YAML 1.2 and with repeated keys refused; Snakemake reads YAML 1.1.
+            # Read again as YAML 1.2, which refuses repeated keys; Snakemake reads YAML 1.1.
             self.config = read_files(workflow.configfiles, workflow.config_settings.config)
             if "openrlhf_python" in self.config:  # set by a profile, as it depends on the machine
                 os.environ["MERGELAW_OPENRLHF_PYTHON"] = str(self.config.pop("openrlhf_python"))
@@ -69,7 +69,7 @@ class Pipeline:
                 for work in self.works:
                     for problem in resources.problems(work, self.hardware):
                         raise MergelawError(problem)
-        # On one machine, jobs that would use its GPUs take turns, as its profile says.
+        # On one machine the profile makes jobs take turns on its GPUs.
         self.one_machine = not self.hardware and shutil.which("nvidia-smi") is not None
 
     def paths(self, pattern: str) -> "Paths":
