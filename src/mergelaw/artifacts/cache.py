@@ -44,7 +44,7 @@ class FileCache:
         return str(self.value(f"sha256 {path.absolute()}", [path], lambda: file_digest(path)))
 
     def _read(self) -> dict[str, Any]:
-        # A damaged cache costs reading the files again, nothing else.
+        # A damaged cache only means reading the files again.
         try:
             entries = json.loads(self.path.read_bytes()) if self.path else {}
         except (OSError, ValueError, RecursionError):

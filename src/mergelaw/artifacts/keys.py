@@ -2,7 +2,7 @@
 
 A key is the hash of a stage's name and version, its recipe and the keys of its inputs. Its first
 digits are part of the artifact's path, so an existing path needs no comparison of time stamps.
-Nothing here imports torch: every job of the workflow computes keys when it parses the workflow.
+Every job of the workflow computes keys, so this module does not import torch.
 """
 
 import hashlib

@@ -105,7 +105,7 @@ def _check_values(data: Any, where: str) -> None:
 
 
 def _problem(value: Any) -> str | None:
-    """Why JSON cannot hold a value; None if it can."""
+    """The reason why JSON cannot hold a value; None if it can."""
     for key in value if isinstance(value, dict) else ():
         if not isinstance(key, str):
             return f"the key {clip(str(key))} is not text; put it in quotes"

@@ -66,7 +66,7 @@ class Encoded:
 def _render(
     tokenizer: Any, document: Document, turns: list[Any], answer: str, default_template: str
 ) -> tuple[str, str]:
-    """The chat up to the answer, and with it, by the tokenizer's template or the default one."""
+    """The chat without and with its answer, by the tokenizer's template or the default one."""
     settings = {
         "chat_template": None if tokenizer.chat_template else default_template,
         "tokenize": False,

@@ -200,7 +200,7 @@ def _inverse(rng: Random) -> Text:
     return f"Invert {a} mod {modulus}", f"{a} * {inverse} = {a * inverse} == 1, inverse {inverse}"
 
 
-# Code: answers are what the interpreter prints.
+# Code: answers are the interpreter's output.
 
 
 def _run(template: str, *fields: object) -> Text:

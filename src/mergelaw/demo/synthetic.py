@@ -75,7 +75,7 @@ def entities(domain: str) -> dict[str, dict[str, str]]:
 
 
 def _fact(domain: str, rng: Random) -> tuple[str, str]:
-    """Prompt and response about one entity or two, with one attribute or two."""
+    """Prompt and response about one or two entities, with one or two attributes."""
     facts = entities(domain)
     a, b = rng.choices(list(facts), cum_weights=_ZIPF, k=2)
     p, q = rng.sample(list(DOMAINS[domain].attributes), 2)

@@ -70,7 +70,7 @@ class Store(ExitStack):
         self.refresh()
 
     def refresh(self) -> None:
-        """Read what any process has appended since the last call."""
+        """Read the lines that any process has appended since the last call."""
         for path in sorted(self.folder.glob("*.jsonl")):
             size, count = self._read.get(path, (0, 0))
             if path == self.path or path.stat().st_size == size:

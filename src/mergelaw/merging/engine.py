@@ -94,7 +94,7 @@ class Prepared:
         self._file = open_mapped(stored(cache / f"{digest(recipe)[:32]}.safetensors", write), stack)
 
     def part(self, name: str, start: int, stop: int, device: Any = None) -> "Tensor":
-        """Elements ``start`` (a multiple of 8) to ``stop`` of a tensor, zero where dropped."""
+        """Elements ``start`` (a multiple of 8) to ``stop`` of a tensor; dropped ones are zero."""
         from mergelaw.merging.kernels import drop, pack
 
         values, least = self.vector.part(name, start, stop, device), self._least.get(name, 0.0)
@@ -209,7 +209,7 @@ class Merger:
                 yield out[start:stop], base[start:stop].to(out.device), parts
 
     def merge(self, experts: Sequence[str], weights: Sequence[float] | None = None) -> None:
-        """Make the model the merge of ``experts`` (in canonical order); none: the base."""
+        """Make the model the merge of ``experts`` (in canonical order), or the base without experts."""
         from mergelaw.merging import kernels
 
         rule = self._method.rule(weights or [1.0] * len(experts)) if experts else None

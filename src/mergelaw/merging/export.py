@@ -53,10 +53,10 @@ def mergekit_recipe(
     dtype: str,
     adapters: Collection[str] = (),
 ) -> dict[str, Any] | None:
-    """The merge as mergekit's configuration; None where mergekit has no such rule.
+    """The merge as mergekit's configuration; None if mergekit has no such rule.
 
-    ``base`` and ``experts`` (by name) are paths or hub ids, ``dtype`` is that of the result;
-    ``adapters`` names the experts that are adapters.
+    ``base`` and ``experts`` (by name) are paths or hub ids, ``dtype`` is the result's, ``adapters``
+    names the experts that are adapters.
     """
     rule = method.mergekit()
     if rule is None:

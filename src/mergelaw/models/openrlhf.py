@@ -92,7 +92,7 @@ def batches(recipe: Training, documents: int, world: int) -> Batches:
 
 
 def arguments(recipe: Training, seed: int, batches: Batches, plain: bool) -> list[str]:
-    """Options of ``openrlhf.cli.train_sft``; ``plain``: plain text, trained on as a whole."""
+    """Options of ``openrlhf.cli.train_sft``; ``plain`` trains on plain text, all of it."""
     options = (recipe.openrlhf or OpenRLHF()).model_dump()
     lora = options.pop("lora") or {}
     values: dict[str, Any] = {

@@ -25,7 +25,7 @@ class Hardware(Model):
 
     gpus_per_node: int = Field(8, ge=0)  # 0: everything runs on processors
     gpu_memory_gb: int = Field(80, gt=0)  # of one GPU
-    # Of one device, in bfloat16, sustained (an H100: about 400), and the share of it in float32.
+    # One device, sustained, in bfloat16 (an H100: about 400), and the share reached in float32.
     teraflops: float = Field(400, gt=0, validation_alias=AliasChoices("teraflops", "gpu_tflops"))
     float32_share: float = Field(0.1, gt=0)
     gigabytes_per_second: float = Field(0.5, gt=0)  # read or written by one job, digests included

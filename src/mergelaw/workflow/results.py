@@ -113,13 +113,11 @@ def find_laws(file: Path) -> tuple[Path, list[str]]:
 
 
 def measured_costs(laws: Path) -> pd.DataFrame:
-    """Mean seconds that a study's jobs took, one row per base.
+    """Mean seconds of a study's jobs, one row per base.
 
     Columns: N (billions), training (an expert; NaN if the study trained none), merging and
-    evaluation (a merge), serving (evaluating a million tokens).
-
-    Raises:
-        MergelawError: the laws were not fitted to evaluations, or inputs are gone.
+    evaluation (a merge), serving (evaluating a million tokens). Raises MergelawError if the laws
+    were not fitted to evaluations, or if inputs are gone.
     """
     laws = laws if laws.is_dir() else laws.parent
     if not (laws / LINEAGE).is_file():

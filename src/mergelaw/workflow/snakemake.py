@@ -118,7 +118,7 @@ class Pipeline:
         return bool(self.workflow.deployment_settings.deployment_method)
 
     def succeed(self) -> None:
-        """Say what was measured and where the report is."""
+        """Print the summary of the results, with the path of the report."""
         from mergelaw.workflow.results import summary
 
         self._shown.set()

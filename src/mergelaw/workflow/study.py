@@ -293,7 +293,7 @@ class Study:
             )
         return merges
 
-    # -- all of them ---------------------------------------------------------------------------
+    # -- all artifacts -------------------------------------------------------------------------
 
     def size(self, base: str) -> Size:
         """Size of a base, from its recipe, its ``config.json`` (local or cached), or its N.
