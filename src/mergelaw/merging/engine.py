@@ -209,7 +209,7 @@ class Merger:
                 yield out[start:stop], base[start:stop].to(out.device), parts
 
     def merge(self, experts: Sequence[str], weights: Sequence[float] | None = None) -> None:
-        """Make the model the merge of ``experts`` (in canonical order), or the base without experts."""
+        """Make the model the merge of ``experts`` (in canonical order); without any, the base."""
         from mergelaw.merging import kernels
 
         rule = self._method.rule(weights or [1.0] * len(experts)) if experts else None
