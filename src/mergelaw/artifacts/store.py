@@ -33,16 +33,11 @@ def make(
 ) -> bool:
     """Make the artifact ``output`` unless it exists; return whether this call made it.
 
-    Args:
-        output: the artifact's folder; a second process for the same artifact waits for the first.
-        stage, recipe: recorded in the lineage.
-        inputs: artifacts by name; their files are verified first.
-        work: ``work(folder, state)`` writes the files into ``folder`` and may save in ``state``
-            what it needs to resume after a kill. Its result is stored as ``facts`` in the lineage.
-        key: the full key, where the path has its first digits.
-
-    Raises:
-        MergelawError: an input is damaged, or ``output`` holds something else.
+    ``work(folder, state)`` writes the files and returns the lineage's ``facts``; it may save in
+    ``state`` what it needs to resume after a kill. ``stage``, ``recipe`` and ``inputs`` (by name)
+    are recorded, and the inputs' files verified. ``key`` is the full key, where the path has its
+    first digits. A second process for the same artifact waits for the first. Raises MergelawError
+    for a damaged input, or if ``output`` holds something else.
     """
     from filelock import FileLock
 
