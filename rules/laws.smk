@@ -10,8 +10,6 @@ rule fit_laws:
         laws.log,
     conda:
         "../envs/main.yaml"
-    resources:
-        **laws.resources,
     params:
         job=laws.job,
     message:

@@ -80,7 +80,7 @@ class Clone(Place):
         """The process of a stage that works on these results."""
         for process in psutil.process_iter(["cmdline"]):
             words = process.info["cmdline"] or []
-            at_work = command in words[1:3] and any(str(self.results) in word for word in words)
+            at_work = command in words[1:4] and any(str(self.results) in word for word in words)
             if at_work and Path(words[0]).name.startswith("python"):
                 return process
         raise AssertionError(f"no {command} is at work")

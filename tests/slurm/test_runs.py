@@ -50,14 +50,20 @@ def test_a_study_from_start_to_law(tmp_path):
     jobs, study = place.jobs(), place.study()
     for job in jobs:
         print({name: job[name] for name in job if name != "of"})
-    assert len(jobs) == len(study.by_path)  # one job an artifact
+    # One job an artifact, but for those that take seconds: they run where Snakemake does.
+    submitted = [
+        path
+        for path, artifact in study.by_path.items()
+        if artifact.trains or artifact.stage in ("task_vector", "evaluate", "fit")
+    ]
+    assert len(jobs) == len(submitted) < len(study.by_path)
     assert {job["state"] for job in jobs} == {"COMPLETED"}
     assert {job["account"] for job in jobs} == {"research"}
     # Each job asked for what its model's size needs; those that train and evaluate for a GPU.
-    for path in study.by_path:
+    for path in submitted:
         kind, key = path.split("/")[0], path.rpartition("@")[2]
         alike = [job for job in jobs if key in job["of"].split("_")]
-        assert len(alike) == sum(key in other for other in study.by_path)  # of plans: both bases'
+        assert len(alike) == 1
         for job in alike:
             if kind in ("bases", "experts", "task_vectors", "evals"):
                 want = expected(place, path)

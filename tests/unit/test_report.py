@@ -164,3 +164,13 @@ def test_two_families_are_drawn_apart(tmp_path):
 def test_a_folder_without_laws_is_one_line(tmp_path):
     with pytest.raises(MergelawError, match=r"laws\.json"):
         write_report(tmp_path, study_rows(), tmp_path / "report", title="None", facts={})
+
+
+def test_a_study_in_which_nothing_could_be_fitted_has_a_report_too(tmp_path):
+    rows = study_rows(methods=("average",), sizes={"w32": 2.7e-5, "w48": 6e-5})
+    rows = rows[rows["k"] < 3]
+    write(fit_study(rows), tmp_path / "laws")
+    assert json.loads((tmp_path / "laws" / "laws.json").read_text())["fits"] == []
+    write_report(tmp_path / "laws", rows, tmp_path / "report", title="Two levels", facts={})
+    page = (tmp_path / "report" / "report.html").read_text()
+    assert "What could not be fitted" in page and "<svg" in page

@@ -81,7 +81,6 @@ def check(place: Place, undisturbed: Place) -> None:
 
 def damage(place: Place, rng: random.Random, done: Counter[str]) -> None:
     """Flip or cut a file of every kind; each must be named by its path."""
-    (report,) = place.artifacts("reports").values()
     for kind in KINDS:
         files = [
             file
@@ -106,7 +105,7 @@ def damage(place: Place, rng: random.Random, done: Counter[str]) -> None:
                 else bytes([whole[spot] ^ 1 << rng.randrange(8)]) + whole[spot + 1 :]
             )
         )
-        found = place.mergelaw("lineage", str(report), "--verify")
+        found = place.mergelaw("lineage", str(place.results), "--verify")
         file.write_bytes(whole)
         assert found.status == 1 and "Traceback" not in found.output, (file, way, found.output)
         assert str(file) in found.output or str(file.parent) in found.output, (file, found.output)

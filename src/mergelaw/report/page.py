@@ -79,6 +79,7 @@ def _chapter(
     charts = figures(fits, points, rows)
     svgs = {name: Markup(draw(chart, folder / f"{prefix}{name}")) for name, chart in charts.items()}
     chapter: dict[str, Any] = {"family": family, "figures": svgs}
+    chapter |= dict.fromkeys(("floors", "joint", "single", "rivals", "shared"))
     if len(fits):
         joint = fits[fits["law"] == MERGING.name]
         single = fits[(fits["law"] == MERGING_FIXED_N.name) & (fits["domain"] == MACRO)]
