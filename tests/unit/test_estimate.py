@@ -213,8 +213,8 @@ def test_rates_are_found_again_in_the_results_that_they_made(tmp_path):
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.name)
-def test_every_shipped_configuration_has_an_estimate(path):
-    study = Study(config.load(path))
+def test_every_shipped_configuration_has_an_estimate(path, tmp_path):
+    study = Study(config.load(path).model_copy(update={"results": str(tmp_path)}))
     found = estimate.estimate(study, Rates())
     total = found.stages["in all"]
     assert total["jobs"] == total["left"] == len(study.by_path) < 2000
