@@ -20,7 +20,7 @@ EDITS = {
     "# slurm_account: my-project": "slurm_account: research",
     "# gpu_partition: gpu": "gpu_partition: gpus",
     "gpus_per_node: 8": "gpus_per_node: 4",
-    "node_memory_gb: 900": "node_memory_gb: 500",
+    "node_memory_gb: 2000": "node_memory_gb: 500",
     "pretrain_base: 8": "pretrain_base: 1",
     "train_expert: 8": "train_expert: 1",
     "evaluate_merges: 8": "evaluate_merges: 1",

@@ -443,15 +443,33 @@ def test_several_files_are_merged_as_snakemake_merges_them(tmp_path):
     paths = [tmp_path / f"{number}.yaml" for number in range(3)]
     for path, text in zip(paths, texts, strict=True):
         path.write_text(text)
-    overrides = {"a": {"b": {"d": 5}}, "l": 6}
+    overrides = {"a": {"b": {"d": 5}}, "l": 123, "m": "yes", "n": None}
+    settings = ["a={b: {d: 5}}", "l=0123", "m=yes", "n="]
     expected = {}
     for data in [*map(config.read, paths), overrides]:
         update_config(expected, data)
-    assert config.read_files(paths, overrides) == expected
+    assert config.read_files(paths, settings) == expected
     assert expected["a"] == {"b": {"c": 3, "d": 5, "j": 1}, "e": [4]} and expected["g"] == {"k": 1}
     paths[1].write_text("- 1\n")
     with pytest.raises(MergelawError, match=r"1\.yaml: holds no keys"):
         config.read_files(paths)
+    with pytest.raises(MergelawError, match=r"^--config a=\[1:1: not valid YAML"):
+        config.read_files([], ["a=[1"])
+
+
+def test_paths_begin_at_the_users_home_folder(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/us")
+    study = config.parse(
+        small(
+            results="~/results",
+            domains__code__source={"files": ["~/code.jsonl", "./~/b.jsonl"]},
+            bases={"tiny": {"path": "~"}},
+        )
+    )
+    assert study.results == "/home/us/results" and study.bases["tiny"].path == "/home/us"
+    assert study.domains["code"].source.files == ["/home/us/code.jsonl", "./~/b.jsonl"]
+    assert "names no user's home folder" in problem(results="~nobody-of-this-name/x")
+    assert "NUL" in problem(bases={"tiny": {"path": "a\0b"}})
 
 
 # -- files -------------------------------------------------------------------------------------

@@ -249,7 +249,7 @@ def test_the_profile_names_hardware_that_is_read(tmp_path):
     text = file.read_text()
     hardware, threads = read_profile(ROOT / "slurm")
     assert (hardware, threads) == read_profile(file)
-    assert hardware.teraflops == 150 and hardware.node_memory_gb == 900 and threads == 8
+    assert hardware.teraflops == 150 and hardware.node_memory_gb == 2000 and threads == 8
     spoken = set(Hardware.model_fields) - {"teraflops", "float32_share", "gigabytes_per_second"}
     for name in spoken | {"gpu_tflops"}:
         assert f"{name}: " in text

@@ -4,6 +4,7 @@ Every package has its recipes in a module named ``recipe``; a configuration cons
 job reads recipes, so these modules import neither torch nor numpy.
 """
 
+from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 from pydantic import (
@@ -31,6 +32,18 @@ def _distinct(values: list[T]) -> list[T]:
     return values
 
 
+def _expanded(path: str) -> str:
+    if path.startswith("~"):
+        try:
+            path = str(Path(path).expanduser())
+        except RuntimeError:
+            raise ValueError("begins with '~' but names no user's home folder") from None
+    if "\0" in path:
+        raise ValueError("holds a NUL character, which no path can; remove it")
+    return path
+
+
+LocalPath = Annotated[str, AfterValidator(_expanded)]
 Distinct = Annotated[list[T], Field(min_length=1), AfterValidator(_distinct)]
 
 

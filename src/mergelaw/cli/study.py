@@ -124,14 +124,15 @@ def status(file: StudyFile = DEFAULT, as_json: Json = False) -> None:
         )
 
 
-def summary(file: StudyFile = DEFAULT) -> None:
+def summary(file: StudyFile = DEFAULT, as_json: Json = False) -> None:
     """Print a study's laws, the time of each stage and where the report is.
 
     Example: mergelaw summary ours.yaml
     """
-    from mergelaw.workflow.results import summary as text
+    from mergelaw.workflow import results
 
-    print(text(load_study(file)))
+    values = results.summary(load_study(file))
+    print(json.dumps(values, indent=1) if as_json else results.summary_text(values))
 
 
 def show_lineage(

@@ -34,32 +34,40 @@ def load(path: Path | str) -> Config:
 
 def read(path: Path | str) -> Any:
     """The data of a YAML 1.2 file; a repeated key is an error. Raises MergelawError."""
+    try:
+        content = Path(path).read_bytes()
+    except OSError as error:
+        raise MergelawError(system_message(error)) from None
+    data = _parse_yaml(content, str(path))
+    _check_values(data, str(path))
+    return data
+
+
+def _parse_yaml(content: bytes, where: str) -> Any:
     yaml = YAML(typ="safe", pure=True)
     yaml.Constructor = _Constructor
     try:
-        data = yaml.load(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise MergelawError(system_message(error)) from None
+        return yaml.load(content.decode())
     except (YAMLError, ValueError, TypeError, AttributeError, LookupError, RecursionError) as error:
         mark = getattr(error, "problem_mark", None)
         line = f":{mark.line + 1}" if mark else ""
         reason = str(getattr(error, "problem", None) or error or type(error).__name__)
         reason = clip(reason.splitlines()[0], 120)
-        raise MergelawError(f"{path}{line}: not valid YAML ({reason}); fix the file") from None
-    _check_values(data, str(path))
-    return data
+        raise MergelawError(f"{where}{line}: not valid YAML ({reason}); fix it") from None
 
 
-def read_files(
-    paths: Iterable[Path | str], overrides: Mapping[str, Any] | None = None
-) -> dict[str, Any]:
+def read_files(paths: Iterable[Path | str], settings: Iterable[str] = ()) -> dict[str, Any]:
     """Read YAML files and merge them as Snakemake merges its configuration files.
 
-    Later files win, and ``overrides`` over all. Nested mappings are merged. Raises MergelawError.
+    Later files win, and ``settings`` (``key=value`` of ``--config``, values in YAML) over all.
+    Nested mappings are merged. Raises MergelawError.
     """
     merged: dict[str, Any] = {}
-    for data in [*map(read, paths), overrides or {}]:
-        _update(merged, data)
+    for path in paths:
+        _update(merged, read(path))
+    for setting in settings:
+        key, _, value = setting.partition("=")
+        _update(merged, {key: _parse_yaml(value.encode(), f"--config {clip(setting)}")})
     return merged
 
 

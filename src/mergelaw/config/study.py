@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field
 
-from mergelaw.artifacts.recipe import Distinct, Model, Name, Seed
+from mergelaw.artifacts.recipe import Distinct, LocalPath, Model, Name, Seed
 from mergelaw.config.domains import Corpus, Domain
 from mergelaw.config.merges import Merge, Methods
 from mergelaw.config.partial import Partial, complete
@@ -26,7 +26,7 @@ class Config(Model):
     """A study."""
 
     name: Name = Field(description="name of the study and of the model family of its bases")
-    results: str = Field(
+    results: LocalPath = Field(
         "results", pattern=r"^[^{}<>*?\r\n]+$", description="folder that results are written to"
     )
     seed: Seed = Field(0, description="seed of generated documents and of splits")

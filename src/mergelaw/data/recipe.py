@@ -5,7 +5,7 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
-from mergelaw.artifacts.recipe import Model
+from mergelaw.artifacts.recipe import LocalPath, Model
 from mergelaw.errors import nearest
 
 
@@ -13,10 +13,10 @@ class Source(Model):
     """Source of documents: exactly one of `synthetic`, `files` and `dataset`."""
 
     synthetic: str | None = Field(None, description="name of a generator of the demo's documents")
-    files: list[str] | None = Field(
+    files: list[LocalPath] | None = Field(
         None, min_length=1, description="JSON, JSONL, CSV or Parquet files, folders or globs"
     )
-    dataset: str | None = Field(
+    dataset: LocalPath | None = Field(
         None, description="a dataset of the Hugging Face hub, or a local folder of one"
     )
     revision: str | None = Field(

@@ -4,7 +4,7 @@ from typing import Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
-from mergelaw.artifacts.recipe import Distinct, Model, Name, Seed
+from mergelaw.artifacts.recipe import Distinct, LocalPath, Model, Name, Seed
 
 
 class Checkpoint(Model):
@@ -12,7 +12,7 @@ class Checkpoint(Model):
 
     _kinds: ClassVar[tuple[str, ...]] = ("path", "hub")
 
-    path: str | None = Field(None, description="a local Hugging Face folder")
+    path: LocalPath | None = Field(None, description="a local Hugging Face folder")
     hub: str | None = Field(None, description="a model id of the Hugging Face hub")
     revision: str | None = Field(None, description="commit or branch; required with `hub`")
 

@@ -1,10 +1,12 @@
 """Progress of a study: finished and running jobs, remaining time, failures."""
 
 import re
+import sys
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -191,16 +193,13 @@ def _failures(study: Study, artifacts: Iterable[Artifact]) -> Iterator[tuple[str
             yield artifact.path, lines[-1].removeprefix("mergelaw: error: ")
 
 
-def show_progress(study: Study, write: Callable[[str], Any]) -> threading.Event:
-    """Write a line of progress every minute, from a thread, until the event is set."""
-    ended = threading.Event()
+def show_progress(study: Study, ended: threading.Event) -> None:
+    """Write a line of progress to stderr every minute, from a thread, until the event is set."""
 
     def show() -> None:
         while not ended.wait(LINE_EVERY):
-            try:
-                write(f"mergelaw: {time.strftime('%H:%M')}: {progress(study).line()}")
-            except (MergelawError, OSError):  # a file that is being written is whole next time
-                continue
+            with suppress(MergelawError, OSError):  # what is being written is whole next time
+                line = f"mergelaw: {time.strftime('%H:%M')}: {progress(study).line()}"
+                print(line, file=sys.stderr, flush=True)
 
     threading.Thread(target=show, daemon=True).start()
-    return ended

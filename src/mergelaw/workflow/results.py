@@ -15,6 +15,7 @@ from mergelaw.artifacts.run_lock import lock_results
 from mergelaw.config import load
 from mergelaw.errors import MergelawError
 from mergelaw.evaluation import read_rows
+from mergelaw.laws.points import MACRO
 from mergelaw.workflow.progress import TITLES
 from mergelaw.workflow.study import Study
 
@@ -44,28 +45,8 @@ def facts_of(laws: Path) -> dict[str, str]:
     return facts
 
 
-def law_lines(fits: Mapping[str, Any]) -> Iterator[str]:
-    """Laws of the macro-average, one line each: joint laws first, then those of one size."""
-    for joint in (True, False):
-        chosen = [
-            f for f in fits["fits"] if f["domain"] == "macro" and (f["base"] is None) == joint
-        ]
-        if chosen:
-            yield f"\n{fits['laws'][chosen[0]['law']]}"
-        for fit in chosen:
-            where = fit["method"] if joint else f"{fit['method']}, {fit['base']}"
-            values = "  ".join(f"{name} = {v:.4g}" for name, v in fit["parameters"].items())
-            (floor,) = fit["floors"] if not joint else ({},)
-            reach = f"  reachable floor L({floor['M']}) = {floor['reachable']:.4g}" if floor else ""
-            yield f"  {where:<24}{values}{reach}  R^2 = {fit['r2']:.5f}  RMSE = {fit['rmse']:.2g}"
-    for refused in fits["refused"]:
-        if refused["domain"] == "macro":
-            where = refused["base"] or "all sizes"
-            yield f"  {refused['method']}, {where}: not fitted, {refused['reason']}"
-
-
-def summary(study: Study) -> str:
-    """Laws of a study's macro-average, the time of each stage and the path of the report.
+def summary(study: Study) -> dict[str, Any]:
+    """Fits of a study's macro-average, the jobs and seconds of each stage, and the files.
 
     Raises MergelawError if the study is not finished.
     """
@@ -77,15 +58,39 @@ def summary(study: Study) -> str:
                 "says what is missing"
             )
     fits = json.loads((laws / "laws.json").read_text(encoding="utf-8"))
+    times = stage_times(lineage.ancestors(report).values())
+    return {
+        "laws": fits["laws"],
+        "fits": [fit for fit in fits["fits"] if fit["domain"] == MACRO],
+        "refused": [fit for fit in fits["refused"] if fit["domain"] == MACRO],
+        "stages": {title: {"jobs": jobs, "seconds": s} for title, (jobs, s) in times.items()},
+        "summary": str(laws / "summary.txt"),
+        "report": str(report / "report.html"),
+    }
+
+
+def summary_text(values: Mapping[str, Any]) -> str:
+    """A :func:`summary` as text: joint laws, laws of one base, times, paths."""
     lines = ["macro-average cross-entropy in nats per token; N in billions, without embeddings"]
-    lines += law_lines(fits)
-    lines += [
-        f"all of {len(fits['fits'])} fits, with their warnings: {laws / 'summary.txt'}",
-        "\ntime by stage, in all; jobs run side by side",
-    ]
-    for title, (jobs, seconds) in stage_times(lineage.ancestors(report).values()).items():
-        lines.append(f"  {title:<13}{jobs:>5} jobs {seconds:>9.1f} s")
-    return "\n".join([*lines, f"\nreport: {report / 'report.html'}"])
+    law = None
+    for fit in sorted(values["fits"], key=lambda fit: fit["base"] is not None):
+        if fit["law"] != law:
+            law = fit["law"]
+            lines.append(f"\n{values['laws'][law]}")
+        where = f"{fit['method']}, {fit['base']}" if fit["base"] else fit["method"]
+        numbers = "  ".join(f"{name} = {v:.4g}" for name, v in fit["parameters"].items())
+        if fit["base"]:
+            (floor,) = fit["floors"]
+            numbers += f"  reachable floor L({floor['M']}) = {floor['reachable']:.4g}"
+        lines.append(f"  {where:<24}{numbers}  R^2 = {fit['r2']:.5f}  RMSE = {fit['rmse']:.2g}")
+    for fit in values["refused"]:
+        where = f"{fit['method']}, {fit['base'] or 'all sizes'}"
+        lines.append(f"  {where}: not fitted, {fit['reason']}")
+    lines.append(f"all fits, with their warnings: {values['summary']}")
+    lines.append("\ntime by stage, in all; jobs run side by side")
+    for title, stage in values["stages"].items():
+        lines.append(f"  {title:<13}{stage['jobs']:>5} jobs {stage['seconds']:>9.1f} s")
+    return "\n".join([*lines, f"\nreport: {values['report']}"])
 
 
 def find_laws(file: Path) -> tuple[Path, list[str]]:

@@ -54,13 +54,14 @@ class Pipeline:
         self.workflow = workflow
         with one_line_errors():
             # Read again as YAML 1.2, which refuses repeated keys; Snakemake reads YAML 1.1.
-            self.config = read_files(workflow.configfiles, workflow.config_settings.config)
+            settings = workflow.config_settings.config_args
+            self.config = read_files(workflow.configfiles, settings)
             if "openrlhf_python" in self.config:  # set by a profile, as it depends on the machine
                 os.environ["MERGELAW_OPENRLHF_PYTHON"] = str(self.config.pop("openrlhf_python"))
             where = " + ".join(map(str, workflow.configfiles))
             self.study = Study(parse(self.config, where))
-            settings = workflow.resource_settings.default_resources or {}
-            values = {name: getattr(value, "raw", value) for name, value in settings.items()}
+            defaults = workflow.resource_settings.default_resources or {}
+            values = {name: getattr(value, "raw", value) for name, value in defaults.items()}
             self.hardware = resources.Hardware.of(values)
             missing = [a for a in self.study.by_path.values() if not self.study.made(a)]
             self.works: list[Work] = []
@@ -69,6 +70,7 @@ class Pipeline:
                 for work in self.works:
                     for problem in resources.problems(work, self.hardware):
                         raise MergelawError(problem)
+        self._shown = threading.Event()  # set when no more lines of progress are wanted
         # On one machine the profile makes jobs take turns on its GPUs.
         self.one_machine = not self.hardware and shutil.which("nvidia-smi") is not None
 
@@ -108,23 +110,20 @@ class Pipeline:
             here = self.workflow.local_exec and not self._deploys()
             if here and sys.platform == "linux":  # jobs run with this Python
                 self._forks = forkserver.start()
-        self._shown = threading.Event()
         if not sys.stderr.isatty():
-            self._shown = progress.show_progress(
-                self.study, lambda line: print(line, file=sys.stderr, flush=True)
-            )
+            progress.show_progress(self.study, self._shown)
 
     def _deploys(self) -> bool:
         return bool(self.workflow.deployment_settings.deployment_method)
 
     def succeed(self) -> None:
         """Print the summary of the results, with the path of the report."""
-        from mergelaw.workflow.results import summary
+        from mergelaw.workflow.results import summary, summary_text
 
         self._shown.set()
         if self.study.made(self.study.report):  # not after --until
             with one_line_errors():
-                print(summary(self.study), file=sys.stderr)
+                print(summary_text(summary(self.study)), file=sys.stderr)
 
     def report_the_rest(self) -> None:
         """After a failure, print what failed, then fit and report the measured cells."""
@@ -137,7 +136,11 @@ class Pipeline:
         with one_line_errors(), tempfile.NamedTemporaryFile("w", suffix=".json") as resolved:
             json.dump(self.config, resolved)
             resolved.flush()
-            subprocess.run(["mergelaw", "stage", "partial", resolved.name], check=False)
+            if subprocess.run(["mergelaw", "stage", "partial", resolved.name]).returncode:
+                raise MergelawError(
+                    f"{self.study.results}/partial: what was measured could not be reported; see "
+                    "the error above"
+                )
 
 
 class Paths:
