@@ -197,15 +197,15 @@ def test_a_response_ends_with_its_end_of_turn_token(tmp_path, template, eos, end
     try:
         tokenizer.chat_template = template or kept
         rows, found, _ = openrlhf.render(tokenizer, [chat("It is 42.\n")] * 3, recipe(), "here")
-        ids, _, scored = tokenize.parts(tokenizer, [chat("It is 42.\n")])[0]
+        (part,), _ = tokenize.parts(tokenizer, [chat("It is 42.\n")])
     finally:
         tokenizer.chat_template = kept
     assert found == end and tokenizer.eos_token == eos
     assert all(row["response"].startswith("It is 42.") for row in rows)
     assert all(row["response"].endswith(end) for row in rows)
     for row in rows:
-        assert tokenizer(row["prompt"])["input_ids"] == ids
-        assert len(tokenizer(row["response"])["input_ids"]) == scored
+        assert tokenizer(row["prompt"])["input_ids"] == part.ids[: part.start]
+        assert len(tokenizer(row["response"])["input_ids"]) == part.stop - part.start
     openrlhf.stage_model(base, tmp_path / "staged", end)
     from transformers import AutoTokenizer
 

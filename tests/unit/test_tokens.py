@@ -103,9 +103,9 @@ def test_a_tokenizer_without_a_template_gets_a_plain_one():
 @pytest.mark.parametrize("max_tokens", [4, 1000])
 def test_a_first_token_is_never_scored(policy, max_tokens):
     # Nothing comes before it that could predict it, where a template writes no prompt.
-    silent = "{% if messages | length > 1 %}{{ messages[-1]['content'] }}{% endif %}"
+    silent = "{{ messages[-1]['content'] }}"
     with template(silent):
-        found = encoded([CHAT], max_tokens, policy)
+        found = encoded([Document("silent", [], CHAT.response)], max_tokens, policy)
     assert all(window.start >= 1 for window in found.windows)
     assert found.windows[0].stop > 1
 
@@ -182,7 +182,8 @@ def test_a_template_without_a_system_line_refuses_one():
     "source, words",
     [
         ("{{ raise_exception('roles must alternate') }}", "roles must alternate"),
-        ("{% if add_generation_prompt %}A{% else %}B{% endif %}", "differently"),
+        ("{{ messages[0]['content'] }}", "writes its answer differently or not at all"),
+        ("{{ messages[-1]['content'] }}", r"leaves out its user turn \('What is 2"),
     ],
 )
 def test_a_document_that_the_template_refuses_is_named(source, words):
@@ -220,15 +221,15 @@ def test_split_scores_each_token_once(bos, chat, max_tokens):
     assert max(len(w.ids) for w in found.windows) <= max_tokens
     long = 0
     for number, document in enumerate(items):
-        prompt, response, count = parts(ours, [document])[0]
-        ids = prompt + response
+        (whole,), _ = parts(ours, [document])
+        ids = whole.ids
         long += len(ids) > max_tokens
         seen = []
         for window in (w for w in found.windows if w.document == number):
             assert window.start >= 1  # each has at least one token to be predicted from
             assert window.start < window.stop <= len(window.ids)
             seen.extend(scored(window))
-        assert seen == ids[len(prompt) : len(prompt) + count]
+        assert seen == ids[whole.start : whole.stop]
     assert (found.documents, found.long_documents) == (len(items), long)
     assert found.dropped_tokens == 0
 
@@ -238,14 +239,14 @@ def test_split_scores_each_token_once(bos, chat, max_tokens):
 def test_truncate_counts_what_it_drops(chat, max_tokens):
     items = documents(chat)
     found = encoded(items, max_tokens, "truncate")
-    everything = sum(parts(tokenizer(), [document])[0][2] for document in items)
+    everything = sum(part.stop - part.start for part in parts(tokenizer(), items)[0])
     kept = sum(window.stop - window.start for window in found.windows)
     assert found.dropped_tokens == everything - kept
     assert (found.dropped_tokens > 0) == (max_tokens < 1000)
     for window in found.windows:
-        prompt, response, count = parts(tokenizer(), [items[window.document]])[0]
-        assert list(window.ids) == (prompt + response)[:max_tokens]
-        assert window.stop == min(len(prompt) + count, max_tokens)
+        (whole,), _ = parts(tokenizer(), [items[window.document]])
+        assert list(window.ids) == whole.ids[:max_tokens]
+        assert window.stop == min(whole.stop, max_tokens)
 
 
 def test_a_prompt_that_fills_the_window_leaves_nothing_of_its_document():
@@ -253,4 +254,5 @@ def test_a_prompt_that_fills_the_window_leaves_nothing_of_its_document():
     found = encoded([long, CHAT], 40, "truncate")
     assert [window.document for window in found.windows] == [1]
     assert (found.documents, found.long_documents) == (2, 1)
-    assert found.dropped_tokens == parts(tokenizer(), [long])[0][2]
+    (whole,), _ = parts(tokenizer(), [long])
+    assert found.dropped_tokens == whole.stop - whole.start

@@ -243,13 +243,15 @@ def render(
             f"time; give them to different experts or {TRL}"
         )
     windows = [w for w in encoded.windows if plain or w.start < recipe.max_tokens - 2]
-    pairs = [tokenize.texts(tokenizer, documents[window.document]) for window in windows]
-    end = None if plain else end_of_turn(tokenizer, [response for _, response in pairs], where)
+    everything, _ = tokenize.parts(tokenizer, documents)
+    parts = [everything[window.document] for window in windows]
+    end = None if plain else end_of_turn(tokenizer, parts, where)
+    begin = tokenizer.bos_token or ""
     rows = [
-        {"text": start + text}
+        {"text": begin + part.answer}
         if end is None
-        else {"prompt": start, "response": text[: text.rindex(end) + len(end)]}
-        for start, text in pairs
+        else {"prompt": part.prompt, "response": part.answer + part.end}
+        for part in parts
     ]
     facts = {
         "documents": len(rows),
@@ -260,16 +262,26 @@ def render(
     return rows, end, facts
 
 
-def end_of_turn(tokenizer: Any, responses: Sequence[str], where: str) -> str:
-    """The special token that ends every response. Raises MergelawError if they have none."""
-    special = tokenizer.convert_ids_to_tokens(tokenizer.all_special_ids)
-    ends = {max(special, key=response.rfind, default="") for response in responses}
-    end: str = ends.pop() if len(ends) == 1 else ""
-    if not end or any(end not in response for response in responses):
+def end_of_turn(tokenizer: Any, parts: Sequence[tokenize.Parts], where: str) -> str:
+    """The special token that ends every response of these chats.
+
+    Raises MergelawError if they have none, or if OpenRLHF, which tokenises prompts apart, would
+    score other tokens.
+    """
+    ends = {part.ids[part.stop - 1] for part in parts if part.end}
+    if len(ends) != 1 or not all(part.end for part in parts):
         raise MergelawError(
             f"{where}: the chat template does not end every response with the same special token, "
             f"as OpenRLHF needs it; change the template or {TRL}"
         )
+    prompts = [part.prompt for part in parts]
+    apart = tokenizer(prompts, add_special_tokens=False, verbose=False)["input_ids"]
+    if any(len(ids) != part.start for ids, part in zip(apart, parts, strict=True)):
+        raise MergelawError(
+            f"{where}: OpenRLHF tokenises prompts apart, which gives other tokens with this"
+            f" tokenizer and template; {TRL}"
+        )
+    end: str = tokenizer.convert_ids_to_tokens(ends.pop())
     return end
 
 
