@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 import mergelaw
-from mergelaw.cli import planning, study
+from mergelaw.cli import decide, planning, study
 from mergelaw.cli.process import collect_less, quiet
 from mergelaw.cli.stages import stages
 from mergelaw.errors import MergelawError, system_message
@@ -18,12 +18,14 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 STUDY, RESULTS, LAW = "A study", "Its results", "Answers of the law"
+DECIDE = "Measured merges"
 app.add_typer(study.config_app, name="config", rich_help_panel=STUDY)
 app.command(rich_help_panel=STUDY)(study.demo)
 app.command(rich_help_panel=STUDY)(study.estimate)
 app.command(rich_help_panel=STUDY)(study.rates)
 app.command(rich_help_panel=STUDY)(study.status)
 app.command(rich_help_panel=RESULTS)(study.summary)
+app.command(rich_help_panel=DECIDE)(decide.best)
 app.command("lineage", rich_help_panel=RESULTS)(study.show_lineage)
 app.command(rich_help_panel=RESULTS)(study.merge)
 app.command("gc", rich_help_panel=RESULTS)(study.collect_garbage)

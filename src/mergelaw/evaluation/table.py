@@ -69,10 +69,13 @@ def read_cells(shards: Sequence[Path]) -> "tuple[pd.DataFrame, Iterator[pd.DataF
     return read_rows(shards), (read_rows([shard], documents=True) for shard in shards)
 
 
-def read_rows(shards: Sequence[Path], documents: bool = False) -> "pd.DataFrame":
+def read_rows(
+    shards: Sequence[Path], documents: bool = False, merges: Sequence[str] | None = None
+) -> "pd.DataFrame":
     """The rows of shards (their folders) as one table.
 
-    ``documents`` adds the columns per document. Raises MergelawError for an unreadable table.
+    ``documents`` adds the columns per document; ``merges`` selects rows by the merge's identity.
+    Raises MergelawError for an unreadable table.
     """
     import pandas as pd
     import pyarrow.parquet as pq
@@ -83,7 +86,8 @@ def read_rows(shards: Sequence[Path], documents: bool = False) -> "pd.DataFrame"
         try:
             names = pq.read_schema(file).names
             columns = [n for n in names if documents or not n.startswith("document_")]
-            tables.append(pd.read_parquet(file, columns=columns))
+            filters = None if merges is None else [("merge", "in", set(merges))]
+            tables.append(pd.read_parquet(file, columns=columns, filters=filters))
         except (OSError, ValueError) as error:
             raise MergelawError(
                 f"{file}: cannot be read ({str(error).splitlines()[0]}); delete {shard} and rerun"

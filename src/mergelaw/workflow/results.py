@@ -13,6 +13,7 @@ from mergelaw.artifacts import lineage
 from mergelaw.artifacts.lineage import LINEAGE
 from mergelaw.artifacts.run_lock import lock_results
 from mergelaw.config import load
+from mergelaw.decide import Measured, best, by_base
 from mergelaw.errors import MergelawError
 from mergelaw.evaluation import read_rows
 from mergelaw.laws.points import MACRO
@@ -45,8 +46,27 @@ def facts_of(laws: Path) -> dict[str, str]:
     return facts
 
 
+def measured(study: Study) -> tuple[list[Measured], list[str]]:
+    """What a study has measured so far, by base, and warnings on what is missing.
+
+    Raises MergelawError if no base has measured merges.
+    """
+    shards = [study.results / a.path for a in study.evals.values() if study.made(a)]
+    missing = len(study.evals) - len(shards)
+    if not shards:
+        raise MergelawError(
+            f"{study.results}: nothing of {study.config.name} is measured yet; run the study first"
+        )
+    every, warnings = by_base(
+        read_rows(shards), lambda models: read_rows(shards, documents=True, merges=models)
+    )
+    if missing:
+        warnings.append(f"{missing} of {len(study.evals)} shards are not measured yet")
+    return every, warnings
+
+
 def summary(study: Study) -> dict[str, Any]:
-    """Fits of a study's macro-average, the jobs and seconds of each stage, and the files.
+    """The best merge of each base, fits of the macro-average, jobs and seconds by stage, files.
 
     Raises MergelawError if the study is not finished.
     """
@@ -59,7 +79,10 @@ def summary(study: Study) -> dict[str, Any]:
             )
     fits = json.loads((laws / "laws.json").read_text(encoding="utf-8"))
     times = stage_times(lineage.ancestors(report).values())
+    every, warnings = measured(study)
     return {
+        "best": {one.base: best(one).sentence for one in every},
+        "warnings": warnings,
         "laws": fits["laws"],
         "fits": [fit for fit in fits["fits"] if fit["domain"] == MACRO],
         "refused": [fit for fit in fits["refused"] if fit["domain"] == MACRO],
@@ -70,8 +93,11 @@ def summary(study: Study) -> dict[str, Any]:
 
 
 def summary_text(values: Mapping[str, Any]) -> str:
-    """A :func:`summary` as text: joint laws, laws of one base, times, paths."""
-    lines = ["macro-average cross-entropy in nats per token; N in billions, without embeddings"]
+    """A :func:`summary` as text: the best merges, joint laws, laws of one base, times, paths."""
+    lines = [f"{base}: {sentence}" for base, sentence in values["best"].items()]
+    lines += [f"warning: {warning}" for warning in values["warnings"]]
+    lines += ["`mergelaw best` ranks all measured merges and writes the command for each base", ""]
+    lines += ["macro-average cross-entropy in nats per token; N in billions, without embeddings"]
     law = None
     for fit in sorted(values["fits"], key=lambda fit: fit["base"] is not None):
         if fit["law"] != law:

@@ -1,0 +1,145 @@
+"""Commands that decide on measured merges: ``mergelaw best``."""
+
+import json
+import math
+import sys
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from typer import Option
+
+from mergelaw.cli.study import DEFAULT, Json, StudyFile, load_study
+from mergelaw.errors import MergelawError
+
+if TYPE_CHECKING:
+    from mergelaw.decide import Best, Measured
+
+Base = Annotated[str | None, Option(help="a base of the study; default: all")]
+
+
+def best(
+    file: StudyFile = DEFAULT,
+    base: Base = None,
+    objective: Annotated[
+        Literal["macro", "worst"],
+        Option(
+            help="macro: mean loss of the domains that are not held out; worst: loss above the "
+            "base in the domain that gains least"
+        ),
+    ] = "macro",
+    weights: Annotated[
+        str | None, Option(help="weights of the domains that count, as in maths=2,code=1")
+    ] = None,
+    not_above: Annotated[
+        str | None,
+        Option(
+            help="limits in nats above the base, as in code=0.01,law=0; all=0: no domain above it"
+        ),
+    ] = None,
+    top: Annotated[int, Option(min=1, help="merges to list")] = 10,
+    as_json: Json = False,
+) -> None:
+    """Rank the measured merges: which one to ship, how sure that is, and how to write it.
+
+    Example: mergelaw best ours.yaml --objective macro --not-above all=0.01
+    """
+    from mergelaw import decide
+
+    wanted = decide.Objective(
+        objective, numbers("--weights", weights), numbers("--not-above", not_above)
+    )
+    study = load_study(file)
+    results = for_each_base(study, base, lambda measured: decide.best(measured, wanted))
+    if as_json:
+        command = {b.measured.base: b.command(str(file), len(study.bases) > 1) for b in results}
+        answers = [b.to_dict(top) | {"command": command[b.measured.base]} for b in results]
+        print(json.dumps(answers, indent=1, ensure_ascii=False, allow_nan=False))
+        return
+    print("\n\n".join(best_text(b, str(file), top, len(study.bases) > 1) for b in results))
+
+
+def for_each_base(study: Any, base: str | None, decide: "Callable[[Measured], Any]") -> list[Any]:
+    """Answers by base. What one base lacks is a warning, unless no base has an answer."""
+    from mergelaw.workflow.results import measured
+
+    if base is not None and base not in study.bases:
+        raise MergelawError(f"--base {base}: no such base; give one of {', '.join(study.bases)}")
+    every, warnings = measured(study)
+    answers = []
+    for one in every:
+        if base in (None, one.base):
+            try:
+                answers.append(decide(one))
+            except MergelawError as error:
+                warnings.append(str(error))
+    for warning in warnings[: None if answers else -1]:
+        print(f"mergelaw: warning: {warning}", file=sys.stderr)
+    if not answers:
+        raise MergelawError(warnings[-1] if warnings else f"--base {base}: nothing is measured yet")
+    return answers
+
+
+def numbers(option: str, text: str | None) -> dict[str, float]:
+    """The values of an option such as maths=2,code=1."""
+    values: dict[str, float] = {}
+    for part in (text or "").split(",") if text is not None else ():
+        name, _, number = (word.strip() for word in part.partition("="))
+        try:
+            value = float(number)
+        except ValueError:
+            value = math.nan
+        if not name or not math.isfinite(value) or name in values:
+            raise MergelawError(f"{option} {text}: give each domain once, as in maths=2,code=1")
+        values[name] = value
+    return values
+
+
+def best_text(best: "Best", file: str, top: int, several_bases: bool) -> str:
+    """A ranking as text for a terminal."""
+    measured, label = best.measured, best.objective.label
+    kept = best.kept(best.model)
+    lines = [f"{measured.base}: {best.sentence}", best.doubt]
+    if not math.isnan(kept):
+        lines.append(
+            f"It keeps {100 * kept:.0f}% of what the experts gain alone: the sum of (base - merge) "
+            f"over that of (base - best single expert), over {len(best.specialists)} domains."
+        )
+    ranked = zip(best.ranking[:top], best.values, strict=False)
+    rows = [
+        [
+            str(place),
+            f"{value:.4f}",
+            best.ahead[model.identity].text() if model.identity in best.ahead else "",
+            f"{100 * best.kept(model):.0f}%",
+            measured.name(model),
+            model.identity,
+        ]
+        for place, (model, value) in enumerate(ranked, 1)
+    ]
+    lines += ["", *columns(["", label, "behind", "kept", "merge", "id"], rows, right=(0, 1, 3))]
+    table = [
+        [
+            row["domain"] + (" (held out)" if row["held_out"] else ""),
+            f"{row['base']:.4f}",
+            f"{row['alone']:.4f} {row['expert']}" if row["expert"] else "-",
+            *(f"{value:.4f}" for value in row["baselines"].values()),
+            f"{row['merge']:.4f}",
+            row["against_base"].text(),
+        ]
+        for row in best.domains()
+    ]
+    heads = ["domain", "base", "best expert alone", *measured.baselines, "merge", "against base"]
+    lines += ["", *columns(heads, table)]
+    return "\n".join([*lines, "", f"write it: {best.command(file, several_bases)}"])
+
+
+def columns(
+    heads: list[str], rows: Iterable[list[str]], right: tuple[int, ...] = ()
+) -> Iterable[str]:
+    """A table's lines, in columns as wide as their longest cell."""
+    table = [heads, *rows]
+    widths = [max(len(row[i]) for row in table) for i in range(len(heads))]
+    for row in table:
+        cells = [c.rjust(w) if i in right else c.ljust(w)
+                 for i, (c, w) in enumerate(zip(row, widths, strict=True))]  # fmt: skip
+        yield "  ".join(cells).rstrip()

@@ -1,0 +1,346 @@
+"""The best measured merge of a base: a ranking for an objective, and what separates the first."""
+
+import math
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, Literal
+
+import numpy as np
+
+from mergelaw.decide.measured import Array, Difference, Documents, Measured, Model, to_json
+from mergelaw.errors import MergelawError, nearest
+
+EVERY = "all"  # stands for every domain in limits
+CONTENDERS = 200  # lowest merges that are compared with the best
+FEW = 2  # experts left out by the best merge that its sentence names
+RESAMPLES = 1000  # of the documents, for the optimism of the selection
+
+
+@dataclass(frozen=True)
+class Objective:
+    """What the best merge minimises, and what it must respect.
+
+    Attributes:
+        kind: ``macro``, the (weighted) mean loss over domains; ``worst``, the loss above the
+            base in the domain that gains least over it.
+        weights: weights of domains, of which only those named count; empty: the held-in domains
+            count alike.
+        limits: nats per token by which a domain's loss may be above the base's; ``all`` is every
+            domain.
+    """
+
+    kind: Literal["macro", "worst"] = "macro"
+    weights: Mapping[str, float] = field(default_factory=dict)
+    limits: Mapping[str, float] = field(default_factory=dict)
+
+    def shares(self, measured: Measured) -> Array:
+        """Weights of all domains, with sum one. Raises MergelawError for an unknown domain."""
+        for name in [*self.weights, *self.limits]:
+            if name not in measured.domains and not (name == EVERY and name in self.limits):
+                raise MergelawError(
+                    f"best: no domain {name!r}{nearest(name, measured.domains)}; the study "
+                    f"measures {', '.join(measured.domains)}"
+                )
+        if not self.weights:
+            return measured.counted
+        if self.kind == "worst":
+            raise MergelawError("best: the worst domain has no weights; give one of the two")
+        weights = np.array([self.weights.get(domain, 0.0) for domain in measured.domains])
+        if not np.isfinite(weights).all() or (weights < 0).any() or not weights.any():
+            raise MergelawError("best: weights of domains are numbers of 0 or more, not all 0")
+        return np.asarray(weights / weights.sum())
+
+    def values(self, losses: Array, base: Array, shares: Array) -> Array:
+        """Objective of losses (..., models, domains), the base's losses being (..., domains)."""
+        if self.kind == "worst":
+            above = np.where(shares > 0, losses - base[..., None, :], -np.inf)
+            return np.asarray(above.max(axis=-1))
+        return np.asarray(losses @ shares)
+
+    def slopes(self, measured: Measured, model: Model) -> dict[str, Array]:
+        """Coefficients of losses, by model and domain, in the objective of a model."""
+        shares, base = self.shares(measured), measured.reference
+        if self.kind == "macro":
+            return {model.identity: shares}
+        above = np.where(shares > 0, model.losses - base.losses, -np.inf)
+        one = np.zeros(len(shares))
+        one[above.argmax()] = 1.0
+        return {model.identity: one, base.identity: -one}
+
+    @property
+    def label(self) -> str:
+        """The objective's name in tables."""
+        return "weighted" if self.weights else self.kind
+
+
+@dataclass(frozen=True)
+class Best:
+    """The best measured merge of a base.
+
+    Attributes:
+        measured: all models of the base.
+        objective: what was minimised.
+        ranking: merges within the limits, lowest objective first.
+        values: their objective in nats per token.
+        ahead: by identity, objective of the next merges minus the best's, on the same documents.
+        costs: the objective minus the best's if an expert that it leaves out is added, by expert,
+            where that merge is measured.
+        optimism: by how much choosing on the documents of the ranking makes the best's value look
+            too low (nats per token), from resampled documents.
+        wins: share of resamples in which it is best.
+    """
+
+    measured: Measured
+    objective: Objective
+    ranking: Sequence[Model]
+    values: Sequence[float]
+    ahead: Mapping[str, Difference]
+    costs: Mapping[str, Difference]
+    optimism: float
+    wins: float
+
+    @property
+    def model(self) -> Model:
+        """The best merge."""
+        return self.ranking[0]
+
+    @property
+    def base_value(self) -> float:
+        """Objective of the base; 0 for the worst domain, which is counted from the base."""
+        base, shares = self.measured.reference.losses, self.objective.shares(self.measured)
+        return float(self.objective.values(base[None], base, shares)[0])
+
+    @property
+    def tied(self) -> list[Model]:
+        """Next merges that the documents do not distinguish from the best (90%)."""
+        return [m for m in self.ranking[1:CONTENDERS] if not self.ahead[m.identity].clear]
+
+    @property
+    def sentence(self) -> str:
+        """The decision in one sentence, all of it measured."""
+        measured, name, loss = (
+            self.measured,
+            self.measured.name(self.model),
+            f"{self.values[0]:.4f}",
+        )
+        base = [f"base {self.base_value:.4f}"]
+        if self.objective.kind == "worst":
+            slope = self.objective.slopes(measured, self.model)[self.model.identity]
+            worst = measured.domains[int(slope.argmax())]
+            base, loss = [], f"{self.values[0]:+.4f} against the base on {worst}, its worst domain"
+        if self.values[0] >= self.base_value:
+            return (
+                f"Ship the base: no measured merge improves on it; the lowest is {name}: {loss}"
+                + "".join(f" ({note})" for note in base)
+            )
+        few = len(measured.pool) - len(self.model.experts) <= FEW
+        left_out = [
+            f"{expert}, which costs {cost.value:.4f}"
+            for expert, cost in self.costs.items()
+            if few and cost.value > 0 and cost.clear
+        ]
+        notes = base + ([f"without {' and '.join(left_out)}"] if left_out else [])
+        return f"Ship {name}: {loss}" + (f" ({'; '.join(notes)})" if notes else "")
+
+    @property
+    def doubt(self) -> str:
+        """How clear the choice is, and the optimism of the selection."""
+        count, tied = len(self.ranking), self.tied
+        if count == 1:
+            return "It is the only measured merge within the limits."
+        second = tied[0] if tied else self.ranking[1]
+        behind = f"{self.measured.name(second)}, {self.ahead[second.identity].text()}"
+        more = "at least " if len(tied) == CONTENDERS - 1 else ""
+        clear = (
+            f"{more}{len(tied)} of {count - 1} others cannot be distinguished from it on these "
+            f"documents, first {behind}."
+            if tied
+            else f"It is distinguishable from all others, the next being {behind}."
+        )
+        return (
+            f"{clear} Chosen as the lowest of {count} on the documents that judge it, it looks "
+            f"about {self.optimism:.4f} better than on others like them, and is the lowest in "
+            f"{100 * self.wins:.0f}% of resamples."
+        )
+
+    @cached_property
+    def alone(self) -> dict[str, Model]:
+        """The single experts of the best merge's training seed, by name."""
+        return self.measured.alone(self.model.seed)
+
+    @cached_property
+    def specialists(self) -> dict[str, Model]:
+        """The best single expert of each held-in domain where one improves on the base."""
+        measured, chosen = self.measured, {}
+        for place in np.flatnonzero(measured.counted):
+            best = min(self.alone.values(), key=lambda m: float(m.losses[place]), default=None)
+            if best and best.losses[place] < measured.reference.losses[place]:
+                chosen[measured.domains[place]] = best
+        return chosen
+
+    def kept(self, model: Model) -> float:
+        """Share of the experts' own gains that a model keeps.
+
+        The sum of (base - model) over the sum of (base - best single expert), over the held-in
+        domains where a single expert improves on the base. NaN without such domains.
+        """
+        base, gained, possible = self.measured.reference.losses, 0.0, 0.0
+        for domain, expert in self.specialists.items():
+            place = self.measured.domains.index(domain)
+            gained += base[place] - model.losses[place]
+            possible += base[place] - expert.losses[place]
+        return float(gained / possible) if possible else math.nan
+
+    def domains(self) -> list[dict[str, Any]]:
+        """Losses by domain: of the base, the best single expert, the merge, baselines.
+
+        ``against_base`` is the merge's difference from the base on the same documents.
+        """
+        measured, base = self.measured, self.measured.reference
+        documents, rows = measured.documents([self.model, base]), []
+        for place, domain in enumerate(measured.domains):
+            one = np.eye(len(measured.domains))[place]
+            expert = self.specialists.get(domain)
+            rows.append(
+                {
+                    "domain": domain,
+                    "held_out": domain in measured.held_out,
+                    "base": float(base.losses[place]),
+                    "expert": expert.experts[0] if expert else None,
+                    "alone": float(expert.losses[place]) if expert else None,
+                    "baselines": {n: float(m.losses[place]) for n, m in measured.baselines.items()},
+                    "merge": float(self.model.losses[place]),
+                    "against_base": documents.difference(
+                        {self.model.identity: one, base.identity: -one}
+                    ),
+                }
+            )
+        return rows
+
+    def command(self, file: str, several_bases: bool) -> str:
+        """The shell command that writes the merge."""
+        model = self.model
+        words = ["mergelaw", "merge", file, "--method", model.method]
+        words += ["--base", self.measured.base] if several_bases else []
+        words += [word for expert in model.experts for word in ("--expert", expert)]
+        if not model.equal:
+            words += [word for weight in model.weights for word in ("--weight", repr(weight))]
+        words += ["--seed", str(model.seed)] if self.measured.several_seeds else []
+        return shlex.join([*words, "--output", f"{self.measured.base}-best"])
+
+    def to_dict(self, top: int) -> dict[str, Any]:
+        """The ranking and the best merge as JSON values."""
+        ranking = [
+            {
+                "merge": model.identity,
+                "name": self.measured.name(model),
+                "method": model.method,
+                "seed": model.seed,
+                "experts": model.experts,
+                "weights": model.weights,
+                "value": value,
+                "kept": self.kept(model),
+                "behind": self.ahead.get(model.identity),
+            }
+            for model, value in list(zip(self.ranking, self.values, strict=True))[:top]
+        ]
+        answer = {
+            "base": self.measured.base,
+            "sentence": self.sentence,
+            "doubt": self.doubt,
+            "objective": self.objective.label,
+            "base_value": self.base_value,
+            "merges": len(self.ranking),
+            "not_distinguishable": [model.identity for model in self.tied],
+            "optimism": self.optimism,
+            "wins": self.wins,
+            "costs_of_adding": dict(self.costs),
+            "ranking": ranking,
+            "domains": self.domains(),
+        }
+        return dict(to_json(answer))
+
+
+def best(measured: Measured, objective: Objective | None = None) -> Best:
+    """The best measured merge of a base, by default by macro loss.
+
+    Raises:
+        MergelawError: an unknown domain, or no merge within the limits.
+    """
+    objective = objective or Objective()
+    shares, base, limits = objective.shares(measured), measured.reference, objective.limits
+    merges = sorted(measured.merges, key=lambda m: (len(m.experts), m.identity))
+    losses = np.array([merge.losses for merge in merges])
+    allowed = [limits.get(d, limits.get(EVERY, math.inf)) for d in measured.domains]
+    excess = losses - base.losses - np.array(allowed)
+    within = (excess <= 0).all(axis=1)
+    if not within.any():
+        closest = int(excess.max(axis=1).argmin())
+        place = int(excess[closest].argmax())
+        above = losses[closest, place] - base.losses[place]
+        raise MergelawError(
+            f"best: no measured merge of {measured.base} is within the limits; the closest, "
+            f"{measured.name(merges[closest])}, is {above:+.4f} against the base on "
+            f"{measured.domains[place]}; relax --not-above"
+        )
+    values = objective.values(losses, base.losses, shares)
+    order = [i for i in np.argsort(values, kind="stable") if within[i]]  # ties: fewer experts
+    ranking = [merges[i] for i in order]
+    first, others = ranking[0], ranking[1:CONTENDERS]
+    added = {
+        expert: merge
+        for expert in measured.pool
+        if first.equal
+        and expert not in first.experts
+        and (merge := measured.find(frozenset([*first.experts, expert]), first))
+    }
+    documents = measured.documents([base, first, *others, *added.values()])
+
+    def behind(model: Model) -> Difference:
+        return documents.difference(
+            _minus(objective.slopes(measured, model), objective.slopes(measured, first))
+        )
+
+    optimism, wins = _selection(measured, objective, documents, [first, *others])
+    return Best(
+        measured,
+        objective,
+        ranking,
+        [float(values[i]) for i in order],
+        {model.identity: behind(model) for model in others},
+        {expert: behind(model) for expert, model in added.items()},
+        optimism,
+        wins,
+    )
+
+
+def _minus(one: Mapping[str, Array], other: Mapping[str, Array]) -> dict[str, Array]:
+    """The difference of two sets of coefficients by model."""
+    zero = np.zeros_like(next(iter(one.values())))
+    return {m: one.get(m, zero) - other.get(m, zero) for m in {**one, **other}}
+
+
+def _selection(
+    measured: Measured, objective: Objective, documents: Documents, models: Sequence[Model]
+) -> tuple[float, float]:
+    """Optimism of taking the lowest of these models, and how often the first one is lowest.
+
+    The optimism is the bootstrap's (Efron and Tibshirani 1993, section 17.6): the mean, over
+    resampled documents, of the chosen model's value on all documents minus that on the resample.
+    The first model's own mean, which is 0 but for the draws, is subtracted.
+    """
+    random, shares = np.random.default_rng(0), objective.shares(measured)
+    rows = [documents.rows[model.identity] for model in [*models, measured.reference]]
+    drawn = []
+    for nll, tokens in zip(documents.nll, documents.tokens, strict=True):
+        counts = random.multinomial(len(tokens), np.full(len(tokens), 1 / len(tokens)), RESAMPLES)
+        drawn.append(counts @ nll[rows].T / (counts @ tokens)[:, None])
+    losses = np.stack(drawn, axis=-1)  # resamples, models, domains
+    values = objective.values(losses[:, :-1], losses[:, -1], shares)
+    every = np.array([model.losses for model in models])
+    whole = objective.values(every, measured.reference.losses, shares)
+    chosen = values.argmin(axis=1)
+    ahead = values[:, 0] - values[np.arange(RESAMPLES), chosen]
+    return float((whole[chosen] - whole[0] + ahead).mean()), float((chosen == 0).mean())
