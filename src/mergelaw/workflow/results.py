@@ -96,7 +96,7 @@ def summary_text(values: Mapping[str, Any]) -> str:
     """A :func:`summary` as text: the best merges, joint laws, laws of one base, times, paths."""
     lines = [f"{base}: {sentence}" for base, sentence in values["best"].items()]
     lines += [f"warning: {warning}" for warning in values["warnings"]]
-    lines += ["`mergelaw best` ranks all measured merges and writes the command for each base", ""]
+    lines += ["`mergelaw best` ranks all measured merges and says how to write the first", ""]
     lines += ["macro-average cross-entropy in nats per token; N in billions, without embeddings"]
     law = None
     for fit in sorted(values["fits"], key=lambda fit: fit["base"] is not None):
@@ -107,7 +107,7 @@ def summary_text(values: Mapping[str, Any]) -> str:
         numbers = "  ".join(f"{name} = {v:.4g}" for name, v in fit["parameters"].items())
         if fit["base"]:
             (floor,) = fit["floors"]
-            numbers += f"  reachable floor L({floor['M']}) = {floor['reachable']:.4g}"
+            numbers += f"  L({floor['M']}) = {floor['reachable']:.4g}"
         lines.append(f"  {where:<24}{numbers}  R^2 = {fit['r2']:.5f}  RMSE = {fit['rmse']:.2g}")
     for fit in values["refused"]:
         where = f"{fit['method']}, {fit['base'] or 'all sizes'}"
