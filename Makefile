@@ -1,5 +1,5 @@
 # make demo | make test | make test-conformance | make test-openrlhf | make test-slurm
-# make bench | make bench-gpu | make lint | make clean-venv
+# make bench | make bench-gpu | make bench-coverage | make lint | make clean-venv
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -29,7 +29,7 @@ $(PEERS)/.installed: requirements-peers.txt
 	$(PEERS)/bin/pip install -q -r requirements-peers.txt
 	touch $@
 
-.PHONY: demo test test-conformance test-openrlhf test-slurm bench bench-gpu lint format check clean-venv
+.PHONY: demo test test-conformance test-openrlhf test-slurm bench bench-gpu bench-coverage lint format check clean-venv
 demo: $(VENV)/.installed
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python benchmarks/measure.py -- $(BIN)/snakemake --profile profiles/local
 
@@ -47,6 +47,10 @@ bench: $(VENV)/.installed $(PEERS)/.installed
 # On a GPU: its limits, evaluation, merging; at most eight minutes, each result as soon as it is there.
 bench-gpu: $(VENV)/.installed
 	$(BIN)/python benchmarks/gpu.py
+
+# Coverage of the intervals, a thousand simulated studies a setting: three hours on two cores.
+bench-coverage: $(VENV)/.installed
+	$(BIN)/python benchmarks/interval_coverage.py --sets 1000
 
 # The first run compiles two extensions of DeepSpeed, for minutes.
 test-openrlhf: $(VENV)/.installed $(OPENRLHF)/.installed

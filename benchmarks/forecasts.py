@@ -1,7 +1,10 @@
-"""Forecasts, the surrogate and standard errors against exhaustive tables.
+"""Forecasts, the surrogate and standard errors against measured tables.
 
-Every subset of the pool is measured there, so every forecast can be scored and every sampling
-design replayed. Prints Markdown tables. First
+Forecasts along k and along N are scored on any study's points:
+
+    python benchmarks/forecasts.py --points results/laws/NAME@KEY
+
+Where every subset of the pool is measured, every sampling design can be replayed too. First
 
     snakemake --profile profiles/local --configfile config/demo_exhaustive.yaml
 
@@ -21,15 +24,17 @@ import pandas as pd
 from scipy.stats import norm, spearmanr, t
 
 from circles import design_variance, finite_pool
+from ladders import along_k, along_N
 from mergelaw import config
 from mergelaw.artifacts import lineage
 from mergelaw.evaluation import read_rows
 from mergelaw.evaluation.design import pattern, rotations
 from mergelaw.laws import surrogate
 from mergelaw.laws.points import MACRO, points
-from mergelaw.planning import choose, forecast
+from mergelaw.planning import choose, forecast, read
 from mergelaw.planning.forecast import END_POINT, THREE_POINT
 from mergelaw.workflow.study import Study
+from scores import described, markdown, pooled
 
 DRAWS = 1200
 SINGLE_CIRCLES = 40
@@ -39,7 +44,15 @@ LEVEL = 0.9
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--config", type=Path, default=Path("config/demo_exhaustive.yaml"))
-    study = Study(config.load(parser.parse_args(arguments).config))
+    parser.add_argument("--points", type=Path, help="a folder of laws or a table, instead")
+    options = parser.parse_args(arguments)
+    if options.points is not None:
+        curves, _ = read(options.points)
+        print("# Forecasts of measured tables\n")
+        schemes(curves)
+        sizes(curves)
+        return
+    study = Study(config.load(options.config))
     shards = [study.results / artifact.path for artifact in study.evals.values()]
     missing = [path for path in shards if not (path / lineage.LINEAGE).exists()]
     if missing:
@@ -56,6 +69,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print("    snakemake --profile profiles/local --configfile config/demo_exhaustive.yaml")
     print("    python benchmarks/forecasts.py --config config/demo_exhaustive.yaml\n")
     schemes(curves)
+    sizes(curves)
     pools = {
         (method, base): Table(own, experts)
         for (base, method), own in rows[rows["role"] == "merge"].groupby(
@@ -64,15 +78,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     }
     surrogates(pools)
     standard_errors(pools)
-
-
-def table(rows: list[dict[str, object]]) -> None:
-    names = list(rows[0])
-    print("| " + " | ".join(names) + " |")
-    print("|" + "---|" * len(names))
-    for row in rows:
-        print("| " + " | ".join(str(row[name]) for name in names) + " |")
-    print()
 
 
 # ---- schemes
@@ -124,22 +129,52 @@ def schemes(curves: pd.DataFrame) -> None:
                         }
                     )
         print(f"### {scheme}\n")
-        table(rows)
+        print(markdown(rows))
     print("### Share of 90% intervals that held, and their mean width in percent of the gain\n")
     own = pd.DataFrame(scored)
-    table(
-        [
-            {
-                "scheme": scheme,
-                "method": method,
-                "macro": f"{group[group['macro']]['held'].mean():.2f}",
-                "domains": f"{group[~group['macro']]['held'].mean():.3f}",
-                "width, macro": f"{100 * group[group['macro']]['width'].mean():.1f}",
-                "width, domains": f"{100 * group[~group['macro']]['width'].mean():.1f}",
-            }
-            for (scheme, method), group in own.groupby(["scheme", "method"], sort=False)
-        ]
+    print(
+        markdown(
+            [
+                {
+                    "scheme": scheme,
+                    "method": method,
+                    "macro": f"{group[group['macro']]['held'].mean():.2f}",
+                    "domains": f"{group[~group['macro']]['held'].mean():.3f}",
+                    "width, macro": f"{100 * group[group['macro']]['width'].mean():.1f}",
+                    "width, domains": f"{100 * group[~group['macro']]['width'].mean():.1f}",
+                }
+                for (scheme, method), group in own.groupby(["scheme", "method"], sort=False)
+            ]
+        )
     )
+
+
+# ---- along N
+
+
+def sizes(curves: pd.DataFrame) -> None:
+    print("## The largest base from all smaller ones\n")
+    print(
+        "Every method, domain and k. 90% intervals; losses in 1e-3 nats: error is the forecasts' "
+        "rms error, naive that of the next smaller base's loss, width the intervals' median "
+        "width. The next table forecasts the largest k of each base from its smaller ones.\n"
+    )
+    size, most = [], []
+    for (method, domain), group in curves.groupby(["method", "domain"], sort=False):
+        macro = "macro" if domain == MACRO else "domains"
+        own = choose(group)
+        size.append((method, macro, along_N(own, own["N"].max())))
+        for base, curve in own.groupby("base"):
+            most.append((method, macro, along_k(own, str(base), sorted(curve["k"])[-2])))
+    for scored in (size, most):
+        names = dict.fromkeys((method, macro) for method, macro, _ in scored)
+        print(
+            markdown(
+                {"method": name[0], "of": name[1]}
+                | described(pooled([s for method, macro, s in scored if (method, macro) == name]))
+                for name in names
+            )
+        )
 
 
 # ---- the surrogate
@@ -214,7 +249,7 @@ def surrogates(pools: dict[tuple[str, str], Table]) -> None:
         row["RMSE / spread"] = f"{check.rmse / check.spread:.2f}"
         row["usable"] = "yes" if found["ring"][1][MACRO].usable else "no"
         rows.append(row)
-    table(rows)
+    print(markdown(rows))
 
 
 # ---- standard errors
@@ -270,7 +305,7 @@ def standard_errors(pools: dict[tuple[str, str], Table]) -> None:
         ratio = np.sqrt(np.mean((estimates - truth) ** 2, axis=0)) / actual
         row["difference / plain"] = " ".join(f"{value:.2f}" for value in ratio[1:])
         rows.append(row)
-    table(rows)
+    print(markdown(rows))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """The coverage benchmark in small: enough to see a wrong interval, not a third digit."""
 
 import sys
+from itertools import combinations
 from pathlib import Path
 
 import numpy as np
@@ -9,28 +10,43 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 import interval_coverage as coverage
 
-
-def test_settings_cross_what_they_are_to_cross():
-    made = coverage.settings()
-    assert len({setting.row for setting in made}) >= 6
-    for first in ("pool", "design", "noise", "misfit", "scatter"):
-        for second in ("pool", "design", "noise", "misfit", "scatter"):
-            pairs = {(getattr(s, first), getattr(s, second)) for s in made}
-            levels = [len({getattr(s, name) for s in made}) for name in (first, second)]
-            assert len(pairs) == (levels[0] if first == second else levels[0] * levels[1])
+CROSSED = {
+    "sizes": coverage.LADDERS,
+    "truth": coverage.TAILS,
+    "noise": ("known", "estimated", "rings"),
+    "scatter": (0.0, 0.5, 2.0),
+}
 
 
-@pytest.mark.parametrize("place", [3, 10])
-def test_intervals_hold_about_as_often_as_they_say(place):
-    table = coverage.cover((coverage.settings()[place], 40, place))
-    assert (table["held"] >= 0.75).all()  # 90% less three standard errors
-    assert (table["width"] > 0).all()
+def test_settings_cross_every_pair_of_what_they_cross():
+    chosen = coverage.settings()
+    for first, second in combinations(CROSSED, 2):
+        pairs = {(getattr(s, first), getattr(s, second)) for s in chosen}
+        assert len(pairs) == len(CROSSED[first]) * len(CROSSED[second])
 
 
-def test_simulated_circles_have_the_covariance_that_the_analysis_is_given():
-    (setting, *_) = [s for s in coverage.settings() if s.circular and s.pool == 7]
+def test_intervals_hold_about_as_often_as_they_say():
+    """The law is true, the noise known, and there is no scatter: the least that must hold."""
+    setting = coverage.Setting(5, "1/(k+b)", "known", 0.0, "ties biology")
+    table = coverage.simulate(12, [setting])
+    assert (table["answered"] == 1).all()
+    assert table["held"].mean() >= 0.79  # 90% less three standard errors of 48 draws
+    assert (table["width"] > 0.5 * table["oracle"]).all()
+
+
+def test_simulated_circles_have_the_covariance_that_the_oracle_is_given():
+    setting = coverage.Setting(4, "log k", "rings", 0.0, "ties code")
     random = np.random.default_rng(0)
-    pairs = coverage.landscape(7, random)
+    pairs = coverage.landscape(random)
     draws = np.array([coverage.circle(pairs, random) for _ in range(4000)])
-    expected = setting.shape * np.trace(np.cov(draws.T)) / np.trace(setting.shape)
+    expected = setting.circle * np.trace(np.cov(draws.T)) / np.trace(setting.circle)
     assert np.cov(draws.T) == pytest.approx(expected, abs=0.1 * expected.max())
+
+
+def test_the_oracles_width_is_that_of_the_truths_own_noise():
+    widths = {
+        scatter: coverage.oracle(coverage.Setting(5, "1/(k+b)", "known", scatter, "ties code"))
+        for scatter in (0.0, 2.0)
+    }
+    assert widths[2.0]["L(2N, 9)"] > 2 * widths[0.0]["L(2N, 9)"]  # an unmeasured base scatters
+    assert widths[2.0]["L(N, 16)"] == pytest.approx(widths[0.0]["L(N, 16)"])  # a measured one, not
