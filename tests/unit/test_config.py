@@ -273,7 +273,7 @@ def test_an_unknown_key_names_the_nearest_known_one(place, value, words):
         ("experts", {"x": {"domains": ["cod"]}}, "experts.x.domains: no domain 'cod'; did you"),
         ("experts", {"x": {"domains": ["code"] * 2}}, "experts.x.domains: code is given twice"),
         ("experts", {"x": {"domains": []}}, "experts.x.domains: is empty"),
-        ("experts", {"x": {"checkpoints": {}}}, "experts.x.checkpoints: base '27k' has none"),
+        ("experts", {"x": {"checkpoints": {}}}, "experts.x.checkpoints: is empty"),
         (
             "experts",
             {"x": {"checkpoints": {"27k": {"path": "a"}, "28k": {"path": "b"}}}},
@@ -287,7 +287,7 @@ def test_an_unknown_key_names_the_nearest_known_one(place, value, words):
         (
             "experts",
             {"x": {"checkpoints": {"27k": {"path": "a"}}, "training": {"steps": 3}}},
-            "experts.x: ready-made checkpoints take no 'domains' and no 'training'",
+            "experts.x: ready-made checkpoints take no 'training'",
         ),
         ("baselines", {"code": {}}, "baselines.code: the pool has an expert of this name"),
         ("baselines", {"all": {"domains": ["x"]}}, "baselines.all.domains: no domain 'x'"),
@@ -334,6 +334,48 @@ def test_a_merge_to_write_out_names_what_there_is(changes, words):
     assert words in problem(merges={"m": merge})
 
 
+def pools(**changes):
+    """Two bases; one expert has a checkpoint for each, one for the first base only."""
+    one, two = ({"path": f"models/{name}"} for name in ("one", "two"))
+    experts = {
+        "all": {"checkpoints": {"small": one, "large": two}, "domains": ["code"]},
+        "some": {"checkpoints": {"small": two}},
+    }
+    return small(**{"bases": {"small": one, "large": two}, "experts": experts, **changes})
+
+
+def test_an_expert_may_have_checkpoints_for_some_bases_only():
+    study = config.parse(pools())
+    assert study.pool() == study.pool("small") == ["all", "some"]
+    assert study.pool("large") == study.common_pool() == ["all"]
+    assert study.expert_domains("all") == ["code"] and study.expert_domains("some") == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"sampling": {"k": [1, 2]}}, "sampling.k: 2 is larger than the pool of 1 experts of base 'large'"),
+        ({"experts__all__checkpoints": {"small": {"path": "a"}}}, "bases.large: no expert has a checkpoint"),
+        ({"experts__some__domains": ["cod"]}, "experts.some.domains: no domain 'cod'; did you mean 'code'"),
+        (
+            {"merges": {"m": {"base": "large", "method": "ties", "experts": ["some"]}}},
+            "merges.m.experts: no expert 'some'; there is all",
+        ),
+    ],
+)  # fmt: skip
+def test_a_base_is_measured_with_the_experts_that_it_has(changes, words):
+    data = pools()
+    for place, value in changes.items():
+        *parents, last = place.split("__")
+        inner = data
+        for key in parents:
+            inner = inner[key]
+        inner[last] = value
+    with pytest.raises(MergelawError) as caught:
+        config.parse(data, "x.yaml")
+    assert words in str(caught.value)
+
+
 def test_no_expert_trains_on_a_held_out_domain():
     held_out = {"source": {"synthetic": "code"}, "held_out": True}
     words = "experts.code.domains: domain 'code' is held out"
@@ -365,7 +407,7 @@ def test_experts_left_out_are_one_for_each_domain_that_is_not_held_out():
 
 
 def test_an_empty_expert_has_all_defaults():
-    assert config.parse(small(experts={"code": None})).pool() == {"code": Expert()}
+    assert config.parse(small(experts={"code": None})).models == {"code": Expert()}
 
 
 def test_a_baseline_sees_every_domain_that_is_not_held_out():

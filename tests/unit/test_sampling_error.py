@@ -255,6 +255,24 @@ def test_the_jackknife_of_a_mean_is_the_textbooks():
     ) - centre == pytest.approx(1.943180 * error, rel=1e-5)
 
 
+@pytest.mark.parametrize("exhaustive", [True, False])
+def test_a_law_over_all_sizes_is_about_the_experts_that_all_bases_have(exhaustive):
+    rows, common = study(exhaustive=exhaustive), NAMES[:-2]
+    shared = rows[[not {*NAMES[-2:]} & {*experts} for experts in rows["experts"]]]
+    rows = rows[(rows["base"] != "b4") | rows.index.isin(shared.index)]
+    fits = fit_study(rows, [rows], common)
+    alone = fit_study(shared, [shared])
+    joint = [f.fit.parameters for f in fits.fits if f.base is None]
+    assert joint == [f.fit.parameters for f in alone.fits if f.base is None]
+    own = {f.base: f.fit.parameters for f in fits.fits if f.domain == MACRO and f.base}
+    whole = fit_study(rows, [rows])
+    assert own == {f.base: f.fit.parameters for f in whole.fits if f.domain == MACRO and f.base}
+    assert joint != [f.fit.parameters for f in whole.fits if f.base is None]
+    assert any(w.code == "common_experts" and "e4" in w for w in fits.warnings)
+    nothing = fit_study(rows, [rows], [])
+    assert all(fit.base for fit in nothing.fits)
+
+
 def test_without_all_subsets_nothing_is_said_of_other_experts():
     fitted = next(f.fit for f in fit_study(study()).fits if f.domain == "x" and f.base is None)
     assert fitted.jackknife == () and fitted.interval("b", population=EXPERTS) is None

@@ -102,6 +102,65 @@ def test_a_change_of_calibration_alone_makes_nothing_else_again(tmp_path):
     assert changed(before, after) == {"corpora/split/calibration", "checks/calibration-overlap"}
 
 
+def ready_made(folder, records, **changes) -> Study:
+    """A study that trains nothing, with one domain of so many documents."""
+    model = {"path": str(folder / "model")}
+    domain = {"source": lines(folder / "text.jsonl", range(records), "text")}
+    return Study(
+        parse(
+            {
+                "name": "ready",
+                "results": str(folder / "results"),
+                "domains": {"text": domain | changes},
+                "bases": {"one": model, "two": model},
+                "experts": {
+                    "both": {"checkpoints": {"one": model, "two": model}},
+                    "single": {"checkpoints": {"one": model}},
+                },
+                "methods": {"average": {}},
+            }
+        )
+    )
+
+
+@pytest.mark.parametrize(
+    ("records", "changes", "sizes"),
+    [
+        (500, {}, {"eval": 200, "calibration": 12}),
+        (100, {}, {"eval": 88, "calibration": 12}),
+        (8, {}, {"eval": 6, "calibration": 2}),
+        (1, {}, {"eval": 1}),
+        (100, {"eval_documents": 100}, {"eval": 100}),
+        (100, {"eval_documents": 95}, {"eval": 95, "calibration": 5}),
+        (100, {"calibration_documents": 30}, {"eval": 70, "calibration": 30}),
+        (100, {"train_documents": 40}, {"eval": 88, "calibration": 12}),
+    ],
+)
+def test_documents_that_no_model_is_trained_on_are_measured_on(tmp_path, records, changes, sizes):
+    corpora = ready_made(tmp_path, records, **changes).corpora
+    found = {split: by_domain["text"].size[0] for split, by_domain in corpora.items() if by_domain}
+    assert found == sizes
+
+
+def test_asked_numbers_that_are_not_there_are_refused_where_nothing_is_trained_too(tmp_path):
+    with pytest.raises(MergelawError, match="9 distinct documents, but 10 were asked"):
+        ready_made(tmp_path, 9, eval_documents=10).corpora  # noqa: B018
+
+
+def test_bases_have_the_merges_of_their_own_experts(tmp_path):
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text("{}")
+    study = ready_made(tmp_path, 9)
+    assert {row.experts for row in study.rows["one"]} == {
+        (), ("both",), ("single",), ("both", "single"),
+    }  # fmt: skip
+    assert [row.experts for row in study.rows["two"]] == [(), ("both",)]
+    assert study.laws.recipe == {"common_experts": ["both"]}
+    assert {key[:2] for key in study.task_vectors} == {
+        ("one", "both"), ("one", "single"), ("two", "both"),
+    }  # fmt: skip
+
+
 def test_unreadable_documents_are_named_before_anything_runs(tmp_path):
     gone, few = {"files": [str(tmp_path / "gone.jsonl")]}, lines(tmp_path / "few.jsonl", [1], "few")
     broken = study(tmp_path, split={"source": gone}, held={"source": few})

@@ -137,7 +137,9 @@ def fit(job: Job, folder: Path, state: Path) -> dict[str, Any]:
     from mergelaw.evaluation import read_cells
     from mergelaw.laws import fits
 
-    facts = fits.write(fits.fit_study(*read_cells(list(job.all("evals").values()))), folder)
+    rows, documents = read_cells(list(job.all("evals").values()))
+    study = fits.fit_study(rows, documents, job.recipe.get("common_experts"))
+    facts = fits.write(study, folder)
     print((folder / "summary.txt").read_text(encoding="utf-8"), end="")
     return facts
 
@@ -183,7 +185,8 @@ def partial(
     shutil.rmtree(folder, ignore_errors=True)
     (folder / "laws").mkdir(parents=True)
     rows, documents = read_cells(measured)
-    fits.write(fits.fit_study(rows, documents), folder / "laws", missing)
+    common = study.laws.recipe.get("common_experts")
+    fits.write(fits.fit_study(rows, documents, common), folder / "laws", missing)
     facts = {"measured so far": f"{len(measured)} of {len(shards)} shards"}
     write_report(folder / "laws", rows, folder, title=study.config.name, facts=facts)
     print(f"{len(missing)} of {len(shards)} shards are missing: {', '.join(missing[:6])}")

@@ -21,7 +21,7 @@ def problems(config: Config) -> Iterator[str]:
         yield f"methods.{BASELINES}: the name is reserved (see 'baselines'); choose another"
     if not config.pool():
         yield "domains: every domain is held out, so there is no expert; give 'experts'"
-    for name in [*config.pool(), *config.baselines]:
+    for name in config.models:
         yield from _expert_problems(config, name)
     for name, base in config.bases.items():
         if base.pretraining is not None:
@@ -37,18 +37,16 @@ def problems(config: Config) -> Iterator[str]:
 
 
 def _expert_problems(config: Config, name: str) -> Iterator[str]:
-    expert, where = config.expert(name), f"experts.{name}"
+    expert, where = config.models[name], f"experts.{name}"
     if name in config.baselines:
         where = f"baselines.{name}"
         if name in config.pool():
             yield f"{where}: the pool has an expert of this name; choose another"
     if expert.checkpoints is not None:
-        if expert.domains is not None or expert.training.model_fields_set:
-            yield f"{where}: ready-made checkpoints take no 'domains' and no 'training'"
-        yield from _unknown(f"{where}.checkpoints", "base", [*expert.checkpoints], config.bases)
-        for base in config.bases:
-            if base not in expert.checkpoints:
-                yield f"{where}.checkpoints: base {base!r} has none; give one for each base"
+        if expert.training.model_fields_set:
+            yield f"{where}: ready-made checkpoints take no 'training'; remove it"
+        yield from _unknown(f"{where}.checkpoints", "base", expert.checkpoints, config.bases)
+        yield from _unknown(f"{where}.domains", "domain", expert.domains or (), config.domains)
         return
     yield from _domain_problems(config, f"{where}.domains", config.expert_domains(name))
     for base, settings in config.bases.items():
@@ -86,12 +84,17 @@ def _pretraining_problems(config: Config, base: str, settings: set[str]) -> Iter
 
 
 def _sampling_problems(config: Config, base: str) -> Iterator[str]:
-    pool, sampling = len(config.pool()), config.sampling_of(base)
+    pool, sampling = len(config.pool(base)), config.sampling_of(base)
     differs = config.bases[base].sampling.model_fields_set
     where = f"bases.{base}.sampling" if differs else "sampling"
+    if not pool:
+        yield f"bases.{base}: no expert has a checkpoint for it; give one, or remove the base"
     sizes = sampling.k or range(1, pool + 1)
     if max(sizes) > pool:
-        yield f"{where}.k: {max(sizes)} is larger than the pool of {pool} experts; remove it"
+        yield (
+            f"{where}.k: {max(sizes)} is larger than the pool of {pool} experts of base {base!r}; "
+            "remove it"
+        )
     exhaustive = exhaustive_levels(sampling.design, sizes, pool, sampling.exhaustive_up_to)
     merges = sum(comb(pool, k) for k in exhaustive)
     merges += (len(sizes) - len(exhaustive)) * pool * sampling.circles
@@ -106,7 +109,7 @@ def _merge_problems(config: Config, name: str) -> Iterator[str]:
     merge, where = config.merges[name], f"merges.{name}"
     yield from _unknown(f"{where}.base", "base", [merge.base], config.bases)
     yield from _unknown(f"{where}.method", "method", [merge.method], config.methods)
-    yield from _unknown(f"{where}.experts", "expert", merge.experts, config.pool())
+    yield from _unknown(f"{where}.experts", "expert", merge.experts, config.pool(merge.base))
     if merge.weights is not None and len(merge.weights) != len(merge.experts):
         yield f"{where}.weights: {len(merge.weights)} for {len(merge.experts)} experts; give all"
     if merge.seed is not None and merge.seed not in config.training_seeds:

@@ -33,11 +33,13 @@ class Expert(Model):
     """An expert: trained by the workflow on its domains, or ready-made checkpoints."""
 
     domains: Distinct[Name] | None = Field(
-        None, description="domains it is trained on; null: the domain of its name"
+        None, description="domains that it is trained on or made for; null: the domain of its name"
     )
     training: Partial[Training] = Field(
         {}, validate_default=True, description="what differs from the study and the base"
     )
     checkpoints: dict[Name, Checkpoint] | None = Field(
-        None, description="ready-made: one checkpoint for each base, by the base's name"
+        None,
+        min_length=1,
+        description="ready-made: its checkpoint for each base that it has, by base",
     )

@@ -1,5 +1,6 @@
 """Configuration of a study: all its sections, and the recipes that follow from them."""
 
+from functools import cached_property
 from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field
@@ -61,31 +62,70 @@ class Config(Model):
     evaluation: Evaluation = Field(Evaluation(), description="how a merge is evaluated")
     merges: dict[Name, Merge] = Field({}, description="merges to write out as checkpoints")
 
-    def pool(self) -> dict[str, Expert]:
-        """The experts by name, in the order of the configuration."""
+    @cached_property
+    def models(self) -> dict[str, Expert]:
+        """Experts and baselines by name."""
+        return {**self._pool, **self.baselines}
+
+    @cached_property
+    def _pool(self) -> dict[str, Expert]:
         if self.experts is not None:
             return self.experts
         return {name: Expert() for name, domain in self.domains.items() if not domain.held_out}
 
-    def expert(self, name: str) -> Expert:
-        """An expert of the pool, or a baseline."""
-        return {**self.baselines, **self.pool()}[name]
+    def pool(self, base: str | None = None) -> list[str]:
+        """Names of the experts, or of those that a base has, in the order of the configuration."""
+        return [name for name in self._pool if base is None or self.has(base, name)]
+
+    def common_pool(self) -> list[str]:
+        """Names of the experts that all bases have; a law over several sizes is about them."""
+        return [name for name in self.pool() if all(self.has(base, name) for base in self.bases)]
+
+    def has(self, base: str, name: str) -> bool:
+        """True if a base has this expert or baseline: trained, or with a checkpoint."""
+        checkpoints = self.models[name].checkpoints
+        return checkpoints is None or base in checkpoints
 
     def expert_domains(self, name: str) -> list[str]:
-        """The domains that a trained expert or baseline is trained on."""
-        expert = self.expert(name)
+        """The domains that an expert or baseline is trained on; none if a ready-made one is silent.
+
+        By default an expert's domain has its name, and a baseline has all domains.
+        """
+        expert = self.models[name]
         if expert.domains is not None:
             return expert.domains
-        if name in self.baselines:
+        if name in self.baselines and expert.checkpoints is None:
             return [name for name, domain in self.domains.items() if not domain.held_out]
-        return [name]
+        return [name] if expert.checkpoints is None or name in self.domains else []
+
+    @cached_property
+    def trained_domains(self) -> set[str]:
+        """The domains that a model of the study is trained on."""
+        trained = [name for name, expert in self.models.items() if expert.checkpoints is None]
+        domains = {domain for name in trained for domain in self.expert_domains(name)}
+        for base in self.bases.values():
+            if base.pretraining is not None:
+                shared = self.pretraining.domains if self.pretraining else []
+                domains.update(base.pretraining.domains or shared or [])
+        return domains
 
     def splits_of(self, name: str) -> SplitRecipe:
-        """Recipe of a domain's splits; the study's document numbers are the defaults."""
+        """Recipe of a domain's splits; the study's document numbers are the defaults.
+
+        A domain that no model is trained on has no training split, and where nothing is trained on
+        a source, evaluation and calibration take by default what is there, up to the defaults.
+        """
         domain, corpus = self.domains[name], self.corpus
         train, calibration = domain.train_documents, domain.calibration_documents
+        trained = name in self.trained_domains
+        if not trained:
+            train = 0
         if domain.held_out:
-            train, calibration = 0, calibration or 0
+            calibration = calibration or 0
+        settings = {*corpus.model_fields_set, *domain.model_fields_set}
+        at_most = () if trained else ("eval", "calibration")
+        if domain.eval_source is not None:
+            at_most = ("eval", *at_most[1:])
         return SplitRecipe(
             source=domain.source,
             eval_source=domain.eval_source,
@@ -94,12 +134,13 @@ class Config(Model):
             calibration_documents=(
                 corpus.calibration_documents if calibration is None else calibration
             ),
+            at_most=tuple(s for s in at_most if f"{s}_documents" not in settings),
             seed=self.seed,
         )
 
     def training_of(self, base: str, expert: str) -> Training:
         """Training recipe of an expert. Raises pydantic.ValidationError if it is incomplete."""
-        parts = (self.training, self.bases[base].training, self.expert(expert).training)
+        parts = (self.training, self.bases[base].training, self.models[expert].training)
         return complete(Training, *parts)
 
     def pretraining_of(self, base: str) -> Pretraining:

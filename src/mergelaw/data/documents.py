@@ -148,21 +148,21 @@ class Pool:
 
 def _pool(part: SplitRecipe) -> Pool:
     """Read a source whole. Raises MergelawError for a bad record or too few documents."""
-    name, rest, train = part.source.synthetic, part.train_documents is None, part.train_documents
+    name, rest = part.source.synthetic, part.train_documents is None
     if name and rest:
         raise MergelawError(
             f"{part.source} has no end, so there is no rest to train on;"
             " give train_documents a number"
         )
-    needed = part.eval_documents + (1 if train is None else train) + part.calibration_documents
+    asked = part.eval_documents + (part.train_documents or 0) + part.calibration_documents
     records: Iterable[tuple[Any, Any]] = kept_records(part.source)
     if name:
-        records = enumerate(itertools.islice(draw(name, part.seed), DRAWS * needed))
+        records = enumerate(itertools.islice(draw(name, part.seed), DRAWS * asked))
     distinct: dict[str, Document] = {}
     invalid: list[str] = []
     read = 0
     for place, record in records:
-        if name and len(distinct) == needed:
+        if name and len(distinct) == asked:
             break
         read += 1
         try:
@@ -176,11 +176,11 @@ def _pool(part: SplitRecipe) -> Pool:
         if same != document:
             distinct[document.document] = min(same, document, key=_line)
     _check_invalid(part.source, invalid, read)
-    if len(distinct) < needed:
+    if len(distinct) < sum(part.counts(len(distinct)).values()):
+        skipped = f" ({len(invalid)} records are invalid)" if invalid else ""
         raise MergelawError(
-            f"{part.source}: {len(distinct)} distinct documents"
-            f"{f' ({len(invalid)} records are invalid)' if invalid else ''}, but"
-            f" {part.eval_documents} were asked for evaluation, {'the rest' if rest else train} for"
+            f"{part.source}: {len(distinct)} distinct documents{skipped}, but {part.eval_documents}"
+            f" were asked for evaluation, {'the rest' if rest else part.train_documents} for"
             f" training and {part.calibration_documents} for calibration; lower eval_documents,"
             " train_documents or calibration_documents, or give more records"
         )
@@ -206,15 +206,39 @@ def _check_invalid(source: Source, invalid: Sequence[str], records: int) -> None
 def _divided(pool: Pool, part: SplitRecipe) -> dict[str, list[Document]]:
     # Evaluation takes the first documents, training the next and calibration the last, so that
     # a new document in a source moves as few others as possible.
-    last = len(pool.documents) - part.calibration_documents
+    counts = part.counts(len(pool.documents))
+    evaluation, last = counts["eval"], len(pool.documents) - counts["calibration"]
     return {
-        "eval": pool.documents[: part.eval_documents],
-        "train": pool.documents[part.eval_documents : last][: part.train_documents],
+        "eval": pool.documents[:evaluation],
+        "train": pool.documents[evaluation:last][: part.train_documents],
         "calibration": pool.documents[last:],
     }
 
 
 # Splits as artifacts
+
+
+def split_sizes(recipe: SplitRecipe, split: str, cache: FileCache) -> tuple[int, int] | None:
+    """Documents of a split of local files and their UTF-8 bytes; None for another source."""
+    part = recipe.part(split)
+    return tuple(_contents(part, cache)[split][1:]) if part.source.is_local else None
+
+
+def _contents(part: SplitRecipe, cache: FileCache) -> dict[str, list[Any]]:
+    """Digest, number and bytes of the documents of each split of local files, cached."""
+
+    def contents() -> dict[str, list[Any]]:
+        return {
+            name: [content_digest(documents), len(documents), sum(map(_bytes, documents))]
+            for name, documents in _divided(_pool(part), part).items()
+        }
+
+    name = f"split contents {STAGES['corpus']} {part.model_dump_json(exclude_defaults=True)}"
+    try:
+        values: dict[str, list[Any]] = cache.value(name, local_files(part.source), contents)
+    except OSError as error:
+        raise unreadable(Path(error.filename), error) from error
+    return values
 
 
 def split_identity(recipe: SplitRecipe, split: str, cache: FileCache) -> dict[str, Any]:
@@ -226,16 +250,7 @@ def split_identity(recipe: SplitRecipe, split: str, cache: FileCache) -> dict[st
     """
     part = recipe.part(split)
     if part.source.is_local:
-
-        def contents() -> dict[str, str]:
-            divided = _divided(_pool(part), part)
-            return {name: content_digest(documents) for name, documents in divided.items()}
-
-        name = f"splits {STAGES['corpus']} {part.model_dump_json(exclude_defaults=True)}"
-        try:
-            return {"documents": cache.value(name, local_files(part.source), contents)[split]}
-        except OSError as error:
-            raise unreadable(Path(error.filename), error) from error
+        return {"documents": _contents(part, cache)[split][0]}
     counts = {"eval_documents"}
     if split != "eval":
         counts |= {"train_documents"}

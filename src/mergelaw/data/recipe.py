@@ -82,11 +82,24 @@ class SplitRecipe(Model):
     eval_documents: int
     train_documents: int | None  # None: all that are left
     calibration_documents: int = 0
+    at_most: tuple[str, ...] = ()  # splits that take fewer documents where the source has fewer
     seed: int
 
     def splits(self) -> list[str]:
         """The splits that are not empty."""
         return [split for split in SPLITS if getattr(self, f"{split}_documents") != 0]
+
+    def counts(self, documents: int) -> dict[str, int]:
+        """Documents of each split of a source with so many; their sum may be more than it has."""
+        evaluation, calibration = self.eval_documents, self.calibration_documents
+        if "calibration" in self.at_most:
+            most = documents // 4 if "eval" in self.at_most else documents - evaluation
+            calibration = min(calibration, max(most, 0))
+        if "eval" in self.at_most:
+            evaluation = min(evaluation, max(documents - calibration, 1))
+        rest = max(documents - evaluation - calibration, 1)
+        train = rest if self.train_documents is None else self.train_documents
+        return {"eval": evaluation, "train": train, "calibration": calibration}
 
     def part(self, split: str) -> Self:
         """The part of the recipe that defines ``split``: one source and its splits."""

@@ -3,7 +3,7 @@
 import json
 import math
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from mergelaw.laws.covariance import Part
 from mergelaw.laws.fit import Fit, fit
 from mergelaw.laws.law import MERGING, MERGING_FIXED_N, VARIANCE, Law
 from mergelaw.laws.noise import GROUP, describe, of_one_circle
+from mergelaw.laws.notes import Note
 from mergelaw.laws.points import MACRO, points
 from mergelaw.laws.pooled import pool_domains
 from mergelaw.laws.result import EXPERTS, POOL
@@ -85,7 +86,11 @@ class StudyFits:
         }
 
 
-def fit_study(rows: pd.DataFrame, documents: Iterable[pd.DataFrame] = ()) -> StudyFits:
+def fit_study(
+    rows: pd.DataFrame,
+    documents: Iterable[pd.DataFrame] = (),
+    common: Collection[str] | None = None,
+) -> StudyFits:
     """Fit laws to the points of evaluation rows, weighted by their errors.
 
     Where a base has one circle, a surrogate that passed its check estimates the circle's error.
@@ -94,25 +99,53 @@ def fit_study(rows: pd.DataFrame, documents: Iterable[pd.DataFrame] = ()) -> Stu
         rows: evaluation rows, as ``points`` takes them, with the column ``experts``; and, for the
             surrogate, ``weights`` and ``recipe``.
         documents: the same rows, in any pieces, with the documents' losses (``noise.describe``).
+        common: the experts that all bases have. Laws over several sizes are fitted to merges of
+            these alone; None: all bases have the same experts.
 
     Raises:
         MergelawError: the rows lack a column or hold no merge.
     """
+    if common is None:
+        return fit_all(*_described(rows, documents))
+    documents = list(documents)
+    shared, *pieces = (
+        table[[set(common).issuperset(experts) for experts in table["experts"]]]
+        for table in (rows, *documents)
+    )
+    note = Note(
+        "common_experts",
+        f"the bases have different experts, so laws over all sizes are about the {len(common)} "
+        f"that all of them have ({', '.join(common) or 'none'})",
+    )
+    joint = shared.iloc[:0]
+    if (shared["role"] == "merge").any():
+        joint = _described(shared, pieces)[0]
+    table, warnings = _described(rows, documents)
+    return fit_all(table, [*warnings, note], joint)
+
+
+def _described(
+    rows: pd.DataFrame, documents: Iterable[pd.DataFrame]
+) -> tuple[pd.DataFrame, list[Note]]:
+    """Points with their errors and the size of their base's pool, and warnings."""
     table, warnings = points(rows)
     pools = _pools(rows)
     place = table[["method", "family", "base"]].itertuples(index=False, name=None)
     table = table.assign(M=[pools[key] for key in place])
     tau2 = tau2_of(of_one_circle(rows)) if {"recipe", "weights"} <= set(rows) else {}
     table, unknown = describe(table, rows, documents, tau2)
-    return fit_all(table, [*warnings, *unknown])
+    return table, [*warnings, *unknown]
 
 
-def fit_all(table: pd.DataFrame, warnings: Iterable[str] = ()) -> StudyFits:
+def fit_all(
+    table: pd.DataFrame, warnings: Iterable[str] = (), joint: pd.DataFrame | None = None
+) -> StudyFits:
     """Fit every method and family, per evaluation domain and macro: jointly, and base by base.
 
     Args:
         table: points as of ``read_points``; optionally with the columns of ``noise.describe``.
         warnings: warnings on the points, kept with the fits.
+        joint: the points of laws over several sizes, if not all of ``table``.
     """
     fits: list[StudyFit] = []
     variances: list[StudyFit] = []
@@ -132,9 +165,11 @@ def fit_all(table: pd.DataFrame, warnings: Iterable[str] = ()) -> StudyFits:
         results = variances if law is VARIANCE else fits
         results.append(StudyFit(**place, base=base, N=size, fit=fitted, floors=floors))
 
-    for _, group in table.groupby(GROUP):
-        group = group.assign(_place=range(len(group)))
-        attempt(MERGING, group, None)
+    groups = {key: _placed(group) for key, group in table.groupby(GROUP)}
+    shared = groups if joint is None else {k: _placed(g) for k, g in joint.groupby(GROUP)}
+    for key, group in groups.items():
+        if key in shared:
+            attempt(MERGING, shared[key], None)
         for (_, base), one_base in group.groupby(["N", "base"]):
             attempt(MERGING_FIXED_N, one_base, str(base))
             if "variance" in one_base:
@@ -142,6 +177,11 @@ def fit_all(table: pd.DataFrame, warnings: Iterable[str] = ()) -> StudyFits:
     return StudyFits(
         table, tuple(fits), tuple(variances), tuple(_pooled(fits)), tuple(refused), tuple(warnings)
     )
+
+
+def _placed(group: pd.DataFrame) -> pd.DataFrame:
+    """A group's points, numbered as the rows of its covariances."""
+    return group.assign(_place=range(len(group)))
 
 
 def _pooled(fits: Sequence[StudyFit]) -> Iterator[dict[str, Any]]:
@@ -176,7 +216,8 @@ def _fit(law: Law, group: pd.DataFrame) -> Fit:
     if "without" in group:
         rest = group[group["without"].notna()]
         few = any(rest[name].nunique() < levels for name, levels in law.levels.items())
-        if not few and len(rest) >= len(law.parameters):
+        one_pool = rest["without"].map(len).nunique() == 1
+        if one_pool and not few and len(rest) >= len(law.parameters):
             tables = [rest.assign(ce=ce) for ce in np.transpose(rest["without"].to_list())]
     return fit(law, group, covariance=parts, jackknife=tables)
 

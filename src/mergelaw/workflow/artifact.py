@@ -26,6 +26,7 @@ class Artifact:
         inputs: the artifacts it is made from, by role: one artifact, or several by name.
         checks: artifacts that have to exist first, but do not define it.
         rows: its rows of the design.
+        size: number of documents of a corpus of local files, and their UTF-8 bytes.
     """
 
     stage: str
@@ -41,6 +42,7 @@ class Artifact:
     inputs: Inputs = field(default_factory=dict)
     checks: Mapping[str, "Artifact"] = field(default_factory=dict)
     rows: Sequence[Row] = ()
+    size: tuple[int, int] | None = None
 
     @cached_property
     def key(self) -> str:

@@ -13,8 +13,7 @@ from mergelaw.artifacts.cache import FileCache
 from mergelaw.artifacts.keys import digest
 from mergelaw.artifacts.lineage import LINEAGE
 from mergelaw.config import Config
-from mergelaw.config.pool import Expert
-from mergelaw.data.documents import split_identity
+from mergelaw.data.documents import split_identity, split_sizes
 from mergelaw.data.recipe import SPLITS
 from mergelaw.errors import MergelawError
 from mergelaw.evaluation.design import Subset, sample
@@ -63,16 +62,20 @@ class Study:
         errors = []
         for name in self.config.domains:
             recipe = self.config.splits_of(name)
-            sources = recipe.model_dump(exclude_defaults=True)
+            sources = {"recipe": recipe.model_dump(exclude_defaults=True)}
             try:
                 for split in recipe.splits():
+                    size = split_sizes(recipe, split, self._cache)
+                    if size is not None and not size[0]:
+                        continue
                     corpora[split][name] = Artifact(
                         "corpus",
                         f"corpora/{name}/{split}",
                         split_identity(recipe, split, self._cache),
                         name=name,
                         split=split,
-                        sources={"split": split, "recipe": sources},
+                        sources={"split": split, **sources},
+                        size=size,
                     )
             except MergelawError as error:
                 errors.append(str(error))
@@ -121,7 +124,7 @@ class Study:
 
     def expert(self, base: str, name: str, seed: int) -> Artifact:
         """An expert of the pool, or a baseline."""
-        expert: Expert = {**self.config.baselines, **self.config.pool()}[name]
+        expert = self.config.models[name]
         if expert.checkpoints is not None:
             checkpoint, folder = expert.checkpoints[base], f"experts/{base}/{name}"
             return self._ready_made("expert", folder, checkpoint, base=base, name=name)
@@ -142,12 +145,12 @@ class Study:
     @cached_property
     def experts(self) -> dict[tuple[str, str, int], Artifact]:
         """Experts and baselines by (base, name, training seed)."""
-        names = [*self.config.pool(), *self.config.baselines]
         return {
             (base, name, seed): self.expert(base, name, seed)
             for base in self.config.bases
             for seed in self.config.training_seeds
-            for name in names
+            for name in self.config.models
+            if self.config.has(base, name)
         }
 
     @cached_property
@@ -174,7 +177,7 @@ class Study:
     def subsets(self, base: str) -> list[Subset]:
         """The subsets of a base's design."""
         settings = self.config.sampling_of(base).model_dump(exclude={"merges_per_shard"})
-        return sample(experts=list(self.config.pool()), base=base, **settings)
+        return sample(experts=self.config.pool(base), base=base, **settings)
 
     @cached_property
     def rows(self) -> dict[str, list[Subset]]:
@@ -201,8 +204,9 @@ class Study:
             size, rows = self.config.sampling_of(base).merges_per_shard, self.rows[base]
             shards = [rows[start : start + size] for start in range(0, len(rows), size)]
             work = {method: (recipe, shards) for method, recipe in methods.items()}
-            if self.config.baselines:
-                alone = [Subset(1, -1, -1, (name,)) for name in self.config.baselines]
+            baselines = [name for name in self.config.baselines if self.config.has(base, name)]
+            if baselines:
+                alone = [Subset(1, -1, -1, (name,)) for name in baselines]
                 work[BASELINES] = (single, [alone])
             for method, (recipe, parts) in work.items():
                 for seed in self.config.training_seeds:
@@ -255,8 +259,10 @@ class Study:
     @cached_property
     def laws(self) -> Artifact:
         """The fitted laws."""
-        name = self.config.name
-        return Artifact("fit", f"laws/{name}", {}, name=name, inputs={"evals": self._shards()})
+        name, common = self.config.name, self.config.common_pool()
+        # A law over several sizes compares the same experts on all bases.
+        recipe = {"common_experts": common} if common != self.config.pool() else {}
+        return Artifact("fit", f"laws/{name}", recipe, name=name, inputs={"evals": self._shards()})
 
     def _shards(self) -> dict[str, Artifact]:
         return {a.folder.removeprefix("evals/"): a for a in self.evals.values()}
@@ -271,7 +277,7 @@ class Study:
     @cached_property
     def merges(self) -> dict[str, Artifact]:
         """Merges to write as checkpoints, by name."""
-        pool, merges = list(self.config.pool()), {}
+        pool, merges = self.config.pool(), {}
         for name, merge in self.config.merges.items():
             seed = self.config.training_seeds[0] if merge.seed is None else merge.seed
             order = sorted(range(len(merge.experts)), key=lambda i: pool.index(merge.experts[i]))
