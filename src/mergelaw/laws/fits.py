@@ -216,7 +216,7 @@ def _fit(law: Law, group: pd.DataFrame) -> Fit:
     if "without" in group:
         rest = group[group["without"].notna()]
         few = any(rest[name].nunique() < levels for name, levels in law.levels.items())
-        one_pool = rest["without"].map(len).nunique() == 1
+        one_pool = len({*map(len, rest["without"])}) == 1
         if one_pool and not few and len(rest) >= len(law.parameters):
             tables = [rest.assign(ce=ce) for ce in np.transpose(rest["without"].to_list())]
     return fit(law, group, covariance=parts, jackknife=tables)
