@@ -36,7 +36,9 @@ def trimmed(method, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]
 
 
 def test_the_registry_knows_each_method_by_its_name():
-    assert list(registry()) == ["average", "dare_linear", "dare_ties", "task_arithmetic", "ties"]
+    assert list(registry()) == [
+        "average", "dare_linear", "dare_ties", "learned", "task_arithmetic", "ties",
+    ]  # fmt: skip
     for name in registry():
         method = method_of({"method": name})
         assert method_of(method.model_dump(by_alias=True)) == method

@@ -5,7 +5,7 @@ scored token sees the padding, so no mask is needed. Batches depend only on the 
 cell has the same bits whatever else is measured.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -77,26 +77,33 @@ def batches(windows: Sequence[Window], batch_tokens: int, device: Any) -> list[B
     return result
 
 
+def token_losses(model: Any, batch: Batch) -> Iterator[tuple["np.ndarray", "Tensor"]]:
+    """Losses of a batch's scored tokens in nats, in parts: (documents' indices, fp32 losses)."""
+    from torch.nn.functional import cross_entropy
+
+    logits = model(input_ids=batch.ids, use_cache=False, logits_to_keep=batch.keep).logits
+    if logits.shape[1] != len(batch.keep):  # the model ignores logits_to_keep
+        logits = logits[:, batch.keep]
+    logits = logits.flatten(0, 1)
+    rows = max(LOGITS // logits.shape[-1], 1)
+    for start in range(0, len(batch.scored), rows):
+        part = slice(start, start + rows)
+        scored = batch.scored[part]
+        contiguous = scored[-1] - scored[0] == len(scored) - 1  # a slice needs no copy
+        chosen = logits[scored[0] : scored[-1] + 1] if contiguous else logits[scored]
+        losses = cross_entropy(chosen.float(), batch.targets[part], reduction="none")
+        yield batch.documents[part], losses
+
+
 def nll(model: Any, batches: Sequence[Batch], documents: int) -> "np.ndarray":
     """Negative log-likelihood of each document's scored tokens, in nats: float64, (documents,)."""
     import numpy as np
     import torch
-    from torch.nn.functional import cross_entropy
 
     total = np.zeros(documents)
     with torch.inference_mode():
         for batch in batches:
-            logits = model(input_ids=batch.ids, use_cache=False, logits_to_keep=batch.keep).logits
-            if logits.shape[1] != len(batch.keep):  # the model ignores logits_to_keep
-                logits = logits[:, batch.keep]
-            logits = logits.flatten(0, 1)
-            rows = max(LOGITS // logits.shape[-1], 1)
-            for start in range(0, len(batch.scored), rows):
-                part = slice(start, start + rows)
-                scored = batch.scored[part]
-                contiguous = scored[-1] - scored[0] == len(scored) - 1  # a slice needs no copy
-                chosen = logits[scored[0] : scored[-1] + 1] if contiguous else logits[scored]
-                losses = cross_entropy(chosen.float(), batch.targets[part], reduction="none")
+            for indices, losses in token_losses(model, batch):
                 # Summed on the processor, in the documents' order; a GPU's order is arbitrary.
-                np.add.at(total, batch.documents[part], losses.double().cpu().numpy())
+                np.add.at(total, indices, losses.double().cpu().numpy())
     return total

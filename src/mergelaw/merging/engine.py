@@ -31,6 +31,9 @@ SLICE = 1 << 18
 GPU_SLICE = 1 << 22
 SHARD = "5GB"  # the largest file of a written merge
 
+Weights = Sequence[float] | Mapping[str, Sequence[float]]
+"""One weight for each expert: the same for every tensor, or by the tensor's name."""
+
 
 def stored(path: Path, write: Callable[[Path], None]) -> Path:
     """A file that is written once for all processes, and again if it is damaged."""
@@ -127,6 +130,15 @@ def keeps_expert(rule: "Rule", vectors: Sequence[Prepared]) -> bool:
     return len(vectors) == 1 and vectors[0].whole and rule.plain().scale == 1
 
 
+def rule_of(
+    method: Method, weights: Weights | None, experts: Sequence[str], name: str | None
+) -> "Rule":
+    """The rule for one tensor. A tensor without weights keeps the base's values."""
+    if isinstance(weights, Mapping):
+        weights = weights.get(name or "", [0.0] * len(experts))
+    return method.rule(weights or [1.0] * len(experts))
+
+
 class Merger:
     """Writes merges of ``vectors`` by ``method`` into the parameters of ``model``.
 
@@ -176,10 +188,11 @@ class Merger:
 
         self._out, self._flat_base = buffer(dtype), buffer(torch.float32)
         self._flat = {expert: buffer(torch.float32) for expert in self._prepared}
+        self._places: dict[str | None, slice] = {None: slice(0, size)}
         start = 0
         for name, parameter in self._parameters.items():
             count = parameter.numel()
-            place = slice(start, start + count)
+            place = self._places[name] = slice(start, start + count)
             start += count
             self._flat_base[place] = self._base[name].view(-1).float().to(device)
             self._out[place] = parameter.data.view(-1)
@@ -193,35 +206,61 @@ class Merger:
     def __exit__(self, *exc: object) -> None:
         self._stack.close()
 
-    def _slices(
-        self, experts: Sequence[str]
-    ) -> Iterator[tuple["Tensor", "Tensor", list["Tensor"]]]:
-        """Flat slices (result, base, vectors) that cover every parameter once."""
-        if self.resident:
-            for start, stop in slices(self._out):
-                vectors = [self._flat[expert][start:stop] for expert in experts]
-                yield self._out[start:stop], self._flat_base[start:stop], vectors
-            return
-        for name, parameter in self._parameters.items():
-            base, out = self._base[name].view(-1), parameter.data.view(-1)
-            for start, stop in slices(out):
-                parts = [self._prepared[e].part(name, start, stop, out.device) for e in experts]
-                yield out[start:stop], base[start:stop].to(out.device), parts
+    @property
+    def parameters(self) -> "Mapping[str, nn.Parameter]":
+        """The parameters that merges change, by the name of their tensor."""
+        return self._parameters
 
-    def merge(self, experts: Sequence[str], weights: Sequence[float] | None = None) -> None:
+    def _slices(
+        self, experts: Sequence[str], name: str | None = None
+    ) -> Iterator[tuple[slice, "Tensor", "Tensor", list["Tensor"]]]:
+        """Flat slices (place, result, base, vectors) that cover one tensor, or all, once."""
+        if self.resident:
+            whole = self._places[name]
+            out, base = self._out[whole], self._flat_base[whole]
+            flat = [self._flat[expert][whole] for expert in experts]
+            for start, stop in slices(out):
+                place = slice(start, stop)
+                yield place, out[place], base[place], [vector[place] for vector in flat]
+            return
+        for tensor in self._parameters if name is None else [name]:
+            base, out = self._base[tensor].view(-1), self._parameters[tensor].data.view(-1)
+            for start, stop in slices(out):
+                parts = [self._prepared[e].part(tensor, start, stop, out.device) for e in experts]
+                place = slice(start, stop)
+                yield place, out[place], base[place].to(out.device), parts
+
+    def merge(self, experts: Sequence[str], weights: Weights | None = None) -> None:
         """Make the model the merge of ``experts`` (in canonical order); without any, the base."""
         from mergelaw.merging import kernels
 
-        rule = self._method.rule(weights or [1.0] * len(experts)) if experts else None
-        for out, base, vectors in self._slices(experts):
-            if rule is None:
-                out.copy_(base)
-            else:
-                kernels.merge(base, vectors, rule, out)
-        if rule and keeps_expert(rule, [self._prepared[expert] for expert in experts]):
-            alone = self._prepared[experts[0]].vector
-            for name in alone.changed:
-                put_exceptions(alone, name, self._parameters[name].data.view(-1))
+        by_tensor = experts and isinstance(weights, Mapping)
+        for name in self._parameters if by_tensor else [None]:
+            rule = rule_of(self._method, weights, experts, name) if experts else None
+            for _, out, base, vectors in self._slices(experts, name):
+                if rule is None:
+                    out.copy_(base)
+                else:
+                    kernels.merge(base, vectors, rule, out)
+        if len(experts) == 1:
+            alone = self._prepared[experts[0]]
+            for name in alone.vector.changed:
+                if keeps_expert(rule_of(self._method, weights, experts, name), [alone]):
+                    put_exceptions(alone.vector, name, self._parameters[name].data.view(-1))
+
+    def products(self, experts: Sequence[str], name: str, gradient: "Tensor") -> "Tensor":
+        """Inner products of a gradient of tensor ``name`` with task vectors: float64, (experts,).
+
+        Sums are in fp32 within a slice and in float64 across slices.
+        """
+        import torch
+
+        flat = gradient.reshape(-1)
+        total = torch.zeros(len(experts), dtype=torch.float64, device=flat.device)
+        for place, _, _, vectors in self._slices(experts, name):
+            part = flat[place].float()
+            total += torch.stack([torch.dot(vector, part) for vector in vectors])
+        return total
 
 
 def slices(out: "Tensor") -> Iterator[tuple[int, int]]:
@@ -243,7 +282,7 @@ def write_merge(
     base: Path,
     vectors: Mapping[str, TaskVector],
     method: Method,
-    weights: Sequence[float] | None,
+    weights: Weights | None,
     folder: Path,
 ) -> None:
     """Write the merge of ``vectors`` (in canonical order) into ``folder`` as a checkpoint.
@@ -253,7 +292,6 @@ def write_merge(
     """
     from huggingface_hub import split_torch_state_dict_into_shards
 
-    rule = method.rule(weights or [1.0] * len(vectors))
     prepared = prepare(method, vectors)
     with Tensors(base) as tensors:
         shapes = {name: tensors[name].to("meta") for name in tensors.names()}
@@ -262,6 +300,7 @@ def write_merge(
             layout = {name: (tensors.dtype(name), tensors.shape(name)) for name in names}
             with Writer(folder / file, layout) as writer:
                 for name in names:
+                    rule = rule_of(method, weights, list(vectors), name)
                     writer.write(name, merged_tensor(tensors, list(prepared.values()), rule, name))
     if split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
