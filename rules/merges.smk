@@ -21,6 +21,7 @@ rule write_merge:
     input:
         base=merges.input("base"),
         task_vectors=merges.input("task_vectors"),
+        evaluation=merges.input("evaluation"),
     output:
         update(merges.output),
     log:

@@ -80,7 +80,7 @@ def change(config: dict, path: str, value) -> dict:
         ("sampling.k", [1, 2], {"sample_design": 2, "evaluate_merges": 2, **FOLLOWS}),
         ("name", "another", {"evaluate_merges": 2, **FOLLOWS}),
         ("merges.pair", {"base": "large", "method": "average", "experts": ["code", "physics"]},
-         {"write_merge": 1}),
+         {"evaluate_merges": 1, "write_merge": 1, "write_report": 1}),
     ],
 )  # fmt: skip
 def test_a_change_plans_what_follows_from_it(trained, tmp_path, path, value, jobs):
@@ -254,7 +254,7 @@ def test_a_raised_version_of_the_merge_writes_merges_again(ready, tmp_path):
     place = ready.copy(tmp_path)
     merge = {"base": "tiny", "method": "average", "experts": ["amber", "birch"]}
     place.configure(place.config | {"merges": {"both": merge}})
-    assert place.planned() == {"write_merge": 1}
+    assert place.planned() == {"evaluate_merges": 1, "write_merge": 1, "write_report": 1}
     place.finish()
     assert place.planned() == {}
     assert place.planned(PYTHONPATH=raised("merge", tmp_path)) == {"write_merge": 1}

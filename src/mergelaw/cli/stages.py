@@ -159,9 +159,14 @@ def report(job: Job, folder: Path, state: Path) -> dict[str, Any]:
 @stage
 def merge(job: Job, folder: Path, state: Path) -> dict[str, Any]:
     """Write a merge as a checkpoint, and as mergekit's YAML where mergekit merges the same way."""
+    from mergelaw.decide.card import write_card
+    from mergelaw.evaluation import read_rows
     from mergelaw.merging.export import export
 
-    return export(job.recipe, job.one("base"), job.all("task_vectors"), folder, job.output)
+    start, vectors = job.one("base"), job.all("task_vectors")
+    rows = read_rows([job.one("evaluation")], documents=True)
+    write_card(job.recipe, start, vectors, rows, folder)
+    return export(job.recipe, start, vectors, folder, job.output)
 
 
 @stages.command()

@@ -222,7 +222,9 @@ def merge(
     Example: mergelaw merge ours.yaml --method ties --expert law --expert medicine --output merged
     """
     from mergelaw.config import parse
+    from mergelaw.decide.card import write_card
     from mergelaw.merging.export import export
+    from mergelaw.workflow.results import rows_of_merge
     from mergelaw.workflow.study import Study
 
     study = load_study(file)
@@ -233,16 +235,22 @@ def merge(
     wanted = {"base": base, "method": method, "experts": experts, "weights": weights, "seed": seed}
     settings = study.config.model_dump(by_alias=True, exclude_unset=True)
     (artifact,) = Study(parse(settings | {"merges": {"merge": wanted}}, "merge")).merges.values()
-    for dependency in artifact.dependencies():
+    places = {}
+    for name, dependency in artifact.named_inputs():
+        if name == "evaluation":
+            continue
         if not study.made(dependency):
             raise MergelawError(
                 f"{study.results / dependency.path}: is not made yet; run "
                 f"`snakemake --profile profiles/local --configfile {file}` first"
             )
-    places = {name: study.results / dependency.path for name, dependency in artifact.named_inputs()}
+        places[name] = study.results / dependency.path
     vectors = {name: places[f"task_vectors:{name}"] for name in artifact.names("task_vectors")}
 
+    rows = rows_of_merge(study, artifact.recipe, places["base"], vectors)
+
     def work(folder: Path, state: Path) -> dict[str, Any]:
+        write_card(artifact.recipe, places["base"], vectors, rows, folder)
         return export(artifact.recipe, places["base"], vectors, folder, output)
 
     is_new = store.make(output, "merge", artifact.recipe, places, work)

@@ -29,7 +29,7 @@ else:
 
 
 class Merge(Model):
-    """A merge to write out as a checkpoint."""
+    """A merge to measure and to write out as a checkpoint."""
 
     base: Name = Field(description="name of the base")
     method: Name = Field(description="name of one of `methods`")

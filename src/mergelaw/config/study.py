@@ -60,7 +60,9 @@ class Config(Model):
     methods: Methods = Field(min_length=1, description="merge methods by name")
     sampling: Sampling = Field(Sampling(), description="which subsets are merged")
     evaluation: Evaluation = Field(Evaluation(), description="how a merge is evaluated")
-    merges: dict[Name, Merge] = Field({}, description="merges to write out as checkpoints")
+    merges: dict[Name, Merge] = Field(
+        {}, description="merges to measure, and to write out as checkpoints"
+    )
 
     @cached_property
     def models(self) -> dict[str, Expert]:

@@ -159,9 +159,10 @@ class Best:
             if tied
             else f"It is distinguishable from all others, the next being {behind}."
         )
+        better = f"about {self.optimism:.4f}" if self.optimism >= 5e-5 else "less than 0.0001"
         return (
             f"{clear} Chosen as the lowest of {count} on the documents that judge it, it looks "
-            f"about {self.optimism:.4f} better than on others like them, and is the lowest in "
+            f"{better} better than on others like them, and is the lowest in "
             f"{100 * self.wins:.0f}% of resamples."
         )
 

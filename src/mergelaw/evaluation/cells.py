@@ -34,13 +34,16 @@ def identities(
     method: Mapping[str, Any] | None,
     evaluation: Mapping[str, Any],
     sets: Mapping[str, str],
+    weights: Sequence[float] | None = None,
 ) -> tuple[str, dict[str, str]]:
-    """Identity of an equally weighted merge, and of its cells by domain: 16 and 32 hex digits.
+    """Identity of a merge, and of its cells by domain: 16 and 32 hexadecimal digits.
 
-    ``vectors`` are digests in the order of the pool; ``sets`` are digests of the evaluation sets by
-    domain. ``method`` and ``evaluation`` are recipes; the base itself has no method.
+    ``vectors`` are digests in the order of the pool, ``weights`` theirs (None: equal ones).
+    ``sets`` are digests of the evaluation sets by domain. ``method`` and ``evaluation`` are
+    recipes; the base itself has no method.
     """
-    merge = {"base": base, "vectors": [*vectors], "weights": [1.0] * len(vectors), "method": method}
+    shares = [1.0] * len(vectors) if weights is None else [*weights]
+    merge = {"base": base, "vectors": [*vectors], "weights": shares, "method": method}
     cell = {"version": CELL_VERSION, "evaluation": evaluation, **merge}
     return digest(merge)[:16], {name: digest(cell | {"set": sets[name]})[:32] for name in sets}
 

@@ -37,6 +37,16 @@ class Subset(NamedTuple):
     experts: tuple[str, ...]  # in the order of the configuration
 
 
+class Weighted(NamedTuple):
+    """A merge that the configuration names, outside of the design."""
+
+    k: int
+    replicate: int
+    place: int
+    experts: tuple[str, ...]
+    weights: tuple[float, ...]
+
+
 def sample(
     experts: Sequence[str],
     *,

@@ -36,7 +36,8 @@ def evaluate(
     """Measure the cells that the store lacks and write the shard's table.
 
     ``recipe`` holds method, evaluation settings, domains (with ``held_out``) and labels,
-    ``subsets`` rows (k, replicate, place, experts) of the design. The folders are the base, task
+    ``subsets`` rows (k, replicate, place, experts) of the design, with the experts' weights as a
+    fifth value for a merge that the configuration names. The folders are the base, task
     vectors by expert, corpora by domain, the cell store (``folder``) and the table (``output``).
     ``name`` begins the file name of this process. Returns counts of cells and tokens, and seconds,
     for the lineage.
@@ -65,13 +66,14 @@ def cells_of(
     digests = {expert: digest_of(path) for expert, path in vectors.items()}
     sets = {d: lineage.read(corpora[d])["files"][corpus.DOCUMENTS] for d in recipe["domains"]}
     entries = []
-    for k, replicate, place, experts in subsets:
+    for k, replicate, place, experts, *free in subsets:
         members = [digests[expert] for expert in experts]
         method = recipe["method"] if experts else None
         merge, by_domain = cells.identities(
-            base_digest, members, method, recipe["evaluation"], sets
+            base_digest, members, method, recipe["evaluation"], sets, *free
         )
         row = {"k": k, "replicate": replicate, "place": place, "experts": list(experts)}
+        row |= {"weights": free[0] if free else [1.0] * len(experts), "written": bool(free)}
         row |= {"merge": merge, "base_digest": base_digest, "vector_digests": members}
         entries += [row | {"domain": domain, "cell": cell} for domain, cell in by_domain.items()]
     return entries
@@ -130,7 +132,7 @@ def _measure_merge(
     import torch
 
     started = time.perf_counter()
-    merger.merge(entries[0]["experts"])
+    merger.merge(entries[0]["experts"], entries[0]["weights"])
     on_gpu = model.device.type == "cuda"
     if on_gpu:
         torch.cuda.synchronize()

@@ -45,12 +45,12 @@ def write_table(
         nll = np.frombuffer(base64.b64decode(cell["document_nll"]), "<f8")
         total = math.fsum(nll) if np.isfinite(nll).all() else math.nan
         kind = "baseline" if labels["method"] == BASELINES else "merge"
+        kind = "written" if entry["written"] else kind
         derived = {
             "N": cell["non_embedding"] / 1e9,
             "N_total": cell["parameters"] / 1e9,
             "recipe": canonical_json(recipe["method"]),
             "role": kind if entry["k"] else "base",
-            "weights": [1.0] * len(entry["experts"]),
             "held_out": recipe["domains"][domain],
             "nll": total,
             "ce": total / cell["tokens"],

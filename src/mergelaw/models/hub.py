@@ -11,7 +11,7 @@ from mergelaw.models.checkpoint import ADAPTER_CONFIG, COMPANIONS, Tensors, file
 from mergelaw.models.lora import read_adapter_config
 
 # Files fetched from a hub repository: none in subfolders (pickles, other formats), weights once.
-WANTED = ("*.safetensors", "*.safetensors.index.json", *COMPANIONS, ADAPTER_CONFIG)
+WANTED = ("*.safetensors", "*.safetensors.index.json", *COMPANIONS, ADAPTER_CONFIG, "README.md")
 UNWANTED = ("*/*", "consolidated*.safetensors")
 
 
@@ -44,6 +44,28 @@ def link(source: Path, folder: Path) -> None:
         Tensors(source).__exit__()
     for name in files(source):
         (folder / name).symlink_to((source / name).resolve())
+
+
+def read_card(source: Mapping[str, Any]) -> dict[str, Any]:
+    """Metadata of a checkpoint's model card, as its author wrote it; empty without a card.
+
+    ``source`` is a path, or a hub id with its commit, of which only the cache is read.
+    """
+    import yaml
+    from huggingface_hub import try_to_load_from_cache
+
+    path: Any = Path(source.get("path") or "", "README.md")
+    if "hub" in source:
+        path = try_to_load_from_cache(source["hub"], "README.md", revision=source["commit"])
+    if not isinstance(path, str | Path) or not Path(path).is_file():
+        return {}
+    text = Path(path).read_text(encoding="utf-8", errors="replace")
+    parts = text.split("---\n", 2)
+    try:
+        head = yaml.safe_load(parts[1]) if len(parts) == 3 and not parts[0].strip() else None
+    except yaml.YAMLError:
+        return {}
+    return dict(head) if isinstance(head, dict) else {}
 
 
 def locate(checkpoint: Mapping[str, Any]) -> Path:

@@ -19,13 +19,13 @@ class Artifact:
         stage: the stage that makes it, as in ``artifacts.keys.STAGES``.
         folder: its folder below the results folder, without the key.
         recipe: the settings that define it, as JSON values.
-        base, method, name, seed, shard, split: its place in the study; name is that of a domain,
+        base, method, name, seed, split: its place in the study; name is that of a domain,
             an expert, a written merge or the study, split that of a corpus.
         sources: paths of external files. The recipe identifies their content, so moving them
             changes no key.
         inputs: the artifacts it is made from, by role: one artifact, or several by name.
         checks: artifacts that have to exist first, but do not define it.
-        rows: its rows of the design.
+        rows: its rows of the design, or of a merge to write.
         size: number of documents of a corpus of local files, and their UTF-8 bytes.
     """
 
@@ -36,7 +36,6 @@ class Artifact:
     method: str | None = None
     name: str | None = None
     seed: int | None = None
-    shard: int | None = None
     split: str | None = None
     sources: dict[str, Any] = field(default_factory=dict)
     inputs: Inputs = field(default_factory=dict)

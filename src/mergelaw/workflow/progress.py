@@ -132,7 +132,7 @@ def _merges(study: Study) -> tuple[int, int, float]:
     """Numbers of merges measured and planned, and merges a minute of the running shards."""
     measured = planned = 0
     rate = 0.0
-    for artifact in study.evals.values():
+    for artifact in study.measurements:
         merges = sum(row[0] > 0 for row in artifact.rows)
         planned += merges
         if study.made(artifact):

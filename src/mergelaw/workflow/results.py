@@ -16,7 +16,9 @@ from mergelaw.config import load
 from mergelaw.decide import Measured, best, by_base
 from mergelaw.errors import MergelawError
 from mergelaw.evaluation import read_rows
+from mergelaw.evaluation.cells import identities
 from mergelaw.laws.points import MACRO
+from mergelaw.merging.task_vector import digest_of
 from mergelaw.workflow.progress import TITLES
 from mergelaw.workflow.study import Study
 
@@ -51,8 +53,8 @@ def measured(study: Study) -> tuple[list[Measured], list[str]]:
 
     Raises MergelawError if no base has measured merges.
     """
-    shards = [study.results / a.path for a in study.evals.values() if study.made(a)]
-    missing = len(study.evals) - len(shards)
+    shards = [study.results / a.path for a in study.measurements if study.made(a)]
+    missing = len(study.measurements) - len(shards)
     if not shards:
         raise MergelawError(
             f"{study.results}: nothing of {study.config.name} is measured yet; run the study first"
@@ -61,8 +63,23 @@ def measured(study: Study) -> tuple[list[Measured], list[str]]:
         read_rows(shards), lambda models: read_rows(shards, documents=True, merges=models)
     )
     if missing:
-        warnings.append(f"{missing} of {len(study.evals)} shards are not measured yet")
+        warnings.append(f"{missing} of {len(study.measurements)} shards are not measured yet")
     return every, warnings
+
+
+def rows_of_merge(
+    study: Study, recipe: Mapping[str, Any], base: Path, vectors: Mapping[str, Path]
+) -> pd.DataFrame | None:
+    """Rows of a merge and its base, with the columns per document; None if it is not measured."""
+    digests = [digest_of(vectors[expert]) for expert in recipe["experts"]]
+    start = lineage.read(base)["digest"]
+    wanted, _ = identities(start, digests, recipe["method"], {}, {}, recipe["weights"])
+    itself, _ = identities(start, [], None, {}, {})
+    shards = [study.results / a.path for a in study.measurements if study.made(a)]
+    rows = read_rows(shards, documents=True, merges=[wanted, itself]) if shards else None
+    if rows is None or wanted not in set(rows["merge"]):
+        return None
+    return rows[~rows.duplicated(["merge", "domain"])]
 
 
 def summary(study: Study) -> dict[str, Any]:

@@ -4,7 +4,7 @@ It is a pure function of the configuration and the identity of its sources. It m
 does not import torch, because every job of the workflow parses it again.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -13,10 +13,11 @@ from mergelaw.artifacts.cache import FileCache
 from mergelaw.artifacts.keys import digest
 from mergelaw.artifacts.lineage import LINEAGE
 from mergelaw.config import Config
+from mergelaw.config.merges import Merge
 from mergelaw.data.documents import split_identity, split_sizes
 from mergelaw.data.recipe import SPLITS
 from mergelaw.errors import MergelawError
-from mergelaw.evaluation.design import Subset, sample
+from mergelaw.evaluation.design import Subset, Weighted, sample
 from mergelaw.evaluation.recipe import BASELINES
 from mergelaw.merging.methods.average import Average
 from mergelaw.models.checkpoint import files, read_config
@@ -212,7 +213,7 @@ class Study:
                 for seed in self.config.training_seeds:
                     for shard, part in enumerate(parts):
                         evals[base, method, seed, shard] = self._evaluation(
-                            base, method, seed, shard, recipe, part
+                            base, method, seed, f"s{seed}-{shard:03d}", recipe, part
                         )
         return evals
 
@@ -221,14 +222,14 @@ class Study:
         base: str,
         method: str,
         seed: int,
-        shard: int,
+        name: str,
         recipe: Mapping[str, Any],
-        rows: list[Subset],
+        rows: Sequence[Subset | Weighted],
     ) -> Artifact:
-        members = sorted({name for row in rows for name in row.experts})
+        members = sorted({expert for row in rows for expert in row.experts})
         return Artifact(
             "evaluate",
-            f"evals/{base}/{method}/s{seed}-{shard:03d}",
+            f"evals/{base}/{method}/{name}",
             {
                 "method": recipe,
                 "evaluation": self.config.evaluation.model_dump(),
@@ -245,11 +246,10 @@ class Study:
             base=base,
             method=method,
             seed=seed,
-            shard=shard,
             sources={"cells": str(self.results / "cells" / base)},
             inputs={
                 "base": self.bases[base],
-                "task_vectors": {name: self.task_vectors[base, name, seed] for name in members},
+                "task_vectors": {e: self.task_vectors[base, e, seed] for e in members},
                 "corpora": self.corpora["eval"],
             },
             checks={"overlap": self.overlap},
@@ -268,20 +268,46 @@ class Study:
         return {a.folder.removeprefix("evals/"): a for a in self.evals.values()}
 
     @cached_property
+    def merge_evals(self) -> dict[str, Artifact]:
+        """Evaluations of the merges to write, by name. No law is fitted to them."""
+        evals, base_itself = {}, Subset(0, -1, -1, ())
+        for name, merge in self.config.merges.items():
+            experts, weights, seed = self._members(merge)
+            shares = tuple(weights or [1.0] * len(experts))
+            row = Weighted(len(experts), -1, -1, tuple(experts), shares)
+            recipe = self.config.methods[merge.method].model_dump(by_alias=True)
+            evals[name] = self._evaluation(
+                merge.base, merge.method, seed, f"merge-{name}", recipe, [base_itself, row]
+            )
+        return evals
+
+    @property
+    def measurements(self) -> list[Artifact]:
+        """All evaluations: of the design and of the merges to write."""
+        return [*self.evals.values(), *self.merge_evals.values()]
+
+    def _members(self, merge: Merge) -> tuple[list[str], list[float] | None, int]:
+        """Experts in the pool's order, their weights, and the training seed of a merge to write."""
+        pool = self.config.pool()
+        order = sorted(range(len(merge.experts)), key=lambda i: pool.index(merge.experts[i]))
+        weights = [merge.weights[i] for i in order] if merge.weights else None
+        seed = self.config.training_seeds[0] if merge.seed is None else merge.seed
+        return [merge.experts[i] for i in order], weights, seed
+
+    @cached_property
     def report(self) -> Artifact:
         """The report."""
         name = self.config.name
-        inputs: Inputs = {"laws": self.laws, "evals": self._shards()}
+        evals = {a.folder.removeprefix("evals/"): a for a in self.measurements}
+        inputs: Inputs = {"laws": self.laws, "evals": evals}
         return Artifact("report", f"reports/{name}", {"title": name}, name=name, inputs=inputs)
 
     @cached_property
     def merges(self) -> dict[str, Artifact]:
         """Merges to write as checkpoints, by name."""
-        pool, merges = self.config.pool(), {}
+        merges = {}
         for name, merge in self.config.merges.items():
-            seed = self.config.training_seeds[0] if merge.seed is None else merge.seed
-            order = sorted(range(len(merge.experts)), key=lambda i: pool.index(merge.experts[i]))
-            experts = [merge.experts[i] for i in order]
+            experts, weights, seed = self._members(merge)
             vectors = {e: self.task_vectors[merge.base, e, seed] for e in experts}
             merges[name] = Artifact(
                 "merge",
@@ -289,13 +315,17 @@ class Study:
                 {
                     "method": self.config.methods[merge.method].model_dump(by_alias=True),
                     "experts": experts,
-                    "weights": [merge.weights[i] for i in order] if merge.weights else None,
+                    "weights": weights,
                 },
                 base=merge.base,
                 method=merge.method,
                 name=name,
                 seed=seed,
-                inputs={"base": self.bases[merge.base], "task_vectors": vectors},
+                inputs={
+                    "base": self.bases[merge.base],
+                    "task_vectors": vectors,
+                    "evaluation": self.merge_evals[name],
+                },
             )
         return merges
 
@@ -346,7 +376,7 @@ class Study:
         yield from self.experts.values()
         yield from self.task_vectors.values()
         yield from self.designs.values()
-        yield from self.evals.values()
+        yield from self.measurements
         yield self.laws
         yield self.report
         yield from self.merges.values()

@@ -1,0 +1,140 @@
+"""Model card of a written merge: its parts and their licences, rule, weights, measured losses."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+import mergelaw
+from mergelaw.artifacts import lineage
+from mergelaw.decide.measured import Array, by_base
+from mergelaw.merging.methods import method_of
+from mergelaw.models.hub import read_card
+
+UNKNOWN = "not stated"
+
+
+def write_card(
+    recipe: Mapping[str, Any],
+    base: Path,
+    vectors: Mapping[str, Path],
+    rows: pd.DataFrame | None,
+    folder: Path,
+) -> None:
+    """Write README.md into the folder of a merge. It holds no text of any document.
+
+    Args:
+        recipe: method, experts in canonical order, weights.
+        base, vectors: folders of the base and of the experts' task vectors.
+        rows: evaluation rows of the base and the merge, with the columns per document; None if the
+            merge is not measured.
+    """
+    experts = {
+        name: vectors[name] / lineage.read(vectors[name])["inputs"]["expert"]["path"]
+        for name in recipe["experts"]
+    }
+    parts = {"base": _part(base)} | {name: _part(path) for name, path in experts.items()}
+    weights = recipe["weights"] or [1.0] * len(experts)
+    shares = {"base": ""} | {n: f"{w:g}" for n, w in zip(experts, weights, strict=True)}
+    licences = {part["licence"] for part in parts.values()}
+    head = {
+        "library_name": "transformers",
+        "tags": ["merge", "mergelaw"],
+        "base_model": [part["hub"] for part in parts.values() if part["hub"]],
+        "license": licences.pop() if len(licences) == 1 and UNKNOWN not in licences else None,
+    }
+    method = method_of(recipe["method"])
+    settings = method.model_dump(by_alias=True)
+    rule = settings.pop("method")
+    lines = [
+        "---",
+        *(f"{name}: {json.dumps(value)}" for name, value in head.items() if value),
+        "---",
+        f"# {rule} of {', '.join(experts)}",
+        "",
+        f"A merge of {len(experts)} experts of one base, written by mergelaw "
+        f"{mergelaw.__version__}. `lineage.json` has the digests of all that it is made from.",
+        "",
+        "## Parts",
+        "",
+        *_table(
+            ["part", "from", "licence, as its card states it", "weight"],
+            [[name, p["from"], p["licence"], shares[name]] for name, p in parts.items()],
+        ),
+        "",
+        "## Rule",
+        "",
+        f"`{(method.__doc__ or rule).splitlines()[0]}`",
+        *([f"with `{json.dumps(settings)}`"] if settings else []),
+        "",
+        "## Measured losses",
+        "",
+        *_losses(rows),
+    ]
+    (folder / "README.md").write_text("\n".join([*lines, ""]), encoding="utf-8")
+
+
+def _part(artifact: Path) -> dict[str, str]:
+    """Origin and licence of a model: its hub id or folder's name, or its training."""
+    entry = lineage.read(artifact.resolve())
+    if "checkpoint" not in entry["recipe"]:
+        corpora = [name for name in entry["inputs"] if name.startswith("corpora:")]
+        domains = ", ".join(name.removeprefix("corpora:") for name in corpora)
+        text = f"trained by the study on {domains}"
+        return {"from": text, "licence": UNKNOWN, "hub": ""}
+    source = json.loads(entry["facts"]["sources"][0])
+    licence = read_card(source).get("license_name") or read_card(source).get("license")
+    hub = source.get("hub") or ""
+    return {
+        "from": f"{hub} at {source.get('commit')}" if hub else Path(source["path"]).name,
+        "licence": ", ".join(licence) if isinstance(licence, list) else str(licence or UNKNOWN),
+        "hub": hub,
+    }
+
+
+def _losses(rows: pd.DataFrame | None) -> list[str]:
+    """Losses by domain with intervals, as lines of the card."""
+    if rows is None:
+        return ["The study did not measure this merge."]
+    if not rows["finite"].all():
+        return ["A loss of this merge or of its base is not finite."]
+    (measured,), _ = by_base(rows, lambda models: rows)
+    (merge,) = measured.merges
+    documents, base = measured.documents([merge, measured.reference]), measured.reference
+    counts = [len(tokens) for tokens in documents.tokens]
+
+    def line(name: str, shares: Array) -> list[str]:
+        loss = documents.difference({merge.identity: shares})
+        against = documents.difference({merge.identity: shares, base.identity: -shares})
+        low, high = loss.ends
+        interval = f" (90%: {low:.4f} to {high:.4f})" if loss.error == loss.error else ""
+        return [
+            name,
+            f"{float(base.losses @ shares):.4f}",
+            f"{loss.value:.4f}{interval}",
+            against.text(),
+        ]
+
+    every = [
+        line(domain + (" (held out)" if domain in measured.held_out else ""), one)
+        for domain, one in zip(measured.domains, np.eye(len(measured.domains)), strict=True)
+    ]
+    return [
+        "Cross-entropy in nats per token, with 90% intervals over documents; "
+        + " to ".join(map(str, sorted({min(counts), max(counts)})))
+        + " documents a domain.",
+        "",
+        *_table(
+            ["domain", "base", "this merge", "difference"],
+            [*every, line("**macro**", measured.counted)],
+        ),
+    ]
+
+
+def _table(heads: list[str], rows: list[list[str]]) -> list[str]:
+    """A table's lines in Markdown."""
+    cells = [heads, ["---"] * len(heads), *rows]
+    return ["| " + " | ".join(c.replace("|", "\\|") for c in row) + " |" for row in cells]
