@@ -1,18 +1,21 @@
-"""Commands that decide on measured merges: ``mergelaw best``."""
+"""Commands that decide on measured merges: ``mergelaw best``, ``experts`` and ``compare``."""
 
 import json
 import math
 import sys
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from typer import Option
+from typer import Argument, Exit, Option
 
 from mergelaw.cli.study import DEFAULT, Json, StudyFile, load_study
 from mergelaw.errors import MergelawError
 
 if TYPE_CHECKING:
-    from mergelaw.decide import Best, Measured
+    import pandas as pd
+
+    from mergelaw.decide import Best, Measured, Verdict
 
 Base = Annotated[str | None, Option(help="a base of the study; default: all")]
 
@@ -56,6 +59,124 @@ def best(
         print(json.dumps(answers, indent=1, ensure_ascii=False, allow_nan=False))
         return
     print("\n\n".join(best_text(b, str(file), top, len(study.bases) > 1) for b in results))
+
+
+def experts(
+    file: StudyFile = DEFAULT,
+    base: Base = None,
+    method: Annotated[
+        str | None, Option(help="merges of one method; default: the mean over methods")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Say what each expert does to the merges that it is in, and which ones to leave out.
+
+    Example: mergelaw experts ours.yaml --base 1B
+    """
+    from mergelaw import decide
+
+    study = load_study(file)
+    results = for_each_base(study, base, lambda one: (one, decide.experts(one, method)))
+    if as_json:
+        answers = {one.base: [v.to_dict() for v in verdicts] for one, verdicts in results}
+        print(json.dumps(answers, indent=1, ensure_ascii=False, allow_nan=False))
+        return
+    for one, verdicts in results:
+        flagged = [f"{one.base}: {v.sentence}" for v in verdicts if v.word in ("outlier", "harms")]
+        heads = ["expert", "verdict", "alone", "with it", "without", "when it joins", "left out"]
+        print(
+            "\n".join([*flagged, *columns([one.base, *heads[1:]], map(expert_row, verdicts)), ""])
+        )
+        rows = [
+            [v.expert, *(f"{value:+.4f}" for value in v.by_domain.values())]
+            for v in verdicts
+            if v.by_domain
+        ]
+        if rows:
+            print("change of a domain's loss when an expert joins a merge (negative: it helps)")
+            print("\n".join(columns(["", *one.domains], rows)))
+
+
+def expert_row(verdict: "Verdict") -> list[str]:
+    """An expert's verdict as the cells of a row."""
+    losses = (verdict.alone, verdict.with_it, verdict.without_it)
+    changes = (verdict.adds, verdict.left_out)
+    return [
+        verdict.expert,
+        verdict.word,
+        *("-" if loss is None else f"{loss:.4f}" for loss in losses),
+        *("-" if change is None else change.text() for change in changes),
+    ]
+
+
+def compare(
+    first: Annotated[
+        str, Argument(metavar="BEFORE", help="a measured merge, by its id, or a model's folder")
+    ],
+    second: Annotated[str, Argument(metavar="AFTER", help="another one")],
+    file: StudyFile = DEFAULT,
+    against: Annotated[
+        Path | None,
+        Option(help="YAML of thresholds: allow (nats), domains (nats by domain), alpha"),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Compare two merges or models by domain. Exit status 1 if AFTER is worse than is allowed.
+
+    Example: mergelaw compare 0c2aec3bc306 merged/ ours.yaml --against guard.yaml
+    """
+    from mergelaw.decide import compare as comparison
+
+    study = load_study(file)
+    domains = list(study.config.domains)
+    guard = comparison.read_guard(against, domains) if against else comparison.Guard()
+    before, after = (rows_of(study, model) for model in (first, second))
+    table, mean = comparison.compare(before, after, domains, guard)
+    sentence, failed = comparison.conclusion(table), any(c.regressed for c in table)
+    if as_json:
+        from mergelaw.decide.measured import to_json
+
+        rows = [vars(c) | {"verdict": c.word} for c in table]
+        answer = {"sentence": sentence, "regression": failed, "mean": mean, "domains": rows}
+        print(json.dumps(to_json(answer), indent=1, ensure_ascii=False, allow_nan=False))
+    else:
+        lines = [
+            [c.domain, f"{c.before:.4f}", f"{c.after:.4f}", c.difference.text(),
+             f"{c.allowed:+.4f}", f"{c.p:.2g}", c.word]
+            for c in table
+        ]  # fmt: skip
+        heads = ["domain", "before", "after", "after - before", "allowed", "p (Holm)", ""]
+        print("\n".join([sentence, f"mean of domains: {mean.text()}", "", *columns(heads, lines)]))
+    if failed:
+        raise Exit(1)
+
+
+def rows_of(study: Any, model: str) -> "pd.DataFrame":
+    """Losses by document of a measured merge, by its id, or of a model's folder."""
+    folder = Path(model)
+    if folder.is_dir():
+        from mergelaw.cli.process import prepare_torch
+        from mergelaw.evaluation.shard import measure_model
+
+        corpora = {name: study.results / a.path for name, a in study.corpora["eval"].items()}
+        for path in corpora.values():
+            if not path.exists():
+                raise MergelawError(f"{path}: is not made yet; run the study first")
+        prepare_torch(1)
+        return measure_model(folder, study.config.evaluation.model_dump(), corpora)
+    from mergelaw.workflow.results import measured
+
+    every, _ = measured(study)
+    matches = {
+        i: one for one in every for i in one.models if len(model) > 3 and i.startswith(model)
+    }
+    if len(matches) != 1:
+        many = f"{len(matches)} measured merges" if matches else "no measured merge or folder"
+        raise MergelawError(
+            f"compare: {many} of the name {model!r}; `mergelaw best --top 100` lists ids"
+        )
+    ((identity, one),) = matches.items()
+    return one.read([identity])
 
 
 def for_each_base(study: Any, base: str | None, decide: "Callable[[Measured], Any]") -> list[Any]:

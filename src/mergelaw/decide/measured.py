@@ -20,6 +20,7 @@ from mergelaw.errors import MergelawError
 Array = NDArray[np.float64]
 Read = Callable[[Sequence[str]], pd.DataFrame]
 LEVEL = 0.9  # of all intervals
+CHUNK = 1024  # models whose documents are read at a time
 ROLES = ("base", "merge", "written", "baseline")
 PLAIN = '"method":"average"'  # in the recipe of a merge that is the expert itself if k = 1
 
@@ -84,23 +85,34 @@ class Documents:
         """The sum of coefficients (of models, by domain) times losses, with its standard error."""
         rows = [self.rows[model] for model in coefficients]
         shares = np.array(list(coefficients.values()))  # models, domains
-        value, variances, freedoms = 0.0, [], []
-        for domain in np.flatnonzero(shares.any(axis=0)):
-            tokens = self.tokens[domain]
-            nll, count = shares[:, domain] @ self.nll[domain][rows], len(tokens)
-            loss = nll.sum() / tokens.sum()
-            residuals = (nll - loss * tokens) / tokens.sum()
-            value += loss
-            variances.append(
-                float(residuals @ residuals) * count / (count - 1) if count > 1 else math.nan
-            )
-            freedoms.append(count - 1)
-        variance = math.fsum(variances)
-        if not variance:  # the same model twice
-            return Difference(float(value), 0.0, 1.0)
-        pairs = zip(variances, freedoms, strict=True)
-        freedom = variance**2 / sum(v**2 / max(f, 1) for v, f in pairs)
-        return Difference(float(value), math.sqrt(variance), freedom)
+        counted = np.flatnonzero(shares.any(axis=0))
+        return estimate(
+            [shares[:, domain] @ self.nll[domain][rows] for domain in counted],
+            [self.tokens[domain] for domain in counted],
+        )
+
+
+def estimate(nll: Sequence[Array], tokens: Sequence[Array]) -> Difference:
+    """A sum of losses over domains, and its standard error over documents.
+
+    Args:
+        nll: of each domain, the documents' nats, weighted and summed over models.
+        tokens: of each domain, the documents' scored tokens.
+    """
+    value, variances, freedoms = 0.0, [], []
+    for nats, counts in zip(nll, tokens, strict=True):
+        loss, size = nats.sum() / counts.sum(), len(counts)
+        residuals = (nats - loss * counts) / counts.sum()
+        squares = float(residuals @ residuals)
+        value += loss
+        variances.append(squares * size / (size - 1) if size > 1 else math.nan)
+        freedoms.append(size - 1)
+    variance = math.fsum(variances)
+    if not variance:  # the same model twice
+        return Difference(float(value), 0.0, 1.0)
+    pairs = zip(variances, freedoms, strict=True)
+    freedom = variance**2 / sum(v**2 / max(f, 1) for v, f in pairs)  # Welch and Satterthwaite
+    return Difference(float(value), math.sqrt(variance), freedom)
 
 
 @dataclass(frozen=True)
@@ -279,6 +291,24 @@ def _measured(base: str, cells: pd.DataFrame, read: Read) -> Measured:
         if cell["finite"]:
             losses[identity][domains.index(cell["domain"])] = cell["ce"]
     return Measured(base, domains, held_out, models, read)
+
+
+def contrasts(measured: Measured, wanted: Sequence[Mapping[str, float]]) -> list[Difference]:
+    """Sums of coefficients (of models, by identity) times macro losses, with standard errors.
+
+    The documents of ``CHUNK`` models are in memory at a time.
+    """
+    models = list(dict.fromkeys(model for contrast in wanted for model in contrast))
+    counted = np.flatnonzero(measured.counted)
+    sums: list[Array] = []  # by domain: contrasts, documents
+    tokens: list[Array] = []
+    for start in range(0, len(models), CHUNK):
+        documents = Documents(measured.read(models[start : start + CHUNK]), measured.domains)
+        shares = np.array([[c.get(model, 0.0) for model in documents.rows] for c in wanted])
+        parts = [shares @ documents.nll[d] * measured.counted[d] for d in counted]
+        sums = [a + b for a, b in zip(sums, parts, strict=True)] if sums else parts
+        tokens = [documents.tokens[d] for d in counted]
+    return [estimate([nll[row] for nll in sums], tokens) for row in range(len(wanted))]
 
 
 def to_json(value: Any) -> Any:

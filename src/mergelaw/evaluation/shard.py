@@ -7,7 +7,7 @@ import time
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mergelaw.artifacts import lineage
 from mergelaw.data import documents as corpus
@@ -21,6 +21,9 @@ from mergelaw.merging.task_vector import TaskVector, digest_of
 from mergelaw.models import causal_lm
 from mergelaw.models.checkpoint import Tensors
 from mergelaw.models.size import count_parameters
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 
 def evaluate(
@@ -89,10 +92,10 @@ def _measure(
 ) -> int:
     """Measure the missing cells into the store; returns how many were measured here."""
     settings, tokenizer = recipe["evaluation"], causal_lm.load_tokenizer(base)
-    limits, sets = (settings["max_tokens"], settings["long_documents"]), {}
-    for domain in dict.fromkeys(entry["domain"] for entry in missing):
-        documents, where = corpus.read_split(corpora[domain]), f"evaluation documents of {domain}"
-        sets[domain] = tokens.encode(tokenizer, documents, *limits, where, settings["protocol"])
+    sets = {
+        domain: encode(tokenizer, settings, domain, corpora[domain])
+        for domain in dict.fromkeys(entry["domain"] for entry in missing)
+    }
     model = load_model(base, settings["dtype"])
     batches = {
         domain: cross_entropy.batches(encoded.windows, settings["batch_tokens"], model.device)
@@ -128,7 +131,6 @@ def _measure_merge(
     batches: Mapping[str, Sequence[cross_entropy.Batch]],
 ) -> list[cells.Cell]:
     """Merge in the resident model and measure some of the merge's cells."""
-    import numpy as np
     import torch
 
     started = time.perf_counter()
@@ -148,13 +150,12 @@ def _measure_merge(
         started = time.perf_counter()
         nll = cross_entropy.nll(model, parts, encoded.documents)
         seconds = time.perf_counter() - started
-        scored = np.concatenate([batch.documents for batch in parts])
         measured.append(
             {
                 "cell": entry["cell"],
                 "document_nll": base64.b64encode(nll.astype("<f8").tobytes()).decode(),
-                "document_tokens": np.bincount(scored, minlength=len(nll)).tolist(),
-                "tokens": len(scored),
+                "document_tokens": (counts := document_tokens(parts, encoded.documents)),
+                "tokens": sum(counts),
                 "bytes": encoded.scored_bytes,
                 "long_documents": encoded.long_documents,
                 "dropped_tokens": encoded.dropped_tokens,
@@ -163,6 +164,43 @@ def _measure_merge(
             }
         )
     return measured
+
+
+def measure_model(
+    folder: Path, settings: Mapping[str, Any], corpora: Mapping[str, Path]
+) -> "pd.DataFrame":
+    """Losses of a model's folder on every document: domain, document_nll, document_tokens.
+
+    ``settings`` is the evaluation's recipe, ``corpora`` the folders of evaluation documents.
+    """
+    import pandas as pd
+
+    tokenizer, model = causal_lm.load_tokenizer(folder), load_model(folder, settings["dtype"])
+    rows = []
+    for domain, corpus_folder in corpora.items():
+        encoded = encode(tokenizer, settings, domain, corpus_folder)
+        batches = cross_entropy.batches(encoded.windows, settings["batch_tokens"], model.device)
+        nll = cross_entropy.nll(model, batches, encoded.documents)
+        counts = document_tokens(batches, encoded.documents)
+        rows.append({"domain": domain, "document_nll": nll.tolist(), "document_tokens": counts})
+    return pd.DataFrame(rows)
+
+
+def encode(
+    tokenizer: Any, settings: Mapping[str, Any], domain: str, folder: Path
+) -> tokens.Encoded:
+    """The tokenised evaluation documents of a domain."""
+    documents, where = corpus.read_split(folder), f"evaluation documents of {domain}"
+    limits = settings["max_tokens"], settings["long_documents"]
+    return tokens.encode(tokenizer, documents, *limits, where, settings["protocol"])
+
+
+def document_tokens(batches: Sequence[cross_entropy.Batch], documents: int) -> list[int]:
+    """Numbers of scored tokens by document."""
+    import numpy as np
+
+    scored = np.concatenate([batch.documents for batch in batches])
+    return [int(count) for count in np.bincount(scored, minlength=documents)]
 
 
 def load_model(base: Path, dtype: str) -> Any:
