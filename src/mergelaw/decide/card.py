@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-import mergelaw
 from mergelaw.artifacts import lineage
 from mergelaw.decide.measured import Array, by_base
 from mergelaw.merging.methods import method_of
@@ -56,7 +55,7 @@ def write_card(
         f"# {rule} of {', '.join(experts)}",
         "",
         f"A merge of {len(experts)} experts of one base, written by mergelaw "
-        f"{mergelaw.__version__}. `lineage.json` has the digests of all that it is made from.",
+        f"{lineage.versions()['mergelaw']}. `lineage.json` has the digests of all that it is made from.",
         "",
         "## Parts",
         "",
