@@ -55,7 +55,7 @@ def write_card(
         f"# {rule} of {', '.join(experts)}",
         "",
         f"A merge of {len(experts)} experts of one base, written by mergelaw "
-        f"{lineage.versions()['mergelaw']}. `lineage.json` has the digests of all that it is made from.",
+        f"{lineage.versions()['mergelaw']}. `lineage.json` has the digests of all its parts.",
         "",
         "## Parts",
         "",
