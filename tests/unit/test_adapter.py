@@ -255,7 +255,7 @@ def test_weights_without_a_place_are_named(tmp_path, bases, plain):
 
 
 def test_an_adapter_of_another_base(tmp_path, bases, plain):
-    refused(bases["gpt2"], plain, tmp_path / "vector", "q_proj", "adapter of this base")
+    refused(bases["gpt2"], plain, tmp_path / "vector", str(bases["tied"]), "adapter of this base")
 
 
 def test_values_that_are_none_are_refused(tmp_path, bases, plain):

@@ -16,8 +16,8 @@ from mergelaw.artifacts.keys import digest
 from mergelaw.errors import MergelawError
 from mergelaw.merging.methods import Method
 from mergelaw.merging.task_vector import TaskVector, pieces
-from mergelaw.models.checkpoint import COMPANIONS, INDEX, Tensors, Writer, open_mapped
-from mergelaw.models.parameters import parameters_by_tensor
+from mergelaw.models.checkpoint import COMPANIONS, INDEX, Writer, open_mapped
+from mergelaw.models.parameters import open_arranged, parameters_by_tensor
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -159,15 +159,9 @@ class Merger:
     ):
         self._method, self._prepared = method, prepare(method, vectors, cache)
         self._stack = ExitStack()
-        self._base = self._stack.enter_context(Tensors(base))
+        self._base = self._stack.enter_context(open_arranged(base, model))
+        # Without tensors that transformers ignores.
         self._parameters = parameters_by_tensor(model, self._base)
-        for expert, vector in vectors.items():
-            for name in vector.names:
-                if name not in self._parameters and vector[name].any():
-                    raise MergelawError(
-                        f"{vector.folder}: {expert} changes tensor {name!r}, which is no parameter "
-                        "of the base as transformers loads it; such a model cannot be merged"
-                    )
         names = next((set(vector.names) for vector in vectors.values()), set())
         self._parameters = {n: p for n, p in self._parameters.items() if n in names}
         size = sum(parameter.numel() for parameter in self._parameters.values())
@@ -271,11 +265,15 @@ def slices(out: "Tensor") -> Iterator[tuple[int, int]]:
         yield start, min(start + size, len(out))
 
 
-def put_exceptions(vector: TaskVector, name: str, out: "Tensor") -> None:
-    """Write the exceptions of an expert, where base + difference is inexact, into its tensor."""
+def put_exceptions(vector: TaskVector, name: str, out: "Tensor", first: int = 0) -> None:
+    """Write the exceptions of an expert, where base + difference is inexact, into its tensor.
+
+    ``out`` holds the flat elements from ``first`` on.
+    """
     if exceptions := vector.exceptions(name):
         index, value = exceptions
-        out[index.to(out.device)] = value.to(out)
+        inside = (index >= first) & (index < first + len(out))
+        out[index[inside].to(out.device) - first] = value[inside].to(out)
 
 
 def write_merge(
@@ -293,15 +291,18 @@ def write_merge(
     from huggingface_hub import split_torch_state_dict_into_shards
 
     prepared = prepare(method, vectors)
-    with Tensors(base) as tensors:
-        shapes = {name: tensors[name].to("meta") for name in tensors.names()}
+    with open_arranged(base) as tensors:
+        places = {part: (name, first) for part, name, first in tensors.stored()}
+        shapes = {part: tensors[part].to("meta") for part in sorted(places)}
         split = split_torch_state_dict_into_shards(shapes, max_shard_size=SHARD)
         for file, names in split.filename_to_tensors.items():
             layout = {name: (tensors.dtype(name), tensors.shape(name)) for name in names}
             with Writer(folder / file, layout) as writer:
                 for name in names:
-                    rule = rule_of(method, weights, list(vectors), name)
-                    writer.write(name, merged_tensor(tensors, list(prepared.values()), rule, name))
+                    before, (whole, first) = tensors[name], places[name]
+                    rule = rule_of(method, weights, list(vectors), whole)
+                    parts = list(prepared.values())
+                    writer.write(name, merged_tensor(before, parts, rule, whole, first))
     if split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
         files.write_json(folder / INDEX, index)
@@ -310,21 +311,27 @@ def write_merge(
             (folder / name).write_bytes((base / name).read_bytes())
 
 
-def merged_tensor(base: Tensors, vectors: Sequence[Prepared], rule: "Rule", name: str) -> "Tensor":
-    """One tensor of a merge, in the base's dtype. Raises MergelawError if a value overflows."""
+def merged_tensor(
+    before: "Tensor", vectors: Sequence[Prepared], rule: "Rule", name: str, first: int = 0
+) -> "Tensor":
+    """A tensor of the base, merged, in its dtype: elements of tensor ``name`` from ``first`` on.
+
+    Raises MergelawError if a value overflows.
+    """
     import torch
 
     from mergelaw.merging import kernels
 
-    before = base[name]
     if name not in vectors[0].vector.names:
         return before
     out, flat = torch.empty_like(before).view(-1), before.view(-1)
+    odd = first % 8  # masks are packed into bytes
     for start, stop in slices(out):
-        parts = [vector.part(name, start, stop) for vector in vectors]
+        cut = first + start - odd, first + stop
+        parts = [vector.part(name, *cut)[odd:] for vector in vectors]
         kernels.merge(flat[start:stop], parts, rule, out[start:stop])
     if keeps_expert(rule, vectors):
-        put_exceptions(vectors[0].vector, name, out)
+        put_exceptions(vectors[0].vector, name, out, first)
     if not torch.isfinite(out).all():
         raise MergelawError(
             f"the merge overflows {out.dtype} in tensor {name!r}; lower lambda or the weights, or "

@@ -13,6 +13,7 @@ task vector (:mod:`mergelaw.models.lora`) is always stored.
 import json
 import math
 import os
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
@@ -20,8 +21,10 @@ from typing import TYPE_CHECKING, Any
 
 from mergelaw.artifacts import files, lineage
 from mergelaw.errors import MergelawError
-from mergelaw.models.checkpoint import Tensors, Writer, is_adapter, mergeable, open_mapped, pairs
+from mergelaw.models.checkpoint import Tensors, Writer, is_adapter, mergeable, open_mapped
+from mergelaw.models.compare import compare
 from mergelaw.models.lora import merge_adapter
+from mergelaw.models.parameters import open_arranged
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -35,6 +38,10 @@ DERIVED = "derived.json"
 # no bit of a result depends on it.
 PIECE = 1 << 22
 SQUARES = 1 << 20
+# Cosines between expert and base: unrelated models, and far ones. Matrices of LARGE elements count.
+UNRELATED = 0.02
+FAR = 0.5
+LARGE = 1024
 
 
 def difference(expert: "Tensor", base: "Tensor") -> tuple["Tensor", "Tensor", "Tensor"]:
@@ -55,20 +62,22 @@ def difference(expert: "Tensor", base: "Tensor") -> tuple["Tensor", "Tensor", "T
 class Expert:
     """An expert with its base; ``names`` are the tensors to merge, ``sizes`` their elements.
 
-    ``folder`` is a checkpoint or an adapter, open until ``stack`` closes. Raises MergelawError for
-    an expert that does not fit its base.
+    ``folder`` is a checkpoint or an adapter, open until ``stack`` closes; ``notes`` are for users.
+    Raises MergelawError for an expert that does not fit its base.
     """
 
     def __init__(self, folder: Path, base: Tensors, stack: ExitStack, vocabulary: str):
         self.folder, self._base = folder, base
         self._tensors: Tensors | dict[str, Tensor]
         if is_adapter(folder):
-            self._tensors = merge_adapter(base, folder, vocabulary)
+            self._tensors, self.notes = merge_adapter(base, folder, vocabulary)
             self.names = mergeable(base)
         else:
-            self._tensors = stack.enter_context(Tensors(folder))
-            self.names = list(pairs(base, self._tensors, str(folder), vocabulary))
-        self.sizes = {name: math.prod(base.shape(name)) for name in self.names}
+            self._tensors = stack.enter_context(open_arranged(folder))
+            self.names, self.notes = compare(base, self._tensors, str(folder), vocabulary)
+        shapes = {name: base.shape(name) for name in self.names}
+        self.sizes = {name: math.prod(shape) for name, shape in shapes.items()}
+        self.matrices = [n for n in self.names if len(shapes[n]) > 1 and self.sizes[n] >= LARGE]
 
     def sides(self, name: str, start: int, stop: int) -> tuple["Tensor", "Tensor"]:
         """The flat elements ``start`` to ``stop`` of expert and base that both of them have."""
@@ -107,13 +116,13 @@ def write(
 ) -> dict[str, Any]:
     """Write the task vector of ``expert`` (a checkpoint or adapter) over ``base`` into ``folder``.
 
-    ``vocabulary`` as in :func:`checkpoint.pairs`. Returns facts for the lineage. Raises
+    ``vocabulary`` as in :func:`compare.compare`. Returns facts for the lineage. Raises
     MergelawError for an expert that does not fit, equals its base, or holds NaN or Inf.
     """
     statistics: dict[str, dict[str, Any]] = {}
     derived = storage == "derived" and not is_adapter(expert)
     with ExitStack() as stack:
-        ours = stack.enter_context(Tensors(base))
+        ours = stack.enter_context(open_arranged(base))
         source = Expert(expert, ours, stack, vocabulary)
         layout = {name: ("F32", ours.shape(name)) for name in source.names}
         writer = stack.enter_context(Writer(None if derived else folder / VECTOR, layout))
@@ -124,12 +133,40 @@ def write(
     norm = math.fsum(s["norm"] ** 2 for s in statistics.values()) ** 0.5
     if norm == 0:
         raise MergelawError(f"{expert}: equals its base; an expert must differ from it")
+    notes = [*source.notes, *kinship(source, statistics)]
+    for note in notes:
+        print(f"mergelaw: {note}", file=sys.stderr)
     total = {key: sum(s[key] for s in statistics.values()) for key in ("elements", "exceptions")}
     files.write_json(folder / STATISTICS, {"norm": norm, **total, "tensors": statistics})
     if derived:
         described = {"vector": writer.digest, "vocabulary": vocabulary}
         files.write_json(folder / DERIVED, described)
-    return {"norm": norm, **total, "storage": "derived" if derived else "materialised"}
+    stored = "derived" if derived else "materialised"
+    facts = {"norm": norm, **total, "storage": stored}
+    return facts | ({"notes": notes} if notes else {})
+
+
+def kinship(source: Expert, statistics: dict[str, dict[str, Any]]) -> list[str]:
+    """A note on an expert whose matrices have little in common with its base's.
+
+    The measure is the cosine between all large matrices of expert and base. Independent models
+    have a cosine near 0. Removes ``expert_norm`` from ``statistics``.
+    """
+    theirs = {name: values.pop("expert_norm") for name, values in statistics.items()}
+    ours = math.fsum(statistics[n]["base_norm"] ** 2 for n in source.matrices)
+    other = math.fsum(theirs[n] ** 2 for n in source.matrices)
+    difference = math.fsum(statistics[n]["norm"] ** 2 for n in source.matrices)
+    if not ours or not other:
+        return []
+    cosine = (ours + other - difference) / 2 / (ours * other) ** 0.5
+    if cosine >= FAR:
+        return []
+    relation = "has nothing in common with" if cosine < UNRELATED else "differs much from"
+    return [
+        f"{source.folder}: {relation} its base (the difference has "
+        f"{(difference / ours) ** 0.5:.2f} times the base's norm, the cosine is {cosine:.3f}; a "
+        "fine-tune's is above 0.9); check that it was fine-tuned from this base"
+    ]
 
 
 def measured(
@@ -140,7 +177,7 @@ def measured(
 
     size = expert.sizes[name]
     zeros = exceptions = 0
-    squares, before = [], []
+    squares, before, after = [], [], []
     for start, stop in pieces(size):
         theirs, ours = expert.sides(name, start, stop)
         vector, index, _ = difference(theirs, ours)
@@ -151,8 +188,10 @@ def measured(
         zeros += int((vector == 0).sum())
         squares += squares_of(vector)
         before += squares_of(expert.base_part(name, start, stop))
+        after += squares_of(theirs)
         yield vector
     norms = {"norm": math.fsum(squares) ** 0.5, "base_norm": math.fsum(before) ** 0.5}
+    norms["expert_norm"] = math.fsum(after) ** 0.5
     statistics |= {"elements": size, "zeros": zeros, "exceptions": exceptions, **norms}
 
 
@@ -271,7 +310,7 @@ class TaskVector:
                     "delete the task vector and rerun"
                 )
         described = json.loads((self.folder / DERIVED).read_text(encoding="utf-8"))
-        base = self._stack.enter_context(Tensors(places["base"]))
+        base = self._stack.enter_context(open_arranged(places["base"]))
         return Expert(places["expert"], base, self._stack, described["vocabulary"])
 
     def __enter__(self) -> "TaskVector":

@@ -7,21 +7,27 @@ from pathlib import Path
 from typing import Any
 
 from mergelaw.errors import MergelawError
-from mergelaw.models.checkpoint import COMPANIONS, read_config
+from mergelaw.models.checkpoint import COMPANIONS, WRAPPERS, read_config
 
 
 def load(folder: Path, dtype: str, device_map: Any = None) -> Any:
-    """The model of a checkpoint folder, in ``dtype``. Raises MergelawError if it does not load."""
+    """The model of a checkpoint folder, in ``dtype``.
+
+    Raises MergelawError if it does not load, or if a parameter would start at random.
+    """
     import torch
     from transformers import AutoModelForCausalLM
 
+    loader: Any = AutoModelForCausalLM
     try:
-        return AutoModelForCausalLM.from_pretrained(
+        model, report = loader.from_pretrained(
             folder,
             dtype=getattr(torch, dtype),
             device_map=device_map,
             use_safetensors=True,
             trust_remote_code=False,
+            key_mapping={r"^module\.": "", **{rf"{name}\.": "" for name in WRAPPERS}},
+            output_loading_info=True,
         )
     except (ValueError, KeyError, OSError, RuntimeError) as error:
         architecture = read_config(folder)["model_type"]
@@ -29,6 +35,12 @@ def load(folder: Path, dtype: str, device_map: Any = None) -> Any:
             f"{folder}: transformers cannot load this {architecture} model "
             f"({str(error).strip().splitlines()[0]})"
         ) from None
+    if missing := sorted(report["missing_keys"]):
+        raise MergelawError(
+            f"{folder}: has no tensor for parameter {missing[0]!r}, so transformers would start it "
+            "at random; copy the checkpoint again, or fix its config.json"
+        )
+    return model
 
 
 def load_tokenizer(folder: Path) -> Any:

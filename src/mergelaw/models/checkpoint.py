@@ -17,6 +17,9 @@ if TYPE_CHECKING:
 INDEX = "model.safetensors.index.json"
 WEIGHTS = "model.safetensors"
 HEAD = "lm_head.weight"
+# Names that wrappers of training libraries add to a tensor's name.
+WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
+WRAPPED = re.compile(rf"^(?:module\.)+|(?<![^.])(?:{'|'.join(WRAPPERS)})\.")
 # Files of a peft adapter.
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
@@ -46,8 +49,10 @@ COMPANIONS = (
 class Tensors:
     """The tensors of a checkpoint folder by name, memory-mapped. A context manager.
 
-    Raises MergelawError for a folder without safetensors weights, for a quantised checkpoint, and
-    for a corrupt or incomplete file, which the message names.
+    Like transformers, it reads ``model.safetensors`` before an index. Names are without wrappers
+    such as ``_orig_mod.``. Raises MergelawError for a folder without safetensors weights or with an
+    adapter beside them, for a quantised checkpoint, and for a corrupt or incomplete file, which the
+    message names.
     """
 
     def __init__(self, folder: Path):
@@ -57,8 +62,16 @@ class Tensors:
             raise MergelawError(
                 f"{self.folder}: is quantised; give the checkpoint before quantisation"
             )
+        if (self.folder / ADAPTER_CONFIG).exists():
+            raise MergelawError(
+                f"{self.folder}: holds an adapter beside a whole model; remove "
+                f"{ADAPTER_CONFIG} to use the model, or {WEIGHTS} and {INDEX} to use the adapter"
+            )
         self._stack = ExitStack()
         self._files: dict[str, tuple[Any, str]] = {}  # mapped file and its name for each tensor
+        self._parts: dict[str, list[str]] = {}  # stored tensors that make up one tensor
+        self._shapes: dict[str, tuple[int, ...]] = {}  # of those
+        self._last: tuple[str, Any] = "", None  # the last one that was read
         self._open()
         if self.ties and HEAD in self:
             # Some trainers save the tied head a second time.
@@ -74,7 +87,9 @@ class Tensors:
 
     def _open(self) -> None:
         index = self.folder / INDEX
-        listed = read_index(index) if index.exists() else None
+        listed = None
+        if index.exists() and not (self.folder / WEIGHTS).is_file():
+            listed = read_index(index)
         for file in sorted(set(listed.values())) if listed is not None else [WEIGHTS]:
             path = self.folder / file
             if not path.is_file():
@@ -86,10 +101,17 @@ class Tensors:
                         f"{path}: has tensor {name!r}, which {index.name} lists in "
                         f"{listed[name]}; copy the checkpoint again"
                     )
-                self._files[name] = opened, name
-        if listed is not None and listed.keys() - self._files.keys():
-            missing = min(listed.keys() - self._files.keys())
-            raise MergelawError(f"{index}: lists tensor {missing!r}, no file has it; copy it again")
+                if (bare := WRAPPED.sub("", name)) in self._files:
+                    raise MergelawError(
+                        f"{path}: has tensor {bare!r} twice, as {name!r} too; remove one"
+                    )
+                self._files[bare] = opened, name
+        if listed is not None:
+            stored = {name for _, name in self._files.values()}
+            if missing := listed.keys() - stored:
+                raise MergelawError(
+                    f"{index}: lists tensor {min(missing)!r}, no file has it; copy it again"
+                )
 
     def __enter__(self) -> "Tensors":
         return self
@@ -97,15 +119,46 @@ class Tensors:
     def __exit__(self, *exc: object) -> None:
         self._stack.close()
 
+    @property
+    def wrapped(self) -> bool:
+        """True if stored names have wrappers, which transformers does not know."""
+        return any(name != stored for name, (_, stored) in self._files.items())
+
     def names(self) -> list[str]:
-        return sorted(self._files)
+        pieces = {part for parts in self._parts.values() for part in parts}
+        return sorted([*(self._files.keys() - pieces), *self._parts])
 
     def __contains__(self, name: str) -> bool:
-        return name in self._files
+        return name in self._files or name in self._parts
+
+    def join(self, name: str, parts: list[str], shape: tuple[int, ...]) -> None:
+        """Make one tensor of stored ones, whose flat values follow each other."""
+        kinds = {self.dtype(part) for part in parts}
+        if len(kinds) > 1:
+            raise MergelawError(
+                f"{self.folder}: tensors {parts[0]!r} to {parts[-1]!r} are "
+                f"{', '.join(sorted(kinds))}; save them in one dtype"
+            )
+        self._parts[name], self._shapes[name] = parts, shape
+
+    def stored(self) -> Iterator[tuple[str, str, int]]:
+        """The stored tensors: name, the tensor that it is a part of, and its first flat element."""
+        for name in self.names():
+            start = 0
+            for part in self._parts.get(name, [name]):
+                yield part, name, start
+                start += math.prod(self.shape(part))
 
     def __getitem__(self, name: str) -> "Tensor":
+        import torch
         from safetensors import SafetensorError
 
+        if name in self._parts:
+            if self._last[0] != name:
+                flat = torch.cat([self[part].reshape(-1) for part in self._parts[name]])
+                self._last = name, flat.view(self._shapes[name])
+            joined: Tensor = self._last[1]
+            return joined
         file, stored = self._files[name]
         try:
             tensor: Tensor = file.get_tensor(stored)
@@ -121,24 +174,24 @@ class Tensors:
         return file.get_slice(stored)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        return tuple(self._slice(name).get_shape())
+        return self._shapes.get(name) or tuple(self._slice(name).get_shape())
 
     def dtype(self, name: str) -> str:
         """The dtype as safetensors names it: F32, BF16, F16, I64, ..."""
-        return str(self._slice(name).get_dtype())
+        return str(self._slice(self._parts.get(name, [name])[0]).get_dtype())
 
     def float_dtype(self) -> str:
         """The common dtype of the floating tensors as torch names it; float32 if they differ."""
         kinds = {self.dtype(name) for name in self.names()} & FLOATS.keys()
         return FLOATS[kinds.pop()] if len(kinds) == 1 else "float32"
 
-    def rename_tied(self, base: "Tensors") -> None:
-        """Give a tied embedding the name that ``base`` stores it under (its own or the head's)."""
-        missing = [name for name in base.names() if name not in self]
-        extra = [name for name in self.names() if name not in base]
-        renamed = len(missing) == len(extra) == 1 and HEAD in missing + extra
-        if renamed and self.ties and base.ties and base.shape(*missing) == self.shape(*extra):
-            self._files[missing[0]] = self._files.pop(extra[0])
+    def rename(self, names: Mapping[str, str]) -> None:
+        """Rename tensors, by their present name, and drop all others."""
+        files, parts, shapes = self._files, self._parts, self._shapes
+        self._parts = {names[name]: pieces for name, pieces in parts.items() if name in names}
+        self._shapes = {names[name]: shape for name, shape in shapes.items() if name in names}
+        kept = {part: part for pieces in self._parts.values() for part in pieces} | dict(names)
+        self._files = {new: files[name] for name, new in kept.items() if name in files}
 
 
 def read_index(path: Path) -> dict[str, str]:
@@ -274,46 +327,6 @@ def same_bits(left: "Tensor", right: "Tensor") -> bool:
     return torch.equal(left, right)
 
 
-def pairs(base: Tensors, expert: Tensors, where: str, vocabulary: str = "refuse") -> Iterator[str]:
-    """Check that an expert fits its base, then yield the names of its floating tensors.
-
-    With ``vocabulary`` ``common_rows`` an expert may have another vocabulary size. Raises
-    MergelawError for the first tensor that does not fit; its message begins with ``where``.
-    """
-    ours, theirs = base.config["model_type"], expert.config["model_type"]
-    if ours != theirs:
-        raise MergelawError(
-            f"{where}: model_type is {theirs}, the base's is {ours}; "
-            "an expert must be a fine-tune of its base"
-        )
-    rows = vocabulary_size(base.config), vocabulary_size(expert.config)
-    if rows[0] != rows[1]:
-        check_vocabulary(base.folder, expert.folder, rows, where, vocabulary)
-    expert.rename_tied(base)
-    names, others = ({n for n in side.names() if not COMPUTED.search(n)} for side in (base, expert))
-    if names - others:
-        raise MergelawError(f"{where}: has no tensor {min(names - others)!r}; the base has it")
-    if others - names:
-        raise MergelawError(f"{where}: has a tensor {min(others - names)!r} that the base has not")
-    for name in sorted(names):
-        shapes = base.shape(name), expert.shape(name)
-        resized = rows[0] != rows[1] and tuple(s[:1] for s in shapes) == ((rows[0],), (rows[1],))
-        if shapes[0] != shapes[1] and not (resized and shapes[0][1:] == shapes[1][1:]):
-            raise MergelawError(
-                f"{where}: tensor {name!r} has shape {list(shapes[1])}, "
-                f"the base's has {list(shapes[0])}"
-            )
-    for name in sorted(names):
-        kinds = base.dtype(name), expert.dtype(name)
-        if all(kind in FLOATS for kind in kinds):
-            yield name
-        elif kinds[0] != kinds[1] or not same_bits(base[name], expert[name]):
-            raise MergelawError(
-                f"{where}: tensor {name!r} is {kinds[1]} (the base's {kinds[0]}) and differs; "
-                "only float32, bfloat16 and float16 can be merged"
-            )
-
-
 def mergeable(base: Tensors) -> list[str]:
     """The names of a base's learned floating tensors."""
     return [n for n in base.names() if base.dtype(n) in FLOATS and not COMPUTED.search(n)]
@@ -324,40 +337,3 @@ def vocabulary_size(config: Mapping[str, Any]) -> int | None:
     text = config.get("text_config") or {}
     size: int | None = config.get("vocab_size", text.get("vocab_size"))
     return size
-
-
-def check_vocabulary(
-    base: Path, expert: Path, rows: tuple[int | None, int | None], where: str, vocabulary: str
-) -> None:
-    """Refuse an expert with another vocabulary size, or with other tokens in the common rows.
-
-    ``rows``: the two sizes, the base's first. Chat formats may rename added tokens (reserved rows).
-    """
-    if vocabulary == "refuse":
-        raise MergelawError(
-            f"{where}: vocab_size is {rows[1]}, the base's is {rows[0]}; give an expert that kept "
-            "the vocabulary, or set vocabulary: common_rows to merge the rows that both have"
-        )
-    common = min(filter(None, rows), default=0)
-    ours, theirs = (read_tokens(folder, common) for folder in (base, expert))
-    for row in sorted(ours.keys() & theirs.keys()):
-        if ours[row] != theirs[row]:
-            raise MergelawError(
-                f"{where}: token {row} is {theirs[row]!r}, the base's is {ours[row]!r}; rows of "
-                "other tokens cannot be merged"
-            )
-
-
-def read_tokens(folder: Path, limit: int) -> dict[int, str]:
-    """The first ``limit`` tokens by row; empty for a folder without tokenizer.json."""
-    path = folder / "tokenizer.json"
-    if not path.exists():
-        return {}
-    try:
-        vocabulary = json.loads(path.read_text(encoding="utf-8"))["model"]["vocab"]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        raise MergelawError(f"{path}: not a tokenizer; copy the checkpoint again") from None
-    if isinstance(vocabulary, dict):
-        return {row: token for token, row in vocabulary.items() if row < limit}
-    # A unigram model: pairs of token and score.
-    return {row: entry[0] for row, entry in enumerate(vocabulary[:limit])}

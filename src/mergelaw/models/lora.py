@@ -5,6 +5,7 @@ and merges it. Adapters that peft cannot merge, or whose merge does not fit the 
 """
 
 import json
+import re
 from contextlib import ExitStack, suppress
 from dataclasses import fields
 from pathlib import Path
@@ -15,11 +16,13 @@ from mergelaw.models.checkpoint import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
     Tensors,
-    check_vocabulary,
     open_mapped,
     pickled,
+    read_config,
 )
+from mergelaw.models.compare import check_rows
 from mergelaw.models.parameters import parameter_names
+from mergelaw.models.tokenizers import compare_tokenizers
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -40,6 +43,9 @@ UNMERGEABLE = (
     "use_qalora",
 )
 ADVICE = "merge it with peft's merge_and_unload and give that checkpoint"
+PEFT_ERRORS = (ValueError, RuntimeError, KeyError, TypeError, NotImplementedError)
+# Architectures that a model's name tells.
+FAMILIES = ("llama", "mistral", "mixtral", "qwen", "gemma")
 UNTIE = "give a base, and an adapter of it, whose head is a tensor of its own"
 
 
@@ -77,37 +83,30 @@ def read_adapter_config(folder: Path) -> Any:
     raise MergelawError(f"{path}: peft cannot read its settings; copy it again")
 
 
-def merge_adapter(base: Tensors, folder: Path, vocabulary: str = "refuse") -> dict[str, "Tensor"]:
-    """Merge an adapter into its base with peft: fp32 tensors by the base's names.
+def merge_adapter(
+    base: Tensors, folder: Path, vocabulary: str = "refuse"
+) -> tuple[dict[str, "Tensor"], list[str]]:
+    """Merge an adapter into its base with peft: fp32 tensors by the base's names, and notes.
 
     With ``vocabulary`` ``common_rows`` the base is resized to the rows of the adapter's embeddings.
     Raises MergelawError for an adapter that does not fit.
     """
     import torch
-    from peft import get_peft_model, set_peft_model_state_dict
+    from peft import set_peft_model_state_dict
 
     from mergelaw.models.causal_lm import load
 
-    config = read_adapter_config(folder)
     tensors = read_weights(folder)
     model = load(base.folder, "float32")
     names = {alias: name for name, alias in parameter_names(model, base).items()}
-    resize(model, base, folder, tensors, vocabulary)
+    wrapped, notes = wrap(model, base.folder, folder, tensors, vocabulary)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # threads change the order of sums and so the last bits
     try:
-        ends = model.get_input_embeddings(), model.get_output_embeddings()
-        wrapped: Any = get_peft_model(model, config)
-        check_ties(wrapped, ends, folder)
-        check_weights(wrapped, tensors, folder)
         set_peft_model_state_dict(wrapped, tensors)
         merged = wrapped.merge_and_unload()
-    except (ValueError, RuntimeError, KeyError, TypeError, NotImplementedError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise MergelawError(
-            f"{folder}: peft cannot merge it into {base.folder} ({reason}); give an adapter of "
-            "this base"
-        ) from None
+    except PEFT_ERRORS as error:
+        raise cannot_merge(folder, base.folder, error) from None
     finally:
         torch.set_num_threads(threads)
     result = {}
@@ -117,27 +116,85 @@ def merge_adapter(base: Tensors, folder: Path, vocabulary: str = "refuse") -> di
                 f"{folder}: changes {alias!r}, for which the base has no tensor of its own; {UNTIE}"
             )
         result[names[alias]] = parameter.detach()
-    return result
+    return result, notes
 
 
-def read_weights(folder: Path) -> dict[str, "Tensor"]:
+def inspect_adapter(model: Any, base: Path, folder: Path, vocabulary: str = "refuse") -> list[str]:
+    """Check an adapter by its headers; ``model`` is the base on the meta device. Returns notes."""
+    tensors = read_weights(folder, "meta")
+    return wrap(model, base, folder, tensors, vocabulary)[1]
+
+
+def wrap(
+    model: Any, base: Path, folder: Path, tensors: dict[str, "Tensor"], vocabulary: str
+) -> tuple[Any, list[str]]:
+    """The base's model with an adapter that has no values yet, after checks; and notes."""
+    from peft import get_peft_model
+
+    config = read_adapter_config(folder)
+    notes = compare_named_base(model, base, folder)
+    notes += resize(model, base, folder, tensors, vocabulary)
+    try:
+        ends = model.get_input_embeddings(), model.get_output_embeddings()
+        wrapped: Any = get_peft_model(model, config)
+        check_ties(wrapped, ends, folder)
+        check_weights(wrapped, tensors, folder)
+    except PEFT_ERRORS as error:
+        raise cannot_merge(folder, base, error) from None
+    return wrapped, notes
+
+
+def cannot_merge(folder: Path, base: Path, error: Exception) -> MergelawError:
+    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+    return MergelawError(f"{folder}: peft cannot merge it into {base} ({reason}); {ADVICE}")
+
+
+def compare_named_base(model: Any, base: Path, folder: Path) -> list[str]:
+    """Refuse an adapter whose configuration names a base of another architecture.
+
+    Returns a note if it names another local folder. Raises MergelawError.
+    """
+    settings = json.loads((Path(folder) / ADAPTER_CONFIG).read_text(encoding="utf-8"))
+    named, kind = settings.get("base_model_name_or_path") or "", model.config.model_type
+    ours = type(model).__name__
+    theirs = str((settings.get("auto_mapping") or {}).get("base_model_class") or ours)
+    fits = len({re.sub(r"(?:For|LMHead|Model).*", "", name) for name in (ours, theirs)}) == 1
+    notes, place = [], Path(named)
+    if named and (place / "config.json").is_file():
+        fits &= read_config(place)["model_type"] == kind
+        if place.resolve() != Path(base).resolve():
+            notes.append(f"{folder}: was trained on {named} by its configuration, not on {base}")
+    elif words := [word for word in FAMILIES if word in place.name.lower()]:
+        fits &= any(word in kind for word in words)
+    if not fits:
+        raise MergelawError(
+            f"{folder}: was trained on {named or theirs} by its configuration, but the base "
+            f"{base} is a {kind} model; give an adapter of this base"
+        )
+    return notes
+
+
+def read_weights(folder: Path, device: str = "cpu") -> dict[str, "Tensor"]:
+    """The adapter's tensors; on the ``meta`` device shapes alone."""
     with ExitStack() as stack:
         file = open_mapped(Path(folder) / ADAPTER_WEIGHTS, stack)
-        return {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
+        return {name: file.get_tensor(name).to(device, copy=True) for name in file.keys()}  # noqa: SIM118
 
 
 def resize(
-    model: Any, base: Tensors, folder: Path, tensors: dict[str, "Tensor"], vocabulary: str
-) -> None:
+    model: Any, base: Path, folder: Path, tensors: dict[str, "Tensor"], vocabulary: str
+) -> list[str]:
     """Resize the model's embeddings to the adapter's rows, if ``vocabulary`` allows it."""
     embedding = model.get_input_embeddings()
     alias = next(name for name, module in model.named_modules() if module is embedding)
     keys = (f"base_model.model.{alias}.{kind}weight" for kind in ("", "base_layer."))
     held = next((tensors[key] for key in keys if key in tensors), embedding.weight)
-    if len(held) != len(embedding.weight):
-        rows = len(embedding.weight), len(held)
-        check_vocabulary(base.folder, folder, rows, str(folder), vocabulary)
+    rows = len(embedding.weight), len(held)
+    check_rows(rows, str(folder), vocabulary)
+    notes = compare_tokenizers(base, folder, rows, str(folder))
+    if rows[0] != rows[1]:
         model.resize_token_embeddings(len(held), mean_resizing=False)
+    return notes
 
 
 def check_ties(wrapped: Any, ends: tuple[Any, Any], folder: Path) -> None:
@@ -171,5 +228,5 @@ def check_weights(wrapped: "nn.Module", tensors: dict[str, "Tensor"], folder: Pa
             shape = list(allowed[name].shape) if name in allowed else "not part of it"
             raise MergelawError(
                 f"{folder}: its tensor {name!r} is {list(tensor.shape)}, with this base it would "
-                f"be {shape}; give an adapter of this base"
+                f"be {shape}; give an adapter of this base, or {ADVICE}"
             )

@@ -1,0 +1,208 @@
+"""Whether an expert is a fine-tune of its base: configurations, tokenizers and tensors."""
+
+import re
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from mergelaw.errors import MergelawError
+from mergelaw.models.checkpoint import (
+    COMPUTED,
+    FLOATS,
+    Tensors,
+    read_config,
+    same_bits,
+    vocabulary_size,
+)
+from mergelaw.models.parameters import build, parameters_of, values_of
+from mergelaw.models.tokenizers import compare_tokenizers
+
+# Settings of a configuration that its forward pass does not read, or that the tensors' shapes show.
+# Those that every configuration has (labels, dtype, versions) are left out as well.
+UNREAD = re.compile(
+    r"(?:.*_)?(?:bos|eos|pad|sep|decoder_start|image|video|audio|boi|eoi)_token_(?:id|index)"
+    r"|.*drop(?:out|_rate)?.*|.*_pdrop|initializer_.*|.*_init(?:_.*)?|use_cache|use_mamba_kernels"
+    r"|model_type|vocab_size|tie_word_embeddings|n_positions|n_ctx|max_window_layers"
+    r"|use_sliding_window|summary_.*|pretraining_tp|router_(?:aux|z|jitter).*|aux_loss.*"
+    r"|output_router_logits|output_attentions|reorder_and_upcast_attn|rope_parameters\.(?:.*\.)?type"
+    r"|attn_implementation|_.*"
+)
+NEVER_READ = re.compile(
+    r"architectures|transformers_version|torch_dtype|dtype|auto_map|id2label.*|label2id.*"
+    r"|return_dict|output_hidden_states|chunk_size_feed_forward|problem_type|torchscript"
+    r"|unsloth_.*|tokenizer_class|finetuning_task|task_specific_params.*|quantization_config.*"
+)
+
+
+def settings(folder: Path) -> dict[str, Any]:
+    """What a checkpoint's forward pass on text reads of its configuration, as dotted keys.
+
+    Spellings and defaults are transformers'. If transformers does not know the architecture, it is
+    config.json as it stands.
+    """
+    from transformers import AutoConfig, PreTrainedConfig
+
+    raw = read_config(folder)
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        text = config.get_text_config(decoder=True)
+        common = PreTrainedConfig().to_dict()
+        shown = text.to_dict()
+        # What the configuration's class does not know is not read either.
+        known = getattr(type(text), "__dataclass_fields__", shown).keys() - common.keys()
+        flat = flatten({key: shown[key] for key in shown if key in known})
+    except Exception:  # a foreign configuration raises anything
+        return {k: v for k, v in flatten(raw).items() if not unread(k)}
+    heads = getattr(text, "num_attention_heads", None) or 1
+    width = getattr(text, "hidden_size", 0)
+    defaults = {"head_dim": width // heads, "num_key_value_heads": heads, "n_inner": 4 * width}
+    flat |= {key: value for key, value in defaults.items() if flat.get(key, 0) is None}
+    return {key: value for key, value in flat.items() if not unread(key)}
+
+
+def unread(key: str) -> bool:
+    return bool(UNREAD.fullmatch(key) or NEVER_READ.fullmatch(key))
+
+
+def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def same_value(left: Any, right: Any) -> bool:
+    """True for equal settings; activations are compared by their function, None is False."""
+    if left == right or (left in (None, False) and right in (None, False)):
+        return True
+    if isinstance(left, str) and isinstance(right, str):
+        from transformers.activations import ACT2FN
+
+        with suppress(KeyError):
+            return type(ACT2FN[left]) is type(ACT2FN[right])
+    return False
+
+
+def check_settings(base: Tensors, expert: Tensors, where: str) -> None:
+    """Refuse an expert whose forward pass differs from the base's by their configurations."""
+    if base.config == expert.config:
+        return
+    ours, theirs = settings(base.folder), settings(expert.folder)
+    ropes = {str(v) for side in (ours, theirs) for k, v in side.items() if k.endswith("rope_type")}
+    for key in sorted(ours.keys() | theirs.keys()):
+        # Only scaled rotary embeddings read how long sequences may be.
+        if key == "max_position_embeddings" and ropes <= {"default"}:
+            continue
+        if not same_value(ours.get(key), theirs.get(key)):
+            raise MergelawError(
+                f"{where}: its config.json has {key} {theirs.get(key)}, the base's has "
+                f"{ours.get(key)}, so a merge would not compute what the expert does; give an "
+                "expert that kept the base's configuration"
+            )
+
+
+def compare(
+    base: Tensors, expert: Tensors, where: str, vocabulary: str = "refuse"
+) -> tuple[list[str], list[str]]:
+    """Check that an expert fits its base. Returns names of tensors to merge, and notes for users.
+
+    Both are arranged (:func:`parameters.open_arranged`). The expert's tensors get the base's names;
+    it may lack tensors that transformers ignores. With ``vocabulary`` ``common_rows`` it may have
+    another vocabulary size. Raises MergelawError for the first thing that does not fit; its message
+    begins with ``where``.
+    """
+    ours, theirs = base.config["model_type"], expert.config["model_type"]
+    if ours != theirs and theirs != (base.config.get("text_config") or {}).get("model_type"):
+        raise MergelawError(
+            f"{where}: model_type is {theirs}, the base's is {ours}; "
+            "an expert must be a fine-tune of its base"
+        )
+    check_settings(base, expert, where)
+    rows = vocabulary_size(base.config), vocabulary_size(expert.config)
+    check_rows(rows, where, vocabulary)
+    notes = compare_tokenizers(base.folder, expert.folder, rows, where)
+    names = {name for name in base.names() if not COMPUTED.search(name)}
+    stored = align(base, expert, names, where)
+    for name in sorted(stored):
+        shapes = base.shape(name), expert.shape(name)
+        resized = rows[0] != rows[1] and tuple(s[:1] for s in shapes) == ((rows[0],), (rows[1],))
+        if shapes[0] != shapes[1] and not (resized and shapes[0][1:] == shapes[1][1:]):
+            raise MergelawError(
+                f"{where}: tensor {name!r} has shape {list(shapes[1])}, "
+                f"the base's has {list(shapes[0])}"
+            )
+    merged = []
+    for name in sorted(names):
+        kinds = base.dtype(name), (expert if name in stored else base).dtype(name)
+        if all(kind in FLOATS for kind in kinds):
+            merged.append(name)
+        elif kinds[0] != kinds[1] or (name in stored and not same_bits(base[name], expert[name])):
+            raise MergelawError(
+                f"{where}: tensor {name!r} is {kinds[1]} (the base's {kinds[0]}) and differs; "
+                "only float32, bfloat16 and float16 can be merged"
+            )
+    return merged, notes
+
+
+def check_rows(rows: tuple[int | None, int | None], where: str, vocabulary: str) -> None:
+    """Refuse another vocabulary size (``rows``: the base's, the expert's) unless it is allowed."""
+    if rows[0] != rows[1] and vocabulary == "refuse":
+        raise MergelawError(
+            f"{where}: vocab_size is {rows[1]}, the base's is {rows[0]}; give an expert that kept "
+            "the vocabulary, or set vocabulary: common_rows to merge the rows that both have"
+        )
+
+
+def align(base: Tensors, expert: Tensors, names: set[str], where: str) -> set[str]:
+    """Give the expert's tensors the base's names; returns those of ``names`` that it has.
+
+    Where stored names differ, tensors are matched by the parameters that transformers loads them
+    into. Raises MergelawError if one side has a parameter that the other lacks.
+    """
+    others = {name for name in expert.names() if not COMPUTED.search(name)}
+    if names == others:
+        return names
+    ours, theirs = {name: name for name in names}, {name: name for name in others}
+    needed = None
+    with suppress(MergelawError):  # of an unknown architecture, names must be equal
+        model = build(base.folder)
+        ours, theirs = parameters_of(model, base), parameters_of(model, expert)
+        if base.config["model_type"] != expert.config["model_type"]:
+            theirs, needed = text_parameters(model, build(expert.folder), expert)
+    by_parameter = {key: name for name, key in ours.items() if name in names}
+    renamed: dict[str, str] = {}
+    for name, key in theirs.items():
+        new = by_parameter.get(key)
+        twin = next((n for n, other in renamed.items() if other == new), None)
+        if new is None or (twin and not same_bits(expert[name], expert[twin])):
+            raise MergelawError(f"{where}: has a tensor {name!r} that the base has not")
+        if not twin:
+            renamed[name] = new
+    for key in sorted(by_parameter.keys() - renamed.values() if needed is None else needed):
+        if by_parameter.get(key, key) not in renamed.values():
+            missing = by_parameter.get(key, key)
+            raise MergelawError(f"{where}: has no tensor {missing!r}; the base has it")
+    # Tensors that transformers ignores, such as those of multi-token prediction.
+    renamed |= {name: name for name in (names & others) - ours.keys() - theirs.keys()}
+    expert.rename(renamed)
+    return set(renamed.values())
+
+
+def text_parameters(model: Any, text: Any, expert: Tensors) -> tuple[dict[str, str], set[str]]:
+    """Parameters of a text model by tensor, and all of them, named as in a multimodal ``model``."""
+    prefixes = []
+    for side in (text, model):
+        embedding = side.get_input_embeddings()
+        name = next(name for name, module in side.named_modules() if module is embedding)
+        prefixes.append(name.rpartition(".")[0] + ".")
+
+    def name_in_model(key: str) -> str:
+        start, inner = prefixes
+        return inner + key.removeprefix(start) if key.startswith(start) else key
+
+    found = {name: name_in_model(key) for name, key in parameters_of(text, expert).items()}
+    return found, {name_in_model(key) for key in values_of(text)}
