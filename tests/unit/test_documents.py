@@ -327,7 +327,7 @@ GOOD = '{"prompt": "a", "response": "b"}'
             [{"prompt": "a", "response": b"b"}],
             "a.parquet, row 1: 'response' must be text",
         ),
-        ("a.txt", "prompt", "a.txt: unknown kind of file; use .json, .jsonl"),
+        ("a.doc", "prompt", "a.doc: unknown kind of file; use .json, .jsonl"),
     ],
 )
 def test_a_bad_file_is_named_with_the_place(tmp_path, name, content, message):

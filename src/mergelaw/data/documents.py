@@ -17,7 +17,7 @@ from typing import Any
 
 from mergelaw.artifacts.cache import FileCache
 from mergelaw.artifacts.keys import STAGES, canonical_json, digest
-from mergelaw.data.recipe import Source, SplitRecipe
+from mergelaw.data.recipe import PLACE, Source, SplitRecipe
 from mergelaw.data.sources import first_line, kept_records, local_files, unreadable
 from mergelaw.demo import GENERATOR_VERSION, draw
 from mergelaw.errors import MergelawError
@@ -25,21 +25,39 @@ from mergelaw.errors import MergelawError
 DOCUMENTS = "documents.parquet"
 DOCUMENT_DIGITS = 16
 
-ROLES = ("system", "user", "assistant", "tool")
-# ShareGPT's names for the speakers.
-SPEAKERS = {"human": "user", "gpt": "assistant"}
+ROLES = ("system", "developer", "user", "assistant", "tool")
+# Names of the speakers in ShareGPT's and Gemma's formats.
+SPEAKERS = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "model": "assistant"}
+CHATS = ("messages", "conversations", "conversation")
 PAIRS = (
     ("prompt", "response"),
     ("prompt", "completion"),
+    ("prompt", "answer"),
+    ("prompt", "output"),
     ("instruction", "output"),
+    ("instruction", "response"),
+    ("instruction", "completion"),
     ("problem", "solution"),
     ("question", "answer"),
+    ("question", "response"),
+    ("query", "response"),
+    ("query", "answer"),
+    ("inputs", "targets"),
+    ("user", "assistant"),
     ("message_1", "message_2"),  # CAMEL's
+    ("input", "output"),
 )
+SYSTEMS = ("system", "system_prompt")
+CONTEXTS = ("context", "input")
+# Columns that a chat template writes somewhere, but no document holds.
+LOST = ("tools", "functions", "documents")
+# Keys of a turn, beside role and content, that distinguish documents.
+REASONING = ("reasoning_content", "reasoning", "thinking")
+TURN_KEYS = (*REASONING, "tool_calls", "function_call", "tool_call_id", "name")
 
 DRAWS = 16  # of a synthetic source for one document; one that needs more has run dry
 
-Message = dict[str, str]
+Message = dict[str, Any]  # role, content (text) and what else the turn has
 
 
 @dataclass(frozen=True)
@@ -54,31 +72,86 @@ class Document:
 # From records to documents
 
 
-def document_of(record: Mapping[str, Any]) -> Document:
-    """The document of a record in any known form; ValueError for a record without one."""
+def document_of(record: Mapping[str, Any], columns: Mapping[Any, str] | None = None) -> Document:
+    """The document of a record in any known form; ValueError for a record without one.
+
+    ``columns`` gives names or templates of columns for the columns of the forms.
+    """
+    if columns:
+        record = {name: _chosen(record, column) for name, column in columns.items()}
     # Parquet and datasets fill the columns that a record lacks with nulls.
     record = {column: value for column, value in record.items() if value is not None}
-    for column in ("messages", "conversations"):
+    extra = [name for name in (*SYSTEMS, "history", *CONTEXTS, *LOST) if not _empty(record, name)]
+    if lost := sorted({*extra} & {*LOST}):
+        raise ValueError(f"its column {lost[0]!r} would be lost; name those to use in 'columns'")
+    found: dict[str, Document] = {}
+    for column in CHATS:
         if column in record:
-            return _identified(*_last_answer(_turns(record[column], column)))
+            if kept := sorted({*extra} & {*CONTEXTS}):
+                raise ValueError(f"both {column!r} and {kept[0]!r}; name one in 'columns'")
+            turns = _turns(record[column], column)
+            found[column] = _identified(*_last_answer(_before(record, extra, turns) + turns))
     for prompt, response in PAIRS:
-        if prompt in record and response in record:
+        # Beside another prompt, the column `input` is its context.
+        if prompt in record and response in record and not (prompt == "input" and found):
             turns = _turns(record[prompt], prompt, role="user")
-            context = record.get("input", "")
-            # Alpaca's records without an input have an empty one.
-            if prompt == "instruction" and not (isinstance(context, str) and not context.strip()):
-                turns[-1]["content"] += "\n\n" + _text(context, "input")
+            for name in extra:
+                if name in CONTEXTS and name != prompt:
+                    turns[-1]["content"] += "\n\n" + _text(record[name], name)
             answer = _turns(record[response], response, role="assistant")
             if not any(turn["role"] == "assistant" for turn in answer):
                 raise ValueError(f"{response!r} holds no assistant turn")
-            return _identified(*_last_answer(turns + answer))
-    if "text" in record:
+            turns = _before(record, extra, turns) + turns
+            found[f"{prompt}/{response}"] = _identified(*_last_answer(turns + answer))
+    # A `text` beside these is the same once more, formatted, as in Alpaca's records.
+    if "text" in record and not any(one.response in str(record["text"]) for one in found.values()):
+        if found or extra:
+            raise ValueError(f"'text' beside {[*found, *extra][0]!r}; name one in 'columns'")
         return _identified(None, _text(record["text"], "text"))
+    if len({one.document for one in found.values()}) > 1:
+        raise ValueError(
+            f"{' and '.join(found)} are different documents; name one of them in 'columns'"
+        )
+    for document in found.values():
+        return document
     forms = ", ".join("/".join(pair) for pair in PAIRS)
     raise ValueError(
-        f"no response among its columns {reprlib.repr(sorted(record))};"
-        f" a record needs {forms}, messages, conversations or text"
+        f"no response among its columns {reprlib.repr(sorted(record))}; a record needs {forms},"
+        f" {', '.join(CHATS)} or text; name other columns in 'columns'"
     )
+
+
+def _empty(record: Mapping[str, Any], name: str) -> bool:
+    value = record.get(name)
+    return not (value.strip() if isinstance(value, str) else value) and value != 0
+
+
+def _chosen(record: Mapping[str, Any], column: str) -> Any:
+    """The value of a column, or the text of a template such as ``{title}: {question}``."""
+    if "{" not in column:
+        return record.get(column)
+    return PLACE.sub(lambda name: _text(record.get(name[1]), name[1]), column)
+
+
+def _before(record: Mapping[str, Any], extra: Sequence[str], turns: list[Message]) -> list[Message]:
+    """The turns before a record's ``turns``: its system prompt and history."""
+    first: list[Message] = []
+    for name in extra:
+        if name in SYSTEMS:
+            first.append({"role": "system", "content": _text(record[name], name)})
+    if first and first[0] in turns:
+        first = []
+    if sum(turn["role"] == "system" for turn in [*first, *turns]) > 1 and first:
+        raise ValueError("it has two system prompts; name the columns to use in 'columns'")
+    history = record["history"] if "history" in extra else []
+    if not (isinstance(history, list) and isinstance(next(iter(history), None), list)):
+        return first + (_turns(history, "history") if history else [])
+    for pair in history:
+        if not isinstance(pair, list) or len(pair) != 2:
+            raise ValueError(f"'history' must hold pairs, not {reprlib.repr(pair)}")
+        for role, text in zip(("user", "assistant"), pair, strict=True):
+            first += _turns(text, "history", role=role)
+    return first
 
 
 def _text(value: Any, name: str) -> str:
@@ -101,16 +174,36 @@ def _turns(value: Any, column: str, role: str | None = None) -> list[Message]:
         raise ValueError(f"{column!r} is empty")
     turns = []
     for turn in value:
-        speaker = turn.get("role", turn.get("from"))
+        turn = {key: value for key, value in turn.items() if value is not None}
+        speaker = turn.pop("role", turn.pop("from", None))
         turn_role = SPEAKERS.get(speaker, speaker) if isinstance(speaker, str) else None
         if turn_role not in ROLES:
             raise ValueError(
                 f"{column!r} has a message with role {reprlib.repr(speaker)};"
                 f" use one of {', '.join([*ROLES, *SPEAKERS])}"
             )
-        content = _text(turn.get("content", turn.get("value")), "content")
-        turns.append({"role": str(turn_role), "content": content})
+        content = turn.pop("content", turn.pop("value", None))
+        turns.append({"role": turn_role, "content": _content(content, turn), **_keys(turn)})
     return turns
+
+
+def _content(content: Any, turn: Mapping[str, Any]) -> str:
+    """The text of a turn: text, parts of text, or nothing beside calls of tools."""
+    if isinstance(content, list) and all(
+        isinstance(part, dict)
+        and {key for key in part if part[key] is not None} == {"type", "text"}
+        for part in content
+    ):
+        content = "".join(_text(part["text"], "content") for part in content)
+    return "" if not content and turn.get("tool_calls") else _text(content, "content")
+
+
+def _keys(turn: Mapping[str, Any]) -> dict[str, Any]:
+    """The other keys of a turn, for the chat template."""
+    try:
+        return dict(json.loads(canonical_json(turn)))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"a message holds what JSON cannot: {error}") from None
 
 
 def _last_answer(turns: list[Message]) -> tuple[list[Message], str]:
@@ -120,13 +213,25 @@ def _last_answer(turns: list[Message]) -> tuple[list[Message], str]:
         raise ValueError("its messages hold no assistant turn, so it has no response")
     if answers[-1] == 0:
         raise ValueError("its messages begin with the response, so it has no prompt")
-    return turns[: answers[-1]], turns[answers[-1]]["content"]
+    *prompt, answer = turns[: answers[-1] + 1]
+    for key in (*REASONING, "tool_calls", "function_call"):
+        if answer.get(key):
+            raise ValueError(f"its answer has {key!r}, which no one scores; write all as 'content'")
+    if answer.get("weight", 1) != 1:
+        raise ValueError(f"its answer has weight {answer['weight']!r}, but would be scored")
+    for turn in prompt:
+        turn.pop("weight", None)  # only the answer is scored
+    return prompt, answer["content"]
 
 
 def _identified(messages: list[Message] | None, response: str) -> Document:
     turns = None
     if messages is not None:
-        turns = [[turn["role"], _normalised(turn["content"])] for turn in messages]
+        turns = [
+            [turn["role"], _normalised(turn["content"])]
+            + [{key: turn[key]} for key in TURN_KEYS if key in turn]
+            for turn in messages
+        ]
     return Document(digest([turns, _normalised(response)])[:DOCUMENT_DIGITS], messages, response)
 
 
@@ -166,7 +271,7 @@ def _pool(part: SplitRecipe) -> Pool:
             break
         read += 1
         try:
-            document = document_of(record)
+            document = document_of(record, part.source.columns)
         except ValueError as error:
             invalid.append(f"{place}: {error}")
             continue
@@ -257,6 +362,8 @@ def split_identity(recipe: SplitRecipe, split: str, cache: FileCache) -> dict[st
     if split == "calibration" or (split == "train" and part.train_documents is None):
         counts |= {"calibration_documents"}
     identity = part.model_dump(include={"seed", *counts})
+    if part.fewer:
+        identity |= {"fewer": sorted(part.fewer)}
     if part.source.synthetic is not None:
         identity |= {"generator_version": GENERATOR_VERSION}
     return identity | {"source": part.source.model_dump(exclude_defaults=True)}

@@ -1,5 +1,6 @@
 """Recipes of a domain's documents: their source, and how it is split."""
 
+import re
 from pathlib import Path
 from typing import Literal, Self
 
@@ -8,13 +9,16 @@ from pydantic import Field, model_validator
 from mergelaw.artifacts.recipe import LocalPath, Model
 from mergelaw.errors import nearest
 
+PLACE = re.compile(r"\{([^{}]+)\}")  # of a column in a template
+Column = Literal["messages", "system", "history", "prompt", "context", "response", "text"]
+
 
 class Source(Model):
     """Source of documents: exactly one of `synthetic`, `files` and `dataset`."""
 
     synthetic: str | None = Field(None, description="name of a generator of the demo's documents")
     files: list[LocalPath] | None = Field(
-        None, min_length=1, description="JSON, JSONL, CSV or Parquet files, folders or globs"
+        None, min_length=1, description="JSON, JSONL, CSV, Parquet or text files, folders or globs"
     )
     dataset: LocalPath | None = Field(
         None, description="a dataset of the Hugging Face hub, or a local folder of one"
@@ -24,6 +28,9 @@ class Source(Model):
     )
     config: str | None = Field(None, description="configuration name of the dataset")
     split: str = Field("train", description="split of the dataset")
+    columns: dict[Column, str] | None = Field(
+        None, description="columns of the records to use, or templates of columns, by content"
+    )
     where: dict[str, str | int | bool] | None = Field(
         None, description="keep only records whose columns have these values"
     )
@@ -38,8 +45,11 @@ class Source(Model):
         for key in sorted(self.model_fields_set):
             if key in ("revision", "config", "split") and self.dataset is None:
                 raise ValueError(f"{key!r} goes with 'dataset' only; remove it")
-            if key in ("where", "invalid_records") and self.synthetic is not None:
+            if key in ("columns", "where", "invalid_records") and self.synthetic is not None:
                 raise ValueError(f"{key!r} goes with 'files' or 'dataset'; remove it")
+        main = {*(self.columns or ["text"])} - {"system", "history", "context"}
+        if main not in ({"messages"}, {"prompt", "response"}, {"text"}):
+            raise ValueError("'columns' names 'messages', 'prompt' and 'response', or 'text'")
         if self.dataset is not None and self.revision is None and is_hub_id(self.dataset):
             raise ValueError("a dataset of the hub needs its 'revision'; give the commit")
         if self.synthetic is not None:
@@ -55,6 +65,11 @@ class Source(Model):
     def is_local(self) -> bool:
         """True for local files or a local folder, False for a hub dataset or a generator."""
         return self.files is not None or (self.dataset is not None and not is_hub_id(self.dataset))
+
+    def used_columns(self) -> list[str]:
+        """The columns of records that ``columns`` names, in templates too."""
+        names = (self.columns or {}).values()
+        return [c for name in names for c in (PLACE.findall(name) if "{" in name else [name])]
 
     def __str__(self) -> str:
         """The source in words, for messages."""

@@ -14,6 +14,7 @@ import reprlib
 import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
+from itertools import chain
 from pathlib import Path
 from typing import IO, Any
 
@@ -41,6 +42,11 @@ def local_files(source: Source) -> list[Path]:
         path = Path(name)
         if path.is_dir():
             matches = [file for file in _visible_files(path) if _kind(file) in READERS]
+            if len({_kind(file) == ".txt" for file in matches}) == 2:
+                raise MergelawError(
+                    f"{name}: holds files of plain text and of records; name those to read by a"
+                    f" glob, such as {path / '*.txt'}"
+                )
         elif glob.has_magic(name) and not path.exists():
             named = map(Path, glob.glob(name, recursive=True))  # noqa: PTH207, skips hidden files
             matches = [match for match in named if match.is_file()]
@@ -68,22 +74,19 @@ def kept_records(source: Source) -> Records:
     columns: set[str] = set()
     examples: dict[str, None] = {}
     kept = False
-    for place, record in _records(source):
-        if not isinstance(record, dict):
-            raise MergelawError(
-                f"{place}: a record must be an object, not {reprlib.repr(record)};"
-                " correct or remove it"
-            )
+    files = local_files(source) if source.files else [None]
+    for place, record in chain.from_iterable(_records(source, file) for file in files):
         columns.update(record)
-        if all(column in record and record[column] == where[column] for column in where):
+        if _keeps(source, record):
             kept = True
             yield place, record
         elif not kept and len(examples) < 6:
             examples[", ".join(reprlib.repr(record.get(column)) for column in where)] = None
-    for column in where:
+    named = [("columns", column) for column in source.used_columns()]
+    for key, column in [("where", column) for column in where] + named:
         if column not in columns:
             raise MergelawError(
-                f"{source}: where names the column {column!r}, which no record has;"
+                f"{source}: {key} names the column {column!r}, which no record has;"
                 f" use one of {reprlib.repr(sorted(columns))}"
             )
     if not kept:
@@ -93,22 +96,38 @@ def kept_records(source: Source) -> Records:
         )
 
 
-def _records(source: Source) -> Records:
-    if source.dataset is not None:
-        yield from _dataset_records(source)
-        return
-    for path in local_files(source):
-        if _kind(path) not in READERS:
-            raise MergelawError(f"{path}: unknown kind of file; {KINDS}")
-        empty = True
-        try:
-            for place, record in READERS[_kind(path)](path):
-                empty = False
-                yield f"{path}, {place}", record
-        except OSError as error:
-            raise unreadable(path, error) from error
-        if empty:
-            raise MergelawError(f"{path}: the file holds no records; give one with records")
+def _keeps(source: Source, record: dict[str, Any]) -> bool:
+    where = source.where or {}
+    return all(column in record and record[column] == where[column] for column in where)
+
+
+def file_records(source: Source, file: Path | None) -> Records:
+    """The records of one file of a source (None: of its dataset) that pass ``where``."""
+    return (found for found in _records(source, file) if _keeps(source, found[1]))
+
+
+def _records(source: Source, file: Path | None) -> Records:
+    for place, record in _dataset_records(source) if file is None else _file_records(file):
+        if not isinstance(record, dict):
+            raise MergelawError(
+                f"{place}: a record must be an object, not {reprlib.repr(record)};"
+                " correct or remove it"
+            )
+        yield place, record
+
+
+def _file_records(path: Path) -> Records:
+    if _kind(path) not in READERS:
+        raise MergelawError(f"{path}: unknown kind of file; {KINDS}")
+    empty = True
+    try:
+        for place, record in READERS[_kind(path)](path):
+            empty = False
+            yield f"{path}, {place}", record
+    except OSError as error:
+        raise unreadable(path, error) from error
+    if empty:
+        raise MergelawError(f"{path}: the file holds no records; give one with records")
 
 
 def unreadable(path: Path, error: OSError) -> MergelawError:
@@ -200,6 +219,17 @@ def _csv_records(path: Path) -> Records:
             ) from error
 
 
+def _text_records(path: Path) -> Records:
+    """A file of plain text as one record."""
+    with _open(path) as file:
+        content = file.read()
+    try:
+        yield "the text", {"text": content.decode("utf-8-sig")}
+    except UnicodeDecodeError as error:
+        line = 1 + content.count(b"\n", 0, error.start)
+        raise MergelawError(f"{path}, line {line}: not UTF-8; convert the file to UTF-8") from error
+
+
 def _parquet_records(path: Path) -> Records:
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -228,6 +258,7 @@ READERS: dict[str, Callable[[Path], Records]] = {
     ".csv": _csv_records,
     ".tsv": _csv_records,
     ".parquet": _parquet_records,
+    ".txt": _text_records,
 }
 
 

@@ -1,0 +1,68 @@
+"""A look at the first records of a source's files, before a study runs."""
+
+import itertools
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any
+
+from mergelaw.data.documents import Document, document_of
+from mergelaw.data.recipe import Source
+from mergelaw.data.sources import file_records, local_files
+from mergelaw.data.tokenize import encode
+from mergelaw.errors import MergelawError
+
+
+@dataclass
+class Inspection:
+    """The documents of the records looked at, and their tokens where a tokenizer was given."""
+
+    documents: list[Document] = field(default_factory=list)
+    longest: int = 0  # tokens of the longest document
+    changes: Counter[str] = field(default_factory=Counter)  # by the chat template, in documents
+
+
+def inspect(
+    source: Source,
+    tokenizer: Any = None,
+    rows: int | None = None,
+    records: int | None = 4,
+    protocol: str = "mergelaw",
+) -> Inspection:
+    """Read the first ``records`` (None: all) of each file of a source, and tokenise them.
+
+    ``rows`` is the number of rows of the base's embedding. A dataset of the hub and a generator are
+    not looked at. Raises MergelawError with the place for a file that cannot be read, a record
+    without a document, a document that the chat template refuses or changes, and a token without a
+    row in the embedding.
+    """
+    found = Inspection()
+    if not source.is_local:
+        return found
+    files = local_files(source) if source.files else [None]
+    for file in files:
+        documents: list[Document] = []
+        for place, record in itertools.islice(file_records(source, file), records):
+            try:
+                documents.append(document_of(record, source.columns))
+            except ValueError as error:
+                if source.invalid_records == "refuse":
+                    raise MergelawError(f"{place}: {error}; correct or remove the record") from None
+        found.documents += documents
+        if tokenizer is None or not documents:
+            continue
+        where = str(file or source)
+        try:
+            encoded = encode(tokenizer, documents, 1 << 62, "truncate", where, protocol)
+        except MergelawError as error:
+            text = str(error)
+            raise MergelawError(text if text.startswith(where) else f"{where}: {text}") from None
+        found.changes.update(encoded.changes)
+        ids = [token for window in encoded.windows for token in window.ids]
+        found.longest = max(found.longest, *(len(window.ids) for window in encoded.windows))
+        if rows is not None and max(ids) >= rows:
+            token = tokenizer.convert_ids_to_tokens(max(ids))
+            raise MergelawError(
+                f"{where}: its documents have the token {token!r} ({max(ids)}), but the base's"
+                f" embedding has {rows} rows; use the base's tokenizer, or resize its embedding"
+            )
+    return found
