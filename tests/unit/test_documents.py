@@ -1,5 +1,6 @@
 """From sources to splits, and one clear line for whatever is wrong with a source."""
 
+import copy
 import itertools
 import json
 import os
@@ -11,10 +12,11 @@ import pyarrow.parquet as pq
 import pytest
 
 from mergelaw.artifacts.cache import FileCache
-from mergelaw.data import documents, sources
+from mergelaw.data import documents, inspect, sources
 from mergelaw.data.documents import Document, check_overlap, read_split, split_identity, write_split
 from mergelaw.data.recipe import Source, SplitRecipe
 from mergelaw.errors import MergelawError
+from models import tokenizer
 
 
 def recipe(source, train=None, evaluation=1, calibration=0, eval_source=None, seed=0):
@@ -78,6 +80,7 @@ def refusal(tmp_path, source, split="train", **changes):
 
 
 USER = [{"role": "user", "content": "Why?"}]
+ANSWER = {"role": "assistant", "content": "So."}
 
 
 @pytest.mark.parametrize(
@@ -89,6 +92,31 @@ USER = [{"role": "user", "content": "Why?"}]
         {"instruction": "Why?", "output": "So.", "input": " \n"},
         {"problem": "Why?", "solution": "So."},
         {"question": "Why?", "answer": "So."},
+        {"query": "Why?", "response": "So.", "id": 3, "source": "a book"},
+        {"instruction": "Why?", "response": "So.", "context": " "},
+        {"inputs": "Why?", "targets": "So."},
+        {"input": "Why?", "output": "So."},
+        {"user": "Why?", "assistant": "So.", "system": "", "history": [], "tools": []},
+        {"instruction": "Why?", "output": "So.", "text": "Below ... Why? ... So."},
+        {"prompt": "Why?", "messages": [*USER, {"role": "assistant", "content": "So."}]},
+        {
+            "question": "Why?",
+            "answer": "So.",
+            "conversation": [*USER, {"role": "model", "content": "So."}],
+        },
+        {
+            "messages": [
+                {
+                    "role": "user",
+                    "content": [{"type": "text", "text": "Wh"}, {"type": "text", "text": "y?"}],
+                },
+                {
+                    "role": "assistant",
+                    "content": [{"type": "text", "text": "So.", "image": None}],
+                    "weight": 1,
+                },
+            ]
+        },
         {"prompt": USER, "response": "So."},
         {"prompt": USER, "completion": [{"role": "assistant", "content": "So."}]},
         {"messages": [*USER, {"role": "assistant", "content": "So."}]},
@@ -106,6 +134,122 @@ def test_one_question_and_answer_in_any_form_is_one_document(tmp_path, record):
 def test_instruction_and_input_are_joined_by_a_blank_line(tmp_path):
     document = only_document(tmp_path, {"instruction": "Add.", "input": "1, 2", "output": "3"})
     assert document.messages == [{"role": "user", "content": "Add.\n\n1, 2"}]
+
+
+@pytest.mark.parametrize(
+    ("record", "turns"),
+    [
+        ({"system": "Be short.", "prompt": "c"}, ["Be short.", "c"]),
+        ({"system_prompt": "Be short.", "prompt": "c", "context": "d"}, ["Be short.", "c\n\nd"]),
+        ({"history": [["a", "b"]], "prompt": "c", "input": "d"}, ["a", "b", "c\n\nd"]),
+        (
+            {
+                "history": [*USER, {"role": "assistant", "content": "b"}],
+                "system": "s",
+                "prompt": "c",
+            },
+            ["s", "Why?", "b", "c"],
+        ),
+    ],
+)
+def test_system_history_and_context_columns_are_turns_before_the_answer(tmp_path, record, turns):
+    document = only_document(tmp_path, {**record, "response": "So."})
+    assert [turn["content"] for turn in document.messages] == turns
+    chat = [{"role": "user", "content": record["prompt"]}, {"role": "assistant", "content": "So."}]
+    if "context" not in record and "input" not in record:
+        chat = {**record, "messages": chat, "prompt": None}
+        assert only_document(tmp_path, chat) == document
+
+
+def test_other_keys_of_turns_are_kept_for_the_template(tmp_path):
+    call = [{"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}]
+    turns = [
+        {"role": "user", "content": "1 + 1?", "id": 7, "weight": None},
+        {"role": "assistant", "content": None, "tool_calls": call, "weight": 0},
+        {"role": "tool", "content": "2", "name": "add"},
+    ]
+    answer = {"role": "assistant", "content": "2"}
+    document = only_document(tmp_path, {"messages": [*turns, answer]})
+    assert document.messages == [
+        {"role": "user", "content": "1 + 1?", "id": 7},
+        {"role": "assistant", "content": "", "tool_calls": call},
+        {"role": "tool", "content": "2", "name": "add"},
+    ]
+    # Calls make another document, an id does not.
+    others = [{**turns[0], "id": 8}, *turns[1:]], [turns[0], {**turns[1], "tool_calls": [1]}]
+    same, other = (only_document(tmp_path, {"messages": [*t, answer]}).document for t in others)
+    assert same == document.document != other
+
+
+def test_columns_of_a_users_own(tmp_path):
+    rows = [{"title": "Zinc", "ask": "melts?", "reply": f"{n}", "prompt": "x"} for n in range(3)]
+    csv = "title,ask,reply\n" + "".join(f"Zinc,melts?,{n}\n" for n in range(3))
+    for name, content in (("a.json", rows), ("a.csv", csv), ("a.parquet", rows)):
+        columns = {"system": "title", "prompt": "{title}: {ask}", "response": "reply"}
+        source = {"files": [written(tmp_path / name, content)], "columns": columns}
+        (found, _) = build(tmp_path, recipe(source, train=0), "eval")
+        assert [turn["content"] for turn in found[0].messages] == ["Zinc", "Zinc: melts?"]
+    text = recipe({**source, "columns": {"text": "{title}\n{reply}"}}, train=0, evaluation=3)
+    found, _ = build(tmp_path, text, "eval")
+    assert {one.response for one in found} == {f"Zinc\n{n}" for n in range(3)}
+    message = refusal(tmp_path, {**source, "columns": {**columns, "system": "titel"}})
+    assert "a.parquet: columns names the column 'titel', which no record has; use one of" in message
+    for columns in ({"prompt": "ask"}, {"system": "title"}, {"text": "ask", "messages": "title"}):
+        with pytest.raises(ValueError, match="'columns' names 'messages', 'prompt' and"):
+            Source(files=["a"], columns=columns)
+
+
+def test_a_text_file_is_a_document(tmp_path):
+    (tmp_path / "books").mkdir()
+    written(tmp_path / "books" / "a.txt", "\ufeffOnce\nupon a time\n")
+    compressed(tmp_path / "books" / "b.txt.gz", b"The end")
+    source = {"files": [str(tmp_path / "books")]}
+    found, _ = build(tmp_path, recipe(source, train=0, evaluation=2), "eval")
+    assert {one.response for one in found} == {"Once\nupon a time\n", "The end"}
+    written(tmp_path / "books" / "c.jsonl", records(1))
+    assert "books: holds files of plain text and of records; name those" in refusal(
+        tmp_path, source
+    )
+
+
+@pytest.mark.parametrize(
+    ("at_most", "asked", "sizes"),
+    [
+        (("eval", "calibration"), (0, 200, 12), [0, 88, 12]),
+        (("eval", "calibration"), (0, 50, 12), [0, 50, 12]),
+        (("calibration",), (0, 100, 12), [0, 100, 0]),
+        (("eval",), (0, 200, 12), [0, 88, 12]),
+        (("eval", "calibration"), (0, 200, 90), [0, 75, 25]),
+    ],
+)
+def test_sizes_follow_from_what_is_there_where_they_may(tmp_path, at_most, asked, sizes):
+    files = {"files": [written(tmp_path / "a.json", records(100))]}
+    part = recipe(files, *asked).model_copy(update={"at_most": at_most})
+    assert [len(split) for split in build(tmp_path, part)[:3]] == sizes
+
+
+def test_a_look_at_the_first_records_of_each_file(tmp_path):
+    first = written(tmp_path / "a.jsonl", records(9))
+    second = written(tmp_path / "b.csv", "prompt,response,kind\nx,,a\nwhy,so <|assistant|>,b\n")
+    look = inspect(Source(files=[first, second], invalid_records="skip"), records=4)
+    assert [one.response for one in look.documents][3:] == ["answer 3", "so <|assistant|>"]
+    ours = tokenizer()
+    look = inspect(Source(files=[first], where={"response": "answer 8"}), ours, len(ours))
+    assert len(look.documents) == 1 and look.longest > 9
+    with pytest.raises(MergelawError, match=r"b\.csv, line 2: no response among its columns"):
+        inspect(Source(files=[first, second]))
+    beyond = ours.convert_tokens_to_ids("<|assistant|>")
+    source = Source(files=[second], where={"kind": "b"})
+    with pytest.raises(
+        MergelawError, match=r"b\.csv: its documents have the token .*embedding has"
+    ):
+        inspect(source, ours, beyond)
+    system = written(tmp_path / "c.jsonl", [{"system": "s", **records(1)[0]}])
+    ours = copy.deepcopy(ours)
+    ours.chat_template = "{% for m in messages[1:] %}{{ m['content'] }}{% endfor %}"
+    with pytest.raises(MergelawError, match=r"c\.jsonl: document .* leaves out its system turn"):
+        inspect(Source(files=[system]), ours)
+    assert inspect(Source(synthetic="code"), ours).documents == []
 
 
 def test_the_last_assistant_turn_is_the_response(tmp_path):
@@ -360,6 +504,31 @@ def test_a_bad_file_is_named_with_the_place(tmp_path, name, content, message):
         (
             {"messages": [{"role": "oracle", "content": "a"}]},
             "'messages' has a message with role 'oracle'",
+        ),
+        (
+            {"prompt": "a", "response": "b", "completion": "c"},
+            "prompt/response and prompt/completion are different documents; name one of them in",
+        ),
+        ({"prompt": "a", "response": "b", "messages": [*USER, ANSWER]}, "messages and prompt/resp"),
+        ({"question": "a", "answer": "b", "text": "a passage"}, "'text' beside 'question/answer'"),
+        ({"text": "a", "context": "b"}, "'text' beside 'context'"),
+        ({"prompt": "a", "response": "b", "tools": ["c"]}, "its column 'tools' would be lost"),
+        ({"messages": [*USER, ANSWER], "context": "c"}, "both 'messages' and 'context'; name one"),
+        (
+            {"messages": [{"role": "system", "content": "s"}, *USER, ANSWER], "system": "t"},
+            "it has two system prompts",
+        ),
+        ({"prompt": "a", "response": "b", "history": [["a"]]}, "'history' must hold pairs, not"),
+        ({"prompt": "a", "response": "b", "history": "c"}, "'history' must be a list of messages"),
+        (
+            {"messages": [*USER, {**ANSWER, "reasoning_content": "r"}]},
+            "its answer has 'reasoning_co",
+        ),
+        ({"messages": [*USER, {**ANSWER, "tool_calls": [{}]}]}, "its answer has 'tool_calls'"),
+        ({"messages": [*USER, {**ANSWER, "weight": 0}]}, "its answer has weight 0, but would be"),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "image"}]}, ANSWER]},
+            "'content' must be text, not [{'type': 'image'}]",
         ),
         ({"messages": [{"role": "user"}]}, "'content' must be text, not None"),
         ({"text": ""}, "'text' is empty"),

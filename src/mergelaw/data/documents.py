@@ -362,8 +362,6 @@ def split_identity(recipe: SplitRecipe, split: str, cache: FileCache) -> dict[st
     if split == "calibration" or (split == "train" and part.train_documents is None):
         counts |= {"calibration_documents"}
     identity = part.model_dump(include={"seed", *counts})
-    if part.fewer:
-        identity |= {"fewer": sorted(part.fewer)}
     if part.source.synthetic is not None:
         identity |= {"generator_version": GENERATOR_VERSION}
     return identity | {"source": part.source.model_dump(exclude_defaults=True)}
