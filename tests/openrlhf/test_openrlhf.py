@@ -77,7 +77,7 @@ def test_experts_of_openrlhf_come_to_a_law(study):
 
 def test_an_expert_says_what_made_it(study):
     for name in DOMAINS:
-        known = lineage.verified(expert_of(study, name), "expert")
+        known = lineage.used(expert_of(study, name), whole=True)
         versions = known["facts"]["trainer_versions"]
         assert versions["openrlhf"] == openrlhf.VERSION and "deepspeed" in versions
         assert versions["transformers"] != known["versions"]["transformers"]
@@ -175,7 +175,7 @@ def test_a_training_goes_on_from_its_state_after_kills(study, tmp_path):
         wait_for(lambda: not working_in(state))  # nothing that was started outlives it
     ended = run(words, tmp_path, **two)
     assert ended.status == 0, ended.output[-4000:]
-    facts = lineage.verified(output)["facts"]
+    facts = lineage.used(output, whole=True)["facts"]
     assert facts["resumed_at_step"] == reached and facts["steps"] == 30 and facts["gpus"] == 2
     last = dict(map(tuple, facts["losses"]))[30]
     calm = run(command(study, "sums", tmp_path / "calm", **settings), tmp_path, **two)

@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
+import jobs
 from mergelaw.artifacts import lineage, store
 from mergelaw.cli.app import app
 from mergelaw.config import load
@@ -496,8 +497,11 @@ def test_a_study_is_asked_by_its_configuration(demo):
     (partial / "laws.json").write_text('{"missing": ["a", "b"]}')
     found, (warning,) = find_laws(file)
     assert found == partial and f"2 of {len(known.evals)} shards" in warning
-    laws = artifact(known.results / known.laws.path, "fit", {}, {})
+    laws = jobs.pretend(known.results, known.laws)
     assert find_laws(file) == (laws, [])
+    (laws / "data.bin").write_text("edited")
+    with pytest.raises(MergelawError, match=r"data\.bin: is not what was written"):
+        find_laws(file)
 
 
 def test_without_a_name_the_study_of_this_folder_is_asked(tmp_path, monkeypatch):

@@ -33,7 +33,7 @@ def as_undisturbed(place: Place, undisturbed: Place) -> None:
         ours, theirs = place.artifacts(kind), undisturbed.artifacts(kind)
         assert ours.keys() == theirs.keys()
         for name, path in ours.items():
-            assert lineage.verified(path)["files"] == lineage.read(theirs[name])["files"]
+            assert lineage.used(path, whole=True)["files"] == lineage.read(theirs[name])["files"]
     assert place.planned() == {}
 
 
@@ -99,7 +99,7 @@ def test_a_training_killed_at_random_moments_ends_with_the_same_bits(trained, tm
         assert not hunted.exists()
         reached = saved(state)
     subprocess.run(command(place, artifact, hunted), check=True, **quiet)
-    ours, theirs = lineage.verified(hunted), lineage.verified(calm)
+    ours, theirs = lineage.used(hunted, whole=True), lineage.used(calm, whole=True)
     assert ours["files"] == theirs["files"]
     for fact in ("losses", "train_loss"):
         assert ours["facts"][fact] == theirs["facts"][fact]

@@ -202,7 +202,7 @@ def test_a_copy_that_does_not_fit_is_named(trained, tmp_path):
         (cut, "vector.safetensors: is not what was written"),
         (mixed, "its digest does not match"),
         (extra, "more.bin: does not belong"),
-        (report, "its input laws lies outside of"),
+        (report, "its input laws"),
         (moved.with_name("code-s0@00000000"), "has the lineage of code-s0@"),
     ):
         name = path.relative_to(tmp_path)

@@ -7,6 +7,7 @@ Every job of the workflow computes keys, so this module does not import torch.
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -26,6 +27,7 @@ STAGES: dict[str, int] = {
 }
 
 KEY_DIGITS = 8  # of a key's 64, in paths; lineages hold all
+KEYED = re.compile(rf".+@([0-9a-f]{{{KEY_DIGITS}}})")
 
 
 def canonical_json(value: Any) -> str:
@@ -40,7 +42,18 @@ def digest(value: Any) -> str:
     return hashlib.sha256(canonical_json(value).encode()).hexdigest()
 
 
-def stage_key(stage: str, recipe: Any, inputs: Mapping[str, str]) -> str:
-    """Key (64 hexadecimal digits) of an artifact; ``inputs``: the keys of its inputs by name."""
-    identity = {"stage": stage, "version": STAGES[stage], "recipe": recipe, "inputs": dict(inputs)}
-    return digest(identity)
+def stage_key(
+    stage: str, recipe: Any, inputs: Mapping[str, str], version: int | None = None
+) -> str:
+    """Key (64 hexadecimal digits) of an artifact; ``inputs``: the keys of its inputs by name.
+
+    ``version`` is the stage's; None: the present one.
+    """
+    version = STAGES[stage] if version is None else version
+    return digest({"stage": stage, "version": version, "recipe": recipe, "inputs": dict(inputs)})
+
+
+def digits(name: str) -> str | None:
+    """The key's digits in the name of an artifact's folder; None for a name without a key."""
+    match = KEYED.fullmatch(name)
+    return match and match[1]

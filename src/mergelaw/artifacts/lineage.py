@@ -15,10 +15,13 @@ import sys
 from collections.abc import Iterable, Iterator, Mapping
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import BaseModel, Field, ValidationError
 
 from mergelaw.artifacts import keys
 from mergelaw.artifacts.files import file_digest, json_text
+from mergelaw.artifacts.run_lock import MARK
 from mergelaw.errors import MergelawError
 
 LINEAGE = "lineage.json"
@@ -38,14 +41,61 @@ PACKAGES = (
     "statsmodels",
 )
 
+Digest = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+
+
+class Input(BaseModel):
+    """An input in a lineage."""
+
+    path: Annotated[str, Field(pattern=r"^[^/\x00][^\x00]*$")]  # relative to the artifact
+    digest: Digest
+    key: Digest | None
+
+
+class Facts(BaseModel):
+    """What a stage says about its result."""
+
+    sources: list[str] = []
+
+
+class Lineage(BaseModel):
+    """The entries of a lineage that mergelaw reads again."""
+
+    stage: str
+    version: int
+    key: Digest | None
+    artifact: str
+    recipe: dict[str, Any]
+    digest: Digest
+    files: dict[str, Digest]
+    stamps: dict[str, list[int]] = {}  # size and time of each file; earlier versions wrote none
+    inputs: dict[str, Input]
+    facts: Facts
+    versions: dict[str, str]
+    git_commit: str | None
+    ended: str
+    wall_seconds: float
+
+
+def entries(folder: Path) -> dict[str, Path]:
+    """Files of an artifact except its lineage, and links to folders, by relative path."""
+    found = {}
+    for place, folders, names in os.walk(folder):
+        linked = [name for name in folders if Path(place, name).is_symlink()]
+        for path in (Path(place, name) for name in names + linked):
+            found[path.relative_to(folder).as_posix()] = path
+    return {n: found[n] for n in sorted(found) if n not in (LINEAGE, ".snakemake_timestamp")}
+
 
 def content(folder: Path) -> dict[str, str]:
     """SHA-256 of each file of an artifact except its lineage, by relative path."""
-    return {
-        path.relative_to(folder).as_posix(): file_digest(path)
-        for path in sorted(folder.rglob("*"))
-        if path.is_file() and path.name != LINEAGE
-    }
+    return {name: file_digest(path) for name, path in entries(folder).items()}
+
+
+def stamp(path: Path) -> list[int]:
+    """Size and modification time (ns) of a file, or of the file that a link leads to."""
+    status = path.stat()
+    return [status.st_size, status.st_mtime_ns]
 
 
 def content_digest(files: Mapping[str, str]) -> str:
@@ -71,50 +121,75 @@ def read(artifact: Path) -> dict[str, Any]:
         lineage = json.loads(text)
         schema = lineage["schema"]
         whole = text == json_text(lineage) and lineage.pop("checksum") == checksum(lineage)
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise MergelawError(f"{artifact}: no artifact (no {LINEAGE}); make it first") from None
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         raise damaged from None
     if schema != SCHEMA:
         raise MergelawError(
             f"{path}: written by another version of mergelaw (lineage schema {schema}, this one "
             f"reads {SCHEMA}); use that version, or delete the folder {artifact} and rerun"
         )
+    try:
+        Lineage.model_validate(lineage, strict=True)
+    except ValidationError:
+        raise damaged from None
     if not whole:
         raise damaged
     return dict(lineage)
 
 
 def is_current(artifact: Path) -> bool:
-    """False for an artifact whose lineage another version of mergelaw wrote, or a damaged one."""
+    """False for an artifact whose lineage is damaged, or of another version of mergelaw."""
     try:
-        return bool(json.loads((artifact / LINEAGE).read_text("utf-8"))["schema"] == SCHEMA)
-    except (OSError, ValueError, KeyError, TypeError):
+        return bool(read(artifact))
+    except MergelawError:
         return False
 
 
-def verified(artifact: Path, stage: str | None = None) -> dict[str, Any]:
-    """Lineage of an artifact; raises MergelawError if its files differ from the lineage."""
+def used(artifact: Path, key: str | None = None, whole: bool = False) -> dict[str, Any]:
+    """Lineage of an artifact that is about to be used.
+
+    Raises MergelawError if the artifact has another ``key``, or if its recipe, its inputs' keys or
+    its files are not those of the lineage. Files with the recorded size and time are read only if
+    ``whole``.
+    """
     lineage = read(artifact)
-    if stage is not None and lineage["stage"] != stage:
-        raise MergelawError(f"{artifact}: is a {lineage['stage']}, not a {stage}; give a {stage}")
-    for problem in problems(artifact, lineage):
+    if key is not None and lineage["key"] != key:
+        raise MergelawError(
+            f"{artifact}: holds another artifact (its key differs beyond the digits in the path); "
+            "delete this folder and rerun"
+        )
+    for problem in problems(artifact, lineage, whole):
         raise MergelawError(f"{problem}; delete the folder {artifact} and rerun")
     return lineage
 
 
-def problems(artifact: Path, lineage: Mapping[str, Any]) -> Iterator[str]:
-    """Differences between an artifact's files and its lineage, one line each."""
-    now, written = content(artifact), lineage["files"]
+def problems(artifact: Path, lineage: Mapping[str, Any], whole: bool = True) -> Iterator[str]:
+    """Differences between an artifact and its lineage, one line each; ``whole`` as in ``used``."""
+    written, stamps, now = lineage["files"], lineage.get("stamps", {}), entries(artifact)
+    key = lineage["key"]
     if content_digest(written) != lineage["digest"]:
         yield f"{artifact / LINEAGE}: its digest does not match the files it lists"
+    inputs = {name: entry["key"] for name, entry in lineage["inputs"].items()}
+    made_by = keys.stage_key(lineage["stage"], lineage["recipe"], inputs, lineage["version"])
+    if key not in (None, made_by):
+        yield f"{artifact / LINEAGE}: its key does not match its recipe and inputs"
+    name = lineage["artifact"]
+    if key and name != artifact.name:
+        yield f"{artifact}: has the lineage of {name}"
+    elif key and keys.digits(artifact.name) != key[: keys.KEY_DIGITS]:
+        yield f"{artifact}: its key begins with {key[: keys.KEY_DIGITS]}"
+    if (artifact / LINEAGE).is_symlink():
+        yield f"{artifact / LINEAGE}: is a link"
     for name in sorted(written.keys() | now.keys()):
-        if name not in now:
+        if name not in now or not now[name].exists():
             yield f"{artifact / name}: is missing"
-        elif name not in written:
-            if not name.startswith(".snakemake"):
-                yield f"{artifact / name}: does not belong to the artifact"
-        elif now[name] != written[name]:
+        elif name not in written or not now[name].is_file():
+            yield f"{artifact / name}: does not belong to the artifact"
+        elif not whole and stamps.get(name) == stamp(now[name]):
+            continue
+        elif file_digest(now[name]) != written[name]:
             yield f"{artifact / name}: is not what was written (digest differs)"
 
 
@@ -168,23 +243,68 @@ def find(path: Path) -> Path:
 
 
 def input_paths(artifact: Path, lineage: Mapping[str, Any]) -> dict[str, Path]:
-    """Folders of an artifact's inputs by name."""
-    return {
-        name: Path(os.path.normpath(artifact / entry["path"]))
-        for name, entry in sorted(lineage["inputs"].items())
-    }
+    """Folders of an artifact's inputs by name.
+
+    Inputs of an artifact with a key are artifacts with keys in the same results folder, and no
+    links. Raises MergelawError for a lineage with other inputs, which mergelaw has not written.
+    """
+    root = next((parent for parent in artifact.parents if (parent / MARK).exists()), None)
+    paths = {}
+    for name, entry in sorted(lineage["inputs"].items()):
+        paths[name] = path = Path(os.path.normpath(artifact / entry["path"]))
+        if lineage["key"] is None or root is None:
+            continue
+        below = [folder for folder in (path, *path.parents) if root in folder.parents]
+        keyed = keys.digits(path.name) == (entry["key"] or "")[: keys.KEY_DIGITS]
+        if not keyed or not below or any(folder.is_symlink() for folder in below):
+            raise MergelawError(
+                f"{artifact}: its input {name} ({entry['path']!r}) is no artifact of {root}; "
+                "delete the folder and rerun"
+            )
+    return paths
+
+
+def history(artifacts: Iterable[Path]) -> tuple[dict[Path, dict[str, Any]], list[str]]:
+    """Lineages of artifacts and all that they depend on, by folder; and those not readable."""
+    lineages: dict[Path, dict[str, Any]] = {}
+    wrong: dict[Path, str] = {}
+    pending = [Path(os.path.normpath(path.absolute())) for path in artifacts]
+    while pending:
+        folder = pending.pop()
+        if folder in lineages or folder in wrong:
+            continue
+        try:
+            lineages[folder] = read(folder)
+            pending += input_paths(folder, lineages[folder]).values()
+        except MergelawError as error:
+            wrong[folder] = str(error)
+    return lineages, list(wrong.values())
 
 
 def ancestors(artifact: Path) -> dict[Path, dict[str, Any]]:
     """Lineages of an artifact and of all artifacts that it depends on, by folder."""
-    lineages: dict[Path, dict[str, Any]] = {}
-    pending = [Path(os.path.normpath(artifact.absolute()))]
-    while pending:
-        folder = pending.pop()
-        if folder not in lineages:
-            lineages[folder] = read(folder)
-            pending += input_paths(folder, lineages[folder]).values()
+    lineages, wrong = history([artifact])
+    if wrong:
+        raise MergelawError(wrong[0])
     return lineages
+
+
+def mixed(lineages: Mapping[Path, Mapping[str, Any]]) -> Iterator[str]:
+    """Inputs of artifacts that are not what the artifacts were made from, one line each."""
+    for user, lineage in lineages.items():
+        for name, entry in sorted(lineage["inputs"].items()):
+            path = Path(os.path.normpath(user / entry["path"]))
+            if path in lineages and any(lineages[path][k] != entry[k] for k in ("digest", "key")):
+                yield (
+                    f"{path}: is not the one that {user} was made from ({name}); "
+                    "delete one of them and rerun"
+                )
+
+
+def unmixed(artifacts: Iterable[Path]) -> None:
+    """Raise MergelawError if artifacts, or what they depend on, were made from other inputs."""
+    for problem in mixed(history(artifacts)[0]):
+        raise MergelawError(problem)
 
 
 def tree(artifact: Path) -> list[str]:
@@ -213,38 +333,12 @@ def tree(artifact: Path) -> list[str]:
     return lines
 
 
-def verify(artifacts: Iterable[Path], root: Path | None = None) -> tuple[int, list[str]]:
-    """Compare artifacts, and all that they depend on, with their lineages.
+def verify(artifacts: Iterable[Path]) -> tuple[int, list[str]]:
+    """Compare artifacts, and all that they depend on, with their lineages: every byte is read.
 
-    ``root`` is the results folder of all inputs. Returns the number of artifacts and the problems.
+    Returns the number of artifacts and the problems.
     """
-    pending = [Path(os.path.normpath(path.absolute())) for path in artifacts]
-    digests: dict[Path, str | None] = {}
-    uses: list[tuple[Path, Path, str]] = []
-    wrong: list[str] = []
-    while pending:
-        folder = pending.pop()
-        if folder in digests:
-            continue
-        digests[folder] = None
-        try:
-            lineage = read(folder)
-        except MergelawError as error:
-            wrong.append(str(error))
-            continue
-        digests[folder] = lineage["digest"]
-        if "@" in lineage["artifact"] and lineage["artifact"] != folder.name:
-            wrong.append(f"{folder}: has the lineage of {lineage['artifact']}; delete the folder")
-        wrong += problems(folder, lineage)
-        for name, path in input_paths(folder, lineage).items():
-            if root is not None and not path.is_relative_to(root.absolute()):
-                wrong.append(f"{folder}: its input {name} lies outside of {root}; delete it")
-                continue
-            uses.append((folder, path, lineage["inputs"][name]["digest"]))
-            pending.append(path)
-    wrong += [
-        f"{path}: is not the one that {user} was made from; delete one of them and rerun"
-        for user, path, digest in uses
-        if digests[path] not in (None, digest)
-    ]
-    return len(digests), wrong
+    lineages, wrong = history(artifacts)
+    for folder, lineage in lineages.items():
+        wrong += [f"{p}; delete the folder {folder} and rerun" for p in problems(folder, lineage)]
+    return len(lineages), [*wrong, *mixed(lineages)]

@@ -8,19 +8,22 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from mergelaw.artifacts import keys, lineage
-from mergelaw.artifacts.files import disk_error, sync, write_json
+from mergelaw.artifacts.files import disk_error, sync, unique, write_json
 from mergelaw.artifacts.lineage import LINEAGE
+from mergelaw.artifacts.run_lock import MARK
 from mergelaw.errors import MergelawError
 
 Work = Callable[[Path, Path], dict[str, Any] | None]
-KEYED = re.compile(rf"@[0-9a-f]{{{keys.KEY_DIGITS}}}$")
+# The scratch folder of an artifact; with a unique name, one that is being removed.
+SCRATCH = re.compile(r"\.(.+?)(\.[0-9a-f]+-[0-9a-f]+)?\.work")
+SCRATCH_FILE = re.compile(r"\.[0-9a-f]+-[0-9a-f]+$")
 
 
 def make(
@@ -30,14 +33,16 @@ def make(
     inputs: Mapping[str, Path],
     work: Work,
     key: str | None = None,
+    wanted: Mapping[str, str] | None = None,
 ) -> bool:
     """Make the artifact ``output`` unless it exists; return whether this call made it.
 
     ``work(folder, state)`` writes the files and returns the lineage's ``facts``; it may save in
     ``state`` what it needs to resume after a kill. ``stage``, ``recipe`` and ``inputs`` (by name)
-    are recorded, and the inputs' files verified. ``key`` is the full key, where the path has its
-    first digits. A second process for the same artifact waits for the first. Raises MergelawError
-    for a damaged input, or if ``output`` holds something else.
+    are recorded. ``key`` is the full key, where the path has its first digits; ``wanted`` has those
+    of the inputs. A second process for the same artifact waits for the first. Raises MergelawError
+    for a damaged input or one of another key, for inputs that do not fit together, or if ``output``
+    holds something else.
     """
     from filelock import FileLock
 
@@ -47,18 +52,15 @@ def make(
     scratch = output.parent / f".{output.name}.work"
     with FileLock(output.parent / f".{output.name}.lock"):
         if (output / LINEAGE).exists():
-            if key is not None and lineage.read(output)["key"] != key:
-                raise MergelawError(
-                    f"{output}: holds another artifact (its key differs beyond the digits in the "
-                    "path); delete this folder and rerun"
-                )
+            if key is not None:
+                lineage.used(output, key)
             return False
         folder, state = scratch / "artifact", scratch / "state"
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
         state.mkdir(exist_ok=True)
         try:
-            entry = _run(output, folder, state, inputs, work)
+            entry = _run(output, folder, state, inputs, work, wanted or {})
             entry |= {
                 "schema": lineage.SCHEMA,
                 "stage": stage,
@@ -68,7 +70,7 @@ def make(
                 "recipe": dict(recipe),
             }
             write_json(folder / LINEAGE, entry | {"checksum": lineage.checksum(entry)})
-            _publish(folder, output)
+            is_new = _publish(folder, output)
         except BaseException as error:
             cause = None
             if isinstance(error, Exception) and not isinstance(error, (MergelawError, OSError)):
@@ -81,20 +83,27 @@ def make(
                 raise cause from error
             raise
         shutil.rmtree(scratch, ignore_errors=True)
-    return True
+    return is_new
 
 
 def _run(
-    output: Path, folder: Path, state: Path, inputs: Mapping[str, Path], work: Work
+    output: Path,
+    folder: Path,
+    state: Path,
+    inputs: Mapping[str, Path],
+    work: Work,
+    wanted: Mapping[str, str],
 ) -> dict[str, Any]:
     """Do the work; return the lineage's entries for files, inputs, versions and times."""
     started, clock, cpu = datetime.now(UTC), time.perf_counter(), time.process_time()
-    sources = {name: lineage.verified(path) for name, path in inputs.items()}
+    sources = {name: lineage.used(path, wanted.get(name)) for name, path in inputs.items()}
+    lineage.unmixed(inputs.values())
     facts = work(folder, state) or {}
     files = lineage.content(folder)
     return {
         "digest": lineage.content_digest(files),
         "files": files,
+        "stamps": {name: lineage.stamp(folder / name) for name in files},
         "inputs": {
             name: {
                 "path": Path(os.path.relpath(path, output)).as_posix(),
@@ -115,22 +124,73 @@ def _run(
 
 
 def _check_vacant(output: Path) -> None:
-    """Raise MergelawError for a folder that holds something else.
+    """Raise MergelawError for a link, or for a folder that holds something else.
 
     A folder with a key in its name but without a lineage is an incomplete artifact: it is replaced.
     """
-    if KEYED.search(output.name) or (output / LINEAGE).exists():
+    if output.is_symlink():
+        raise MergelawError(f"{output}: is a link; artifacts are folders: remove the link")
+    if keys.digits(output.name) or (output / LINEAGE).exists():
         return
     if output.exists() and not (output.is_dir() and not any(output.iterdir())):
         raise MergelawError(f"{output}: exists and holds something else; name a new folder")
 
 
-def _publish(folder: Path, output: Path) -> None:
-    """Move a whole artifact to its final path by one rename."""
+def _publish(folder: Path, output: Path) -> bool:
+    """Move a whole artifact to its final path by one rename; return False if one has come there.
+
+    Nothing is published over what exists: what is there is moved aside first.
+    """
     for path in folder.rglob("*"):
         if path.is_file() and not path.is_symlink():
             sync(path)
+    aside = folder.with_name("aside")
+    shutil.rmtree(aside, ignore_errors=True)
     if output.exists():  # empty, or a half artifact without a lineage
-        shutil.rmtree(output)
-    folder.rename(output)
+        output.rename(aside)
+    is_new = not (aside / LINEAGE).exists()
+    (folder if is_new else aside).rename(output)
     sync(output.parent)
+    return is_new
+
+
+def walk(root: Path) -> Iterator[Path]:
+    """Links to folders, artifacts, their scratch folders and scratch files in a results folder.
+
+    Links are not followed, and results folders in this one are left out.
+    """
+    for folder, names, files in os.walk(root):
+        place, inside = Path(folder), []
+        if place != root and MARK in files:
+            names.clear()
+        for name in names:
+            path = place / name
+            scratch = SCRATCH.fullmatch(name)
+            if path.is_symlink() or keys.digits(scratch[1] if scratch else name):
+                yield path
+            else:
+                inside.append(name)
+        names[:] = inside
+        yield from (place / name for name in files if SCRATCH_FILE.search(name))
+
+
+def remove(path: Path) -> bool:
+    """Remove an artifact, a scratch folder or a file; return False while a job works on it.
+
+    A folder is renamed first, so that a kill leaves no half of an artifact.
+    """
+    from filelock import FileLock, Timeout
+
+    if not path.is_dir():
+        path.unlink(missing_ok=True)
+        return True
+    match = SCRATCH.fullmatch(path.name)
+    name = match[1] if match else path.name
+    try:
+        with FileLock(path.parent / f".{name}.lock", timeout=0):
+            grave = path.with_name(f".{name}.{unique()}.work")
+            path.rename(grave)
+    except Timeout:
+        return False
+    shutil.rmtree(grave)
+    return True

@@ -178,11 +178,12 @@ def partial(
     from mergelaw.evaluation import read_cells
     from mergelaw.laws import fits
     from mergelaw.report import write_report
+    from mergelaw.workflow.folder import use
     from mergelaw.workflow.study import Study
 
     study = Study(config.load(configuration))
     shards = study.evals.values()
-    measured = [study.results / a.path for a in shards if study.made(a)]
+    measured = use(study, filter(study.made, shards))
     missing = [a.folder for a in shards if not study.made(a)]
     if not measured:
         raise MergelawError(f"{study.results}: nothing of {study.config.name} is measured yet")

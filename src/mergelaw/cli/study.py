@@ -107,8 +107,8 @@ def status(file: StudyFile = DEFAULT, as_json: Json = False) -> None:
 
     Example: mergelaw status ours.yaml
     """
+    from mergelaw.workflow.folder import artifacts_in
     from mergelaw.workflow.progress import progress
-    from mergelaw.workflow.results import artifacts_in
 
     study = load_study(file)
     now = progress(study)
@@ -151,14 +151,12 @@ def show_lineage(
 
     Example: mergelaw lineage results --verify
     """
-    from mergelaw.artifacts.run_lock import MARK, check_layout
+    from mergelaw.artifacts.run_lock import MARK
+    from mergelaw.workflow import folder
 
-    root: Path | None = None
-    if (path / MARK).exists():
-        from mergelaw.workflow.results import artifacts_in
-
-        check_layout(path)
-        root, artifacts = path, artifacts_in(path)
+    is_root = (path / MARK).exists()
+    if is_root:
+        artifacts = folder.artifacts_in(path)
     elif path.suffix in (".yaml", ".yml") and path.is_file():
         study = load_study(path)
         artifacts = [study.results / study.report.path]
@@ -168,7 +166,7 @@ def show_lineage(
         for artifact in artifacts:
             print("\n".join(lineage.tree(artifact)))
         return
-    count, wrong = lineage.verify(artifacts, root)
+    count, wrong = folder.verify(path) if is_root else lineage.verify(artifacts)
     for problem in wrong[:-1]:
         print(f"mergelaw: error: {problem}", file=sys.stderr)
     if wrong:
@@ -186,10 +184,10 @@ def collect_garbage(
 
     Example: mergelaw gc ours.yaml theirs.yaml
     """
-    from mergelaw.workflow import results
+    from mergelaw.workflow import folder
 
     count, freed = 0, 0
-    for path, size in results.collect_garbage([load_study(file) for file in files], delete):
+    for path, size in folder.collect_garbage([load_study(file) for file in files], delete):
         print(f"{size:>14,}  {path}")
         count, freed = count + 1, freed + size
     verb = "removed" if delete else "not referred to (--delete removes them)"
@@ -253,7 +251,8 @@ def merge(
         write_card(artifact.recipe, places["base"], vectors, rows, folder)
         return export(artifact.recipe, places["base"], vectors, folder, output)
 
-    is_new = store.make(output, "merge", artifact.recipe, places, work)
+    keys = {name: dependency.key for name, dependency in artifact.named_inputs()}
+    is_new = store.make(output, "merge", artifact.recipe, places, work, wanted=keys)
     print(f"{output}: {'written' if is_new else 'exists already'}")
 
 

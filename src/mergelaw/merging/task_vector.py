@@ -302,9 +302,7 @@ class TaskVector:
                     f"{places[name]}: is gone, and the task vector {self.folder} is derived from "
                     "it; make it again, or delete the task vector and set storage: materialised"
                 )
-            # Every merge verifies the base as its input, but not the expert.
-            read = lineage.read if name == "base" else lineage.verified
-            if read(places[name])["digest"] != record["inputs"][name]["digest"]:
+            if lineage.used(places[name])["digest"] != record["inputs"][name]["digest"]:
                 raise MergelawError(
                     f"{places[name]}: is not what the task vector {self.folder} was derived from; "
                     "delete the task vector and rerun"

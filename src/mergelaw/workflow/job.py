@@ -24,6 +24,7 @@ class Job:
         stage, key, recipe, sources, rows: as in ``Artifact``.
         output: folder of the artifact to be made.
         inputs: folders of the inputs by role: one, or several by name.
+        keys: full keys of the inputs by their names in a lineage.
         threads, save_every: processor threads, and seconds between saved states of a training.
     """
 
@@ -33,6 +34,7 @@ class Job:
     key: str | None = None
     sources: dict[str, Any] = field(default_factory=dict)
     inputs: dict[str, Any] = field(default_factory=dict)
+    keys: dict[str, str] = field(default_factory=dict)
     rows: Sequence[Row] = ()
     threads: int = 1
     save_every: float = 600
@@ -53,7 +55,7 @@ class Job:
                 inputs[role] = Path(value)
             else:
                 inputs |= {f"{role}:{name}": Path(path) for name, path in value.items()}
-        return store.make(self.output, self.stage, self.recipe, inputs, work, self.key)
+        return store.make(self.output, self.stage, self.recipe, inputs, work, self.key, self.keys)
 
 
 def job_file(results: Path, artifact: Artifact) -> Path:
@@ -84,6 +86,7 @@ def write_job(results: Path, artifact: Artifact) -> None:
             "recipe": artifact.recipe,
             "sources": artifact.sources,
             "inputs": inputs,
+            "keys": {name: one.key for name, one in artifact.named_inputs()},
             "rows": list(artifact.rows),
         },
         sort_keys=False,  # documents are trained on in the order of the corpora

@@ -1,8 +1,7 @@
 """Results of a study: laws of the macro-average, times, and artifacts that no study needs."""
 
 import json
-import shutil
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,6 @@ import pandas as pd
 
 from mergelaw.artifacts import lineage
 from mergelaw.artifacts.lineage import LINEAGE
-from mergelaw.artifacts.run_lock import lock_results
 from mergelaw.config import load
 from mergelaw.decide import Measured, best, by_base
 from mergelaw.errors import MergelawError
@@ -19,6 +17,7 @@ from mergelaw.evaluation import read_rows
 from mergelaw.evaluation.cells import identities
 from mergelaw.laws.points import MACRO
 from mergelaw.merging.task_vector import digest_of
+from mergelaw.workflow.folder import use
 from mergelaw.workflow.progress import TITLES
 from mergelaw.workflow.study import Study
 
@@ -53,7 +52,7 @@ def measured(study: Study) -> tuple[list[Measured], list[str]]:
 
     Raises MergelawError if no base has measured merges.
     """
-    shards = [study.results / a.path for a in study.measurements if study.made(a)]
+    shards = use(study, filter(study.made, study.measurements))
     missing = len(study.measurements) - len(shards)
     if not shards:
         raise MergelawError(
@@ -87,13 +86,12 @@ def summary(study: Study) -> dict[str, Any]:
 
     Raises MergelawError if the study is not finished.
     """
-    laws, report = (study.results / a.path for a in (study.laws, study.report))
-    for folder in (laws, report):
-        if not (folder / LINEAGE).exists():
-            raise MergelawError(
-                f"{study.results}: study {study.config.name} is not finished; `mergelaw status` "
-                "says what is missing"
-            )
+    if not (study.made(study.laws) and study.made(study.report)):
+        raise MergelawError(
+            f"{study.results}: study {study.config.name} is not finished; `mergelaw status` "
+            "says what is missing"
+        )
+    laws, report = use(study, [study.laws, study.report])
     fits = json.loads((laws / "laws.json").read_text(encoding="utf-8"))
     times = stage_times(lineage.ancestors(report).values())
     every, warnings = measured(study)
@@ -143,7 +141,7 @@ def find_laws(file: Path) -> tuple[Path, list[str]]:
     """
     study = Study(load(file))
     if study.made(study.laws):
-        return study.results / study.laws.path, []
+        return use(study, [study.laws])[0], []
     name = study.config.name
     partial = study.results / "partial" / name / "laws"
     if (partial / "laws.json").is_file():
@@ -205,51 +203,3 @@ def _trainings(shard: Path) -> dict[Path, float]:
             if "training" in model["recipe"]:
                 seconds[expert] = float(model["wall_seconds"])
     return seconds
-
-
-def unused(studies: Sequence[Study]) -> list[tuple[Path, int]]:
-    """Artifacts, half artifacts and prepared files that no study refers to, with their bytes.
-
-    Raises MergelawError if the studies have several results folders.
-    """
-    roots = {study.results for study in studies}
-    if len(roots) > 1:
-        raise MergelawError(
-            f"gc: the configurations have {len(roots)} results folders; give those of one"
-        )
-    (root,) = roots
-    kept = {path for study in studies for path in study.known}
-    # A killed or failed job's states are removed with the artifact that they belong to.
-    halves = {path: path.name[1:].removesuffix(".work") for path in root.rglob(".*@*.work")}
-    places = {path: path.with_name(name) for path, name in halves.items()}
-    places |= {mark.parent: mark.parent for mark in root.rglob(f"*@*/{LINEAGE}")}
-    listed = [
-        (folder, sum(p.lstat().st_size for p in folder.rglob("*") if p.is_file()))
-        for folder, place in sorted(places.items())
-        if place.relative_to(root).as_posix() not in kept
-    ]
-    # Missing thresholds and masks are prepared again.
-    for folder in sorted(root.glob("cells/*/prepared")):
-        used = any(path.startswith(f"evals/{folder.parent.name}/") for path in kept)
-        for file in sorted(folder.iterdir()):
-            if not used or file.suffix not in (".json", ".safetensors", ".sha256"):
-                listed.append((file, file.stat().st_size))
-    return listed
-
-
-def collect_garbage(studies: Sequence[Study], delete: bool) -> Iterator[tuple[Path, int]]:
-    """Yield unused files, and remove them if ``delete``. Measured cells are kept."""
-    root = studies[0].results
-    with lock_results(root):
-        for path, size in unused(studies):
-            if delete and path.is_dir():
-                shutil.rmtree(path)
-            elif delete:
-                path.unlink()
-            yield path, size
-
-
-def artifacts_in(root: Path) -> list[Path]:
-    """Folders of all finished artifacts in a results folder."""
-    folders = (mark.parent for mark in sorted(root.glob(f"*/**/*@*/{LINEAGE}")))
-    return [f for f in folders if not any(p.startswith(".") for p in f.relative_to(root).parts)]

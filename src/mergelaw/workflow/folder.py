@@ -1,0 +1,95 @@
+"""A results folder: use of what lies in it, what no study needs, and what is not as written."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+from mergelaw.artifacts import keys, lineage, store
+from mergelaw.artifacts.lineage import LINEAGE
+from mergelaw.artifacts.run_lock import check_layout, lock_results
+from mergelaw.errors import MergelawError
+from mergelaw.workflow.artifact import Artifact
+from mergelaw.workflow.study import Study
+
+
+def use(study: Study, artifacts: Iterable[Artifact]) -> list[Path]:
+    """Folders of a study's artifacts, after comparing keys, files and inputs with lineages.
+
+    Raises MergelawError for the first that is not what the study asks for.
+    """
+    folders = []
+    for artifact in artifacts:
+        folders.append(study.results / artifact.path)
+        lineage.used(folders[-1], artifact.key)
+    lineage.unmixed(folders)
+    return folders
+
+
+def unused(studies: Sequence[Study]) -> list[tuple[Path, int]]:
+    """Artifacts, scratch and prepared files that no study refers to, with their bytes.
+
+    Raises MergelawError if the studies have several results folders.
+    """
+    roots = {study.results for study in studies}
+    if len(roots) > 1:
+        raise MergelawError(
+            f"gc: the configurations have {len(roots)} results folders; give those of one"
+        )
+    (root,) = roots
+    kept = {str(root / path) for study in studies for path in study.known}
+    listed = []
+    for path in store.walk(root):
+        place = str(path)
+        if path.is_symlink() or place in kept:
+            continue
+        # A killed training resumes from the states in its scratch folder.
+        scratch = store.SCRATCH.fullmatch(path.name)
+        if scratch and not scratch[2]:
+            place = str(path.with_name(scratch[1]))
+            if place in kept and not Path(place, LINEAGE).exists():
+                continue
+        listed.append(path)
+    # Missing thresholds and masks are prepared again.
+    for folder in sorted(root.glob("cells/*/prepared")):
+        if any(place.is_symlink() for place in (folder, *folder.parents[:2])):
+            continue
+        used = any(path.startswith(f"{root}/evals/{folder.parent.name}/") for path in kept)
+        listed += [file for file in folder.iterdir() if not used and file.is_file()]
+    return [(path, size_of(path)) for path in sorted(set(listed))]
+
+
+def size_of(path: Path) -> int:
+    """Bytes of a file or of all files in a folder, links not followed."""
+    return sum(p.lstat().st_size for p in (path, *path.rglob("*")) if not p.is_dir())
+
+
+def collect_garbage(studies: Sequence[Study], delete: bool) -> Iterator[tuple[Path, int]]:
+    """Yield unused files, and remove them if ``delete``. Measured cells are kept."""
+    root = studies[0].results
+    with lock_results(root):
+        for path, size in unused(studies):
+            if not delete or store.remove(path):
+                yield path, size
+
+
+def verify(root: Path) -> tuple[int, list[str]]:
+    """Compare all of a results folder with what was written: every byte is read.
+
+    Returns the number of artifacts and the problems. Raises MergelawError for another layout.
+    """
+    check_layout(root)
+    artifacts, wrong = [], []
+    for path in sorted(store.walk(root)):
+        if path.is_symlink():
+            wrong.append(f"{path}: is a link; replace it by a copy of what it leads to")
+        elif (path / LINEAGE).exists():
+            artifacts.append(path)
+        elif keys.digits(path.name) and path.is_dir() and lineage.entries(path):
+            wrong.append(f"{path}: has no {LINEAGE}; finish the copy, or delete the folder")
+    count, problems = lineage.verify(artifacts)
+    return count, wrong + problems
+
+
+def artifacts_in(root: Path) -> list[Path]:
+    """Folders of all artifacts in a results folder, links and other results folders left out."""
+    folders = (path for path in store.walk(root) if not path.is_symlink())
+    return sorted(path for path in folders if (path / LINEAGE).exists())
