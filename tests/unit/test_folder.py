@@ -287,7 +287,7 @@ def test_an_input_outside_of_the_grammar_is_refused(study, path):
     found = [line for line in problems(study) if str(expert) in line]
     assert found and all("; delete" in line for line in found)
     if isinstance(path, str) and "\0" not in path:
-        with pytest.raises(MergelawError, match="is no artifact of|damaged"):
+        with pytest.raises(MergelawError, match=r"is no artifact of|damaged"):
             lineage.tree(expert)
 
 
