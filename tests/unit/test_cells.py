@@ -1,18 +1,37 @@
 """The cell store: what was measured is kept, what was damaged is said and left out."""
 
+import base64
 import json
+import math
 import os
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 
 from mergelaw.evaluation import cells
 from mergelaw.evaluation.cells import Store
 
 
-def cell(number: int) -> dict:
-    return {"cell": f"c{number}", "nll": number / 3, "text": "é\n"}
+def cell(number: int, nll=None, **changes) -> dict:
+    """A cell of two documents with three scored tokens."""
+    losses = np.array([number / 3, 1.0] if nll is None else nll, "<f8")
+    whole = {
+        "cell": f"c{number}",
+        "document_nll": base64.b64encode(losses.tobytes()).decode(),
+        "document_tokens": [1, 2],
+        "tokens": 3,
+        "bytes": 7,
+        "long_documents": 0,
+        "dropped_tokens": 0,
+        "parameters": 20,
+        "non_embedding": 10,
+        "merge_seconds": 0.1,
+        "eval_seconds": 0.2,
+        "text": "é\n",
+    }
+    return whole | changes
 
 
 def read(folder) -> dict:
@@ -79,11 +98,12 @@ def test_every_append_is_synced(tmp_path, monkeypatch):
 
 def test_a_process_killed_after_an_append_has_kept_it(tmp_path):
     program = (
-        "import os, sys, pathlib; from mergelaw.evaluation.cells import Store\n"
+        "import json, os, sys, pathlib; from mergelaw.evaluation.cells import Store\n"
         "writer = Store(pathlib.Path(sys.argv[1]), 'shard')\n"
-        "writer.append([{'cell': 'c1'}]); writer._file.write(b'half a line'); os._exit(9)"
+        "writer.append([json.loads(sys.argv[2])]); writer._file.write(b'half a line'); os._exit(9)"
     )
-    run = subprocess.run([sys.executable, "-c", program, str(tmp_path)], check=False)
+    command = [sys.executable, "-c", program, str(tmp_path), json.dumps(cell(1))]
+    run = subprocess.run(command, check=False)
     assert run.returncode == 9
     assert list(read(tmp_path)) == ["c1"]
 
@@ -136,7 +156,7 @@ def test_a_line_that_says_no_cell_is_damage(tmp_path, capsys):
 
 def test_only_what_is_wanted_is_kept_in_memory(tmp_path, capsys):
     write(tmp_path, 1, 2, 3).open("ab").write(b"junk\n")
-    assert Store(tmp_path, wanted={"c2", "c9"}).known == {"c2": cell(2)}
+    assert Store(tmp_path, wanted={"c2": {}, "c9": {}}).known == {"c2": cell(2)}
     assert "damaged cell" in capsys.readouterr().err
 
 
@@ -160,17 +180,17 @@ def test_what_others_append_is_known_after_a_refresh(tmp_path, capsys):
 
 def test_a_merge_is_claimed_by_one_process_at_a_time(tmp_path):
     program = """
-import pathlib, sys
+import json, pathlib, sys
 from mergelaw.evaluation.cells import Store
 with Store(pathlib.Path(sys.argv[1]), "other") as other, other.claim("ab" * 8, True) as mine:
     print(mine, flush=True)
     sys.stdin.readline()
-    other.append([{"cell": "c1"}])
+    other.append([json.loads(sys.argv[2])])
 """
-    run = [sys.executable, "-c", program, str(tmp_path)]
+    run = [sys.executable, "-c", program, "", json.dumps(cell(1))]
     for ends in ("measures", "dies"):
         (folder := tmp_path / ends).mkdir()
-        run[-1] = str(folder)
+        run[3] = str(folder)
         with (
             subprocess.Popen(run, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other,
             Store(folder, "mine") as store,
@@ -188,3 +208,106 @@ with Store(pathlib.Path(sys.argv[1]), "other") as other, other.claim("ab" * 8, T
             with store.claim("ab" * 8, True) as claimed:
                 assert claimed
                 assert set(store.known) == ({"c1"} if ends == "measures" else set())
+
+
+# What a cell is checked against
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"document_nll": "AAAA"},
+        {"document_nll": 3},
+        {"nll": [1.0, 2.0, 3.0]},
+        {"nll": [1.0, -0.5]},
+        {"document_tokens": [1, 3]},
+        {"document_tokens": [4, -1]},
+        {"document_tokens": "12"},
+        {"tokens": 4},
+        {"tokens": 0},
+        {"bytes": 0},
+        {"bytes": math.inf},
+        {"bytes": None},
+        {"parameters": 10**400},
+        {"non_embedding": -1},
+        {"merge_seconds": math.nan},
+    ],
+    ids=str,
+)
+def test_a_cell_that_cannot_have_been_measured_is_not_used(tmp_path, capsys, changes):
+    """Forged with the right checksum."""
+    with Store(tmp_path, "shard") as writer:
+        writer.append([cell(1), cell(2, **changes)])
+    for wanted in (None, {"c1": {}, "c2": {}}):
+        assert list(Store(tmp_path, wanted=wanted).known) == ["c1"]
+        assert f"{writer.path}:2: damaged cell; it is measured again" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("nll", [[math.nan, 1.0], [math.inf, 1.0], [0.0, 0.0]])
+def test_a_loss_that_is_no_number_is_a_measurement(tmp_path, nll):
+    with Store(tmp_path, "shard") as writer:
+        writer.append([cell(1, nll)])
+    assert list(read(tmp_path)) == ["c1"]
+
+
+EXPECTED = {"document_tokens": [1, 2], "tokens": 3, "bytes": 7, "merge": "m", "set": "s"}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"merge": "x"}, {"set": "x"}, {"bytes": 8}, {"tokens": 4, "document_tokens": [2, 2]}],
+    ids=str,
+)
+def test_a_cell_of_something_else_is_measured_again(tmp_path, capsys, changes):
+    with Store(tmp_path, "shard") as writer:
+        writer.append(
+            [cell(1, merge="m", set="s"), cell(2, **({"merge": "m", "set": "s"} | changes))]
+        )
+    wanted = {"c1": EXPECTED, "c2": EXPECTED}
+    assert list(Store(tmp_path, wanted=wanted).known) == ["c1"]
+    assert f"{writer.path}:2: cell with another" in capsys.readouterr().err
+
+
+def test_a_cell_of_an_earlier_version_is_used(tmp_path, capsys):
+    """It carries no digests of what it was measured from; the rest is compared."""
+    write(tmp_path, 1)
+    assert Store(tmp_path, wanted={"c1": EXPECTED}).known == {"c1": cell(1)}
+    assert not Store(tmp_path, wanted={"c1": EXPECTED | {"bytes": 8}}).known
+
+
+# The index
+
+
+def test_a_shard_reads_its_own_cells_and_not_all_of_the_store(tmp_path, monkeypatch):
+    path = write(tmp_path, *range(200))
+    summed: list[str] = []
+    checksum = cells.checksum
+    monkeypatch.setattr(cells, "checksum", lambda text: summed.append(text) or checksum(text))
+    assert list(Store(tmp_path, wanted={"c7": {}, "c150": {}}).known) == ["c7", "c150"]
+    assert len(summed) == 2
+    # Without an index, as in a store of an earlier version: the same cells, none of the others.
+    path.with_suffix(cells.INDEX).unlink()
+    summed.clear()
+    assert list(Store(tmp_path, wanted={"c7": {}, "c150": {}}).known) == ["c7", "c150"]
+    assert len(summed) == 2
+
+
+def damaged_indexes(index: bytes) -> list[bytes]:
+    lines = index.splitlines(keepends=True)
+    first, size = lines[0].split()
+    wrong = b"%s %d\n" % (first, int(size) + 1)
+    return [
+        b"", b"junk", b"\xff\n", lines[0][:-2], index[:-1], index[:-3], b"".join(lines[1:]),
+        b"".join(reversed(lines)), wrong + b"".join(lines[1:]), index + lines[0], index + b"c9 9\n",
+        b"c1 -5\n" + index, b"".join(lines[:1]), b"c1\n", index.replace(b"c2", b"c1"),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("number", range(15))
+def test_a_wrong_index_hides_no_cell(tmp_path, number):
+    """Torn, cut, forged, or of another file: nothing is measured again for it."""
+    path = write(tmp_path, 1, 2, 3)
+    index = path.with_suffix(cells.INDEX)
+    index.write_bytes(damaged_indexes(index.read_bytes())[number])
+    wanted = {f"c{n}": {} for n in (1, 2, 3)}
+    assert Store(tmp_path, wanted=wanted).known == {f"c{n}": cell(n) for n in (1, 2, 3)}

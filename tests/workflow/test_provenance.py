@@ -191,7 +191,7 @@ def test_a_copy_that_does_not_fit_is_named(trained, tmp_path):
     (extra,) = (path for name, path in vectors.items() if "small/algebra" in name)
     (extra / "more.bin").write_bytes(b"x")
     (report,) = place.artifacts("reports").values()
-    outside = {"path": os.path.relpath(tmp_path, report), "digest": "0" * 64}
+    outside = {"path": os.path.relpath(tmp_path, report), "digest": "0" * 64, "key": None}
     forge(report, inputs={"laws": outside})
     (moved,) = (path for name, path in vectors.items() if "large/code" in name)
     moved.rename(moved.with_name("code-s0@00000000"))

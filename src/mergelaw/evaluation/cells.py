@@ -4,16 +4,22 @@ A cell is the cross-entropy of one merge on one evaluation set. Its identity is 
 defines it. A store is a folder of files; each line holds a checksum and a cell as JSON. Every
 process appends to its own file, which it creates exclusively and syncs after every merge. A kill
 therefore loses at most the merge in progress, and readers ignore an incomplete last line. A process
-locks a merge before it measures it, so that no two processes measure the same merge.
+locks a merge before it measures it, so that no two processes measure the same merge. Beside each
+file is an index of its lines, so that a shard reads its own cells and not all of the store.
+
+A loss cannot be checked without measuring it. What can be checked is: a cell's form, the digests of
+what it was measured from, and the tokens and bytes of its documents.
 """
 
+import base64
 import fcntl
 import hashlib
 import json
+import math
 import os
 import sys
-from collections.abc import Container, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -24,6 +30,11 @@ from mergelaw.artifacts.keys import digest
 # number, raise it together with the stage `evaluate` in keys.py. A raised stage alone writes its
 # tables again from the stored cells.
 CELL_VERSION = 1
+
+INDEX = ".index"  # suffix of an index: a line for each cell, with its identity and bytes
+COUNTS = ("tokens", "bytes", "long_documents", "dropped_tokens", "parameters", "non_embedding")
+ORIGIN = ("merge", "base_digest", "set")  # digests that cells before 0.3 do not carry
+ROUNDING = -1e-3  # nats; a document's loss is zero at least, but for rounding
 
 Cell = dict[str, Any]
 
@@ -53,15 +64,37 @@ def checksum(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
+def is_sound(cell: Any) -> bool:
+    """True for a cell whose values can have been measured, whatever they were measured from."""
+    import numpy as np
+
+    try:
+        nll = np.frombuffer(base64.b64decode(cell["document_nll"], validate=True), "<f8")
+        counts, seconds = cell["document_tokens"], [cell["merge_seconds"], cell["eval_seconds"]]
+        numbers = [*counts, *seconds, *(cell[name] for name in COUNTS)]
+        return (
+            len(nll) == len(counts)
+            and sum(counts) == cell["tokens"] > 0
+            and all(math.isfinite(number) and number >= 0 for number in numbers)
+            and min(cell["bytes"], cell["parameters"], cell["non_embedding"]) > 0
+            and not (nll < ROUNDING).any()
+        )
+    except (KeyError, TypeError, ValueError, OverflowError):
+        return False
+
+
 class Store(ExitStack):
     """Cell store of a folder, with one file of this process, created with its first cell.
 
     ``known`` maps identities to cells, as of the last ``refresh``. ``wanted`` restricts it to the
-    identities that a shard needs. A damaged line is skipped with a message on stderr. Leaving the
-    context closes the store's files.
+    identities that a shard needs, each with values that its cell must have. A line that is damaged
+    or has other values is skipped with a message on stderr. Leaving the context closes the store's
+    files.
     """
 
-    def __init__(self, folder: Path, name: str = "", wanted: Container[str] | None = None):
+    def __init__(
+        self, folder: Path, name: str = "", wanted: Mapping[str, Mapping[str, Any]] | None = None
+    ):
         super().__init__()
         self.folder = folder
         self.path = folder / f"{name}-{unique()}.jsonl"
@@ -75,31 +108,60 @@ class Store(ExitStack):
     def refresh(self) -> None:
         """Read the lines that any process has appended since the last call."""
         for path in sorted(self.folder.glob("*.jsonl")):
-            size, count = self._read.get(path, (0, 0))
-            if path == self.path or path.stat().st_size == size:
+            start, count = self._read.get(path, (0, 0))
+            if path == self.path or path.stat().st_size == start:
                 continue
             with path.open("rb") as file:
-                file.seek(size)
+                if start == 0 and self.wanted is not None:
+                    start, count = self._by_index(file, path)
+                file.seek(start)
                 *lines, last = file.read().split(b"\n")
             for number, line in enumerate(lines, count + 1):
-                if not self._add(line):
+                if problem := self._add(line):
                     print(
-                        f"mergelaw: {path}:{number}: damaged cell; it is measured again if needed",
+                        f"mergelaw: {path}:{number}: {problem}; it is measured again if needed",
                         file=sys.stderr,
                     )
-            self._read[path] = size + sum(len(line) + 1 for line in lines), count + len(lines)
-            self._add(last)  # may be torn, by a kill or because its writer is still at work
+            self._read[path] = start + sum(len(line) + 1 for line in lines), count + len(lines)
+            if last:
+                self._add(last)  # may be torn, by a kill or because its writer is still at work
 
-    def _add(self, line: bytes) -> bool:
-        """Add the cell of a line to ``known``; return False if the line is damaged."""
+    def _by_index(self, file: IO[bytes], path: Path) -> tuple[int, int]:
+        """Add the wanted cells that an index names; return its bytes and lines of the file.
+
+        An index that does not fit its file is as good as none, and its file is read whole.
+        """
+        end = count = 0
+        try:
+            for row in path.with_suffix(INDEX).read_text("ascii").split("\n")[:-1]:
+                identity, size = row.split(" ")
+                if identity in (self.wanted or ()):
+                    file.seek(end)
+                    if self._add(file.read(int(size) - 1)) or identity not in self.known:
+                        return 0, 0
+                end, count = end + int(size), count + 1
+            file.seek(max(end - 1, 0))
+        except (OSError, ValueError):
+            return 0, 0
+        return (end, count) if file.read(1) == b"\n" else (0, 0)
+
+    def _add(self, line: bytes) -> str:
+        """Add the cell of a line to ``known``, or say why the line cannot be used."""
         mark, _, text = line.decode(errors="replace").partition(" ")
         identity = text.partition('"cell":"')[2].partition('"')[0]
-        if mark != checksum(text) or not identity:
-            return False
-        # Most lines of a large store belong to other shards and need not be parsed.
-        if self.wanted is None or identity in self.wanted:
-            self.known[identity] = json.loads(text)
-        return True
+        if self.wanted is not None and identity and identity not in self.wanted:
+            return ""  # most lines of a large store belong to other shards
+        cell: Any = None
+        with suppress(ValueError, RecursionError):
+            cell = json.loads(text) if mark == checksum(text) and identity else None
+        if not is_sound(cell) or cell["cell"] != identity:
+            return "damaged cell"
+        expected = self.wanted[identity] if self.wanted else {}
+        for name in sorted(name for name in expected if cell.get(name) != expected[name]):
+            if name in cell or name not in ORIGIN:
+                return f"cell with another {name} than would be measured today"
+        self.known[identity] = cell
+        return ""
 
     @contextmanager
     def claim(self, merge: str, wait: bool) -> Iterator[bool]:
@@ -129,9 +191,13 @@ class Store(ExitStack):
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self._file = self.enter_context(self.path.open("xb"))
             sync(self.path.parent)
+        rows = []
         for cell in cells:
             text = json.dumps(cell, sort_keys=True, separators=(",", ":"))
-            self._file.write(f"{checksum(text)} {text}\n".encode())
+            size = self._file.write(f"{checksum(text)} {text}\n".encode())
+            rows.append(f"{cell['cell']} {size}\n")
         self._file.flush()
         os.fsync(self._file.fileno())
+        with self.path.with_suffix(INDEX).open("a", encoding="ascii") as index:
+            index.writelines(rows)
         self.known |= {cell["cell"]: cell for cell in cells}

@@ -46,12 +46,13 @@ def evaluate(
     for the lineage.
     """
     entries = cells_of(recipe, subsets, base, vectors, corpora)
+    sets = encode(recipe["evaluation"], base, corpora)
     facts: dict[str, Any] = {"cells": len(entries), "measured": 0}
-    with cells.Store(folder, name, {entry["cell"] for entry in entries}) as store:
+    with cells.Store(folder, name, expected(entries, sets)) as store:
         missing = [entry for entry in entries if entry["cell"] not in store.known]
         if missing:
             started = time.perf_counter()
-            measured = _measure(recipe, missing, base, vectors, corpora, store)
+            measured = _measure(recipe, missing, base, vectors, sets, store)
             facts |= {"measured": measured, "seconds": round(time.perf_counter() - started, 3)}
     write_table(recipe, entries, store.known, output)
     return facts | {"tokens": sum(store.known[entry["cell"]]["tokens"] for entry in entries)}
@@ -78,8 +79,48 @@ def cells_of(
         row = {"k": k, "replicate": replicate, "place": place, "experts": list(experts)}
         row |= {"weights": free[0] if free else [1.0] * len(experts), "written": bool(free)}
         row |= {"merge": merge, "base_digest": base_digest, "vector_digests": members}
-        entries += [row | {"domain": domain, "cell": cell} for domain, cell in by_domain.items()]
+        entries += [
+            row | {"domain": domain, "cell": cell, "set": sets[domain]}
+            for domain, cell in by_domain.items()
+        ]
     return entries
+
+
+def encode(
+    settings: Mapping[str, Any], base: Path, corpora: Mapping[str, Path]
+) -> dict[str, tokens.Encoded]:
+    """The evaluation documents by domain, in tokens of a model's folder."""
+    tokenizer, sets = causal_lm.load_tokenizer(base), {}
+    limits = settings["max_tokens"], settings["long_documents"]
+    for domain, folder in corpora.items():
+        documents, where = corpus.read_split(folder), f"evaluation documents of {domain}"
+        sets[domain] = tokens.encode(tokenizer, documents, *limits, where, settings["protocol"])
+    return sets
+
+
+def expected(
+    entries: Sequence[Mapping[str, Any]], sets: Mapping[str, tokens.Encoded]
+) -> dict[str, dict[str, Any]]:
+    """What the cells of entries must hold, by identity: digests, tokens and bytes, but no loss."""
+    counts = {domain: counts_of(encoded) for domain, encoded in sets.items()}
+    return {
+        entry["cell"]: counts[entry["domain"]] | {name: entry[name] for name in cells.ORIGIN}
+        for entry in entries
+    }
+
+
+def counts_of(encoded: tokens.Encoded) -> dict[str, Any]:
+    """Tokens and bytes of an evaluation set, as cells hold them."""
+    scored = [0] * encoded.documents
+    for window in encoded.windows:
+        scored[window.document] += window.stop - window.start
+    return {
+        "document_tokens": scored,
+        "tokens": sum(scored),
+        "bytes": encoded.scored_bytes,
+        "long_documents": encoded.long_documents,
+        "dropped_tokens": encoded.dropped_tokens,
+    }
 
 
 def _measure(
@@ -87,19 +128,15 @@ def _measure(
     missing: Sequence[Mapping[str, Any]],
     base: Path,
     vectors: Mapping[str, Path],
-    corpora: Mapping[str, Path],
+    sets: Mapping[str, tokens.Encoded],
     store: cells.Store,
 ) -> int:
     """Measure the missing cells into the store; returns how many were measured here."""
-    settings, tokenizer = recipe["evaluation"], causal_lm.load_tokenizer(base)
-    sets = {
-        domain: encode(tokenizer, settings, domain, corpora[domain])
-        for domain in dict.fromkeys(entry["domain"] for entry in missing)
-    }
+    settings = recipe["evaluation"]
     model = load_model(base, settings["dtype"])
     batches = {
-        domain: cross_entropy.batches(encoded.windows, settings["batch_tokens"], model.device)
-        for domain, encoded in sets.items()
+        name: cross_entropy.batches(sets[name].windows, settings["batch_tokens"], model.device)
+        for name in dict.fromkeys(entry["domain"] for entry in missing)
     }
     experts = {expert for entry in missing for expert in entry["experts"]}
     pool = {expert: TaskVector(path) for expert, path in vectors.items() if expert in experts}
@@ -153,12 +190,9 @@ def _measure_merge(
         measured.append(
             {
                 "cell": entry["cell"],
+                **{name: entry[name] for name in cells.ORIGIN},
                 "document_nll": base64.b64encode(nll.astype("<f8").tobytes()).decode(),
-                "document_tokens": (counts := document_tokens(parts, encoded.documents)),
-                "tokens": sum(counts),
-                "bytes": encoded.scored_bytes,
-                "long_documents": encoded.long_documents,
-                "dropped_tokens": encoded.dropped_tokens,
+                **counts_of(encoded),
                 "eval_seconds": seconds,
                 **facts,
             }
@@ -175,32 +209,14 @@ def measure_model(
     """
     import pandas as pd
 
-    tokenizer, model = causal_lm.load_tokenizer(folder), load_model(folder, settings["dtype"])
+    sets, model = encode(settings, folder, corpora), load_model(folder, settings["dtype"])
     rows = []
-    for domain, corpus_folder in corpora.items():
-        encoded = encode(tokenizer, settings, domain, corpus_folder)
+    for domain, encoded in sets.items():
         batches = cross_entropy.batches(encoded.windows, settings["batch_tokens"], model.device)
         nll = cross_entropy.nll(model, batches, encoded.documents)
-        counts = document_tokens(batches, encoded.documents)
+        counts = counts_of(encoded)["document_tokens"]
         rows.append({"domain": domain, "document_nll": nll.tolist(), "document_tokens": counts})
     return pd.DataFrame(rows)
-
-
-def encode(
-    tokenizer: Any, settings: Mapping[str, Any], domain: str, folder: Path
-) -> tokens.Encoded:
-    """The tokenised evaluation documents of a domain."""
-    documents, where = corpus.read_split(folder), f"evaluation documents of {domain}"
-    limits = settings["max_tokens"], settings["long_documents"]
-    return tokens.encode(tokenizer, documents, *limits, where, settings["protocol"])
-
-
-def document_tokens(batches: Sequence[cross_entropy.Batch], documents: int) -> list[int]:
-    """Numbers of scored tokens by document."""
-    import numpy as np
-
-    scored = np.concatenate([batch.documents for batch in batches])
-    return [int(count) for count in np.bincount(scored, minlength=documents)]
 
 
 def load_model(base: Path, dtype: str) -> Any:
