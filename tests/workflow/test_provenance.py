@@ -1,10 +1,12 @@
 """Everything says where it came from, damage is named, and what is not needed can be removed."""
 
+import base64
 import json
 import os
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 from studies import READY, TRAINING, Place, ready_config, same_measurements, trained_config
 
@@ -207,3 +209,64 @@ def test_a_copy_that_does_not_fit_is_named(trained, tmp_path):
     ):
         name = path.relative_to(tmp_path)
         assert any(str(name) in line and words in line for line in found.errors()), (name, named)
+
+
+def edit_cells(place: Place, change) -> int:
+    """Edit every cell of the store as somebody would who recomputes checksums; how many."""
+    from mergelaw.evaluation import cells
+
+    count = 0
+    for file in (place.results / "cells").rglob("*.jsonl"):
+        lines = []
+        for line in file.read_text().splitlines():
+            cell = json.loads(line.partition(" ")[2])
+            cell = change(cell)
+            text = json.dumps(cell, sort_keys=True, separators=(",", ":"))
+            lines.append(f"{cells.checksum(text)} {text}\n")
+        file.write_text("".join(lines))
+        count += len(lines)
+    return count
+
+
+def halved(cell: dict) -> dict:
+    nll = np.frombuffer(base64.b64decode(cell["document_nll"]), "<f8") / 2
+    return cell | {"document_nll": base64.b64encode(nll.tobytes()).decode()}
+
+
+def without_origin(cell: dict) -> dict:
+    """As an earlier version wrote it."""
+    from mergelaw.evaluation.cells import ORIGIN
+
+    return {name: value for name, value in cell.items() if name not in ORIGIN}
+
+
+def test_edited_losses_are_named_where_tables_have_others_and_when_measured_again(ready, tmp_path):
+    place = ready.copy(tmp_path)
+    same = place.mergelaw("lineage", "study.yaml", "--measure", "2")
+    assert same.status == 0 and "same losses when measured again" in same.output, same.output
+    edit_cells(place, halved)
+    found = place.mergelaw("lineage", "results", "--verify")
+    assert found.status == 1 and all("has another loss in" in line for line in found.errors())
+    # Where tables are written from edited cells, only a measurement tells.
+    place.forget("evals", "laws", "reports").finish()
+    trusted = place.mergelaw("lineage", "results", "--verify")
+    assert trusted.status == 0 and "losses are trusted" in trusted.output
+    found = place.mergelaw("lineage", "study.yaml", "--measure", "1")
+    assert found.status == 1 and "when measured again" in found.output, found.output
+
+
+def test_cells_of_other_tokens_are_measured_again_and_those_of_earlier_versions_used(
+    ready, tmp_path
+):
+    place = ready.copy(tmp_path).forget("evals", "laws", "reports")
+    for file in (place.results / "cells").rglob("*.index"):
+        file.unlink()
+    count = edit_cells(place, without_origin)
+    place.finish()
+    assert len(place.cells()) == count  # nothing was measured
+    same_measurements(place.rows(), ready.rows())
+    place.forget("evals", "laws", "reports")
+    edit_cells(place, lambda cell: cell | {"bytes": cell["bytes"] + 1})
+    place.finish()
+    same_measurements(place.rows(), ready.rows())
+    assert len(place.cells()) == 2 * count

@@ -10,7 +10,9 @@ from mergelaw.artifacts.files import file_digest, write_json
 
 
 class FileCache:
-    """JSON values by name, each with the path, size and modification time of its files.
+    """JSON values by name, each with the path, size and times of its files.
+
+    The time of a file's last change of status is one of them, which no program can set back.
 
     ``path`` is the JSON file of the cache; None keeps the values in memory. All jobs of the
     workflow write this file: the last one wins, and missing values are computed again.
@@ -26,7 +28,7 @@ class FileCache:
         ``compute`` returns a JSON value. Raises OSError for a missing file.
         """
         status = [(str(path.absolute()), path.stat()) for path in files]
-        stamps = [[path, stat.st_size, stat.st_mtime_ns] for path, stat in status]
+        stamps = [[path, s.st_size, s.st_mtime_ns, s.st_ctime_ns] for path, s in status]
         if self._entries is None:
             self._entries = self._read()
         match self._entries.get(name):

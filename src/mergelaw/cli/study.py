@@ -146,6 +146,9 @@ def show_lineage(
     verify: Annotated[
         bool, typer.Option("--verify", help="compare every file with its digest")
     ] = False,
+    measure: Annotated[
+        int, typer.Option(min=0, help="merges of each of a study's evaluations to measure again")
+    ] = 0,
 ) -> None:
     """Print where an artifact comes from, back to the sources. A study stands for its report.
 
@@ -154,7 +157,7 @@ def show_lineage(
     from mergelaw.artifacts.run_lock import MARK
     from mergelaw.workflow import folder
 
-    is_root = (path / MARK).exists()
+    is_root, study = (path / MARK).exists(), None
     if is_root:
         artifacts = folder.artifacts_in(path)
     elif path.suffix in (".yaml", ".yml") and path.is_file():
@@ -162,16 +165,23 @@ def show_lineage(
         artifacts = [study.results / study.report.path]
     else:
         artifacts = [lineage.find(path)]
-    if not verify:
+    if measure and study is None:
+        raise MergelawError(f"{path}: no study; --measure needs the configuration of one")
+    if not verify and not measure:
         for artifact in artifacts:
             print("\n".join(lineage.tree(artifact)))
         return
     count, wrong = folder.verify(path) if is_root else lineage.verify(artifacts)
+    wrong += folder.measure_again(study, measure) if study and not wrong else []
     for problem in wrong[:-1]:
         print(f"mergelaw: error: {problem}", file=sys.stderr)
     if wrong:
         raise MergelawError(wrong[-1])
     print(f"verified: {count} artifacts, every file is what was written")
+    if measure:
+        print(f"{measure} merges of each evaluation have the same losses when measured again")
+    else:
+        print("losses are trusted; `mergelaw lineage STUDY --measure 2` measures a sample again")
 
 
 def collect_garbage(

@@ -25,6 +25,7 @@ from typing import IO, Any
 
 from mergelaw.artifacts.files import sync, unique
 from mergelaw.artifacts.keys import digest
+from mergelaw.evaluation.table import read_rows
 
 # Part of every cell's identity. If the same merge on the same documents would now give another
 # number, raise it together with the stage `evaluate` in keys.py. A raised stage alone writes its
@@ -81,6 +82,41 @@ def is_sound(cell: Any) -> bool:
         )
     except (KeyError, TypeError, ValueError, OverflowError):
         return False
+
+
+def parse(line: bytes) -> Cell | None:
+    """The cell of a store's line; None for a damaged line, or one that was never measured."""
+    mark, _, text = line.decode(errors="replace").partition(" ")
+    cell: Any = None
+    with suppress(ValueError, RecursionError):
+        cell = json.loads(text) if mark == checksum(text) else None
+    return cell if is_sound(cell) else None
+
+
+def verify(folder: Path, shards: Sequence[Path]) -> Iterator[str]:
+    """Damaged cells of a store, cells with two losses, and cells that tables have with other ones.
+
+    ``shards`` are folders of evaluations of the store's base.
+    """
+    losses: dict[str, bytes] = {}  # digests, by identity and tokens
+    for path in sorted(folder.glob("*.jsonl")):
+        with path.open("rb") as file:
+            for number, line in enumerate(file, 1):
+                cell = parse(line.rstrip(b"\n"))
+                if cell is None:
+                    if line.endswith(b"\n"):
+                        yield f"{path}:{number}: damaged cell; delete the line"
+                    continue
+                name = f"{cell['cell']} {cell['document_tokens']}"
+                loss = hashlib.sha256(base64.b64decode(cell["document_nll"])).digest()
+                if losses.setdefault(name, loss) != loss:
+                    yield f"{path}:{number}: another loss of this cell comes before; delete one"
+    for shard in shards:
+        rows = read_rows([shard], documents=True)
+        for cell, nll, counts in rows[["cell", "document_nll", "document_tokens"]].values:
+            loss = hashlib.sha256(nll.astype("<f8").tobytes()).digest()
+            if losses.get(f"{cell} {counts.tolist()}", loss) != loss:
+                yield f"{shard}: cell {cell} has another loss in {folder}; delete that line"
 
 
 class Store(ExitStack):
@@ -147,14 +183,11 @@ class Store(ExitStack):
 
     def _add(self, line: bytes) -> str:
         """Add the cell of a line to ``known``, or say why the line cannot be used."""
-        mark, _, text = line.decode(errors="replace").partition(" ")
-        identity = text.partition('"cell":"')[2].partition('"')[0]
+        identity = line.partition(b'"cell":"')[2].partition(b'"')[0].decode(errors="replace")
         if self.wanted is not None and identity and identity not in self.wanted:
             return ""  # most lines of a large store belong to other shards
-        cell: Any = None
-        with suppress(ValueError, RecursionError):
-            cell = json.loads(text) if mark == checksum(text) and identity else None
-        if not is_sound(cell) or cell["cell"] != identity:
+        cell = parse(line)
+        if cell is None or cell["cell"] != identity:
             return "damaged cell"
         expected = self.wanted[identity] if self.wanted else {}
         for name in sorted(name for name in expected if cell.get(name) != expected[name]):

@@ -1,14 +1,20 @@
 """A results folder: use of what lies in it, what no study needs, and what is not as written."""
 
+import math
+import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from random import Random
 
 from mergelaw.artifacts import keys, lineage, store
 from mergelaw.artifacts.lineage import LINEAGE
 from mergelaw.artifacts.run_lock import check_layout, lock_results
 from mergelaw.errors import MergelawError
+from mergelaw.evaluation import cells, read_rows
 from mergelaw.workflow.artifact import Artifact
 from mergelaw.workflow.study import Study
+
+TOLERANCES = {"float32": 1e-4, "bfloat16": 1e-2}  # of losses that other hardware measures again
 
 
 def use(study: Study, artifacts: Iterable[Artifact]) -> list[Path]:
@@ -86,7 +92,44 @@ def verify(root: Path) -> tuple[int, list[str]]:
         elif keys.digits(path.name) and path.is_dir() and lineage.entries(path):
             wrong.append(f"{path}: has no {LINEAGE}; finish the copy, or delete the folder")
     count, problems = lineage.verify(artifacts)
+    for cells_of_base in sorted((root / "cells").glob("*/")):
+        shards = [path for path in artifacts if root / "evals" / cells_of_base.name in path.parents]
+        whole = [path for path in shards if not any(str(path) in line for line in problems)]
+        wrong += cells.verify(cells_of_base, whole)
     return count, wrong + problems
+
+
+def measure_again(study: Study, count: int) -> Iterator[str]:
+    """Measure ``count`` merges of each evaluation again; yield the cells whose losses differ."""
+    import torch
+
+    from mergelaw.evaluation import shard
+
+    def losses(folder: Path) -> dict[str, float]:
+        rows = read_rows([folder])
+        return dict(zip(rows["cell"], rows["ce"], strict=True))
+
+    for artifact in filter(study.made, study.evals.values()):
+        (folder,), (base,) = use(study, [artifact]), use(study, artifact.of_role("base"))
+        vectors, corpora = (
+            dict(zip(artifact.names(role), use(study, artifact.of_role(role)), strict=True))
+            for role in ("task_vectors", "corpora")
+        )
+        rows = Random(artifact.key).sample(list(artifact.rows), min(count, len(artifact.rows)))
+        torch.set_num_threads(int(read_rows([folder])["threads"][0]))
+        with tempfile.TemporaryDirectory() as name:
+            scratch, recipe = Path(name), artifact.recipe
+            shard.evaluate(
+                recipe, rows, base, vectors, corpora, scratch / "cells", "again", scratch
+            )
+            again = losses(scratch)
+        known, tolerance = losses(folder), TOLERANCES[recipe["evaluation"]["dtype"]]
+        for cell, loss in again.items():
+            if not math.isclose(loss, known[cell], rel_tol=tolerance) and math.isfinite(loss):
+                yield (
+                    f"{folder}: cell {cell} has {known[cell]:.6g} nats per token, but {loss:.6g} "
+                    "when measured again; delete this folder and its cells and rerun"
+                )
 
 
 def artifacts_in(root: Path) -> list[Path]:
