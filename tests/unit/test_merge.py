@@ -539,3 +539,27 @@ def test_a_model_that_the_gpus_cannot_hold_is_refused_before_it_is_loaded(
         evaluate.check_gpu_memory(base, dtype)
     free[0] += 1
     evaluate.check_gpu_memory(base, dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_kernels_refuse_what_would_read_beyond_a_vector(dtype):
+    """Compiled loops receive addresses, and torch broadcasts."""
+    from mergelaw.merging import kernels
+
+    one, base = torch.ones(5), torch.ones(5, dtype=dtype)
+    rule = kernels.Rule("", [1.0, 2.0])
+    for vectors in ([], [one], [one, one, one], [one, torch.ones(4)], [torch.ones(1)] * 2,
+                    [one, one.double()], [one.view(5, 1), one.view(5, 1)]):  # fmt: skip
+        with pytest.raises(ValueError, match="vectors"):
+            kernels.merge(base, vectors, rule, torch.empty_like(base))
+    for vectors in ([], [one], [one, torch.ones(6)]):
+        with pytest.raises(ValueError, match="vectors"):
+            kernels.combine(vectors, rule)
+    for ours, out in ((base[:1], base), (base, torch.empty(6, dtype=dtype))):
+        with pytest.raises(ValueError, match="one length"):
+            kernels.merge(ours, [one, one], rule, out)
+    with pytest.raises(ValueError, match="no rule 'max'"):
+        kernels.combine([one], kernels.Rule("max", [1.0]))
+    for values in (one.double(), one.view(5, 1)):
+        with pytest.raises(ValueError, match="flat fp32"):
+            kernels.drop(values, 0.5)

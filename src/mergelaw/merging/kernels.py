@@ -47,7 +47,11 @@ class Rule(NamedTuple):
 
 
 def combine(vectors: Sequence[Tensor], rule: Rule) -> Tensor:
-    """Combine flat fp32 vectors by a rule: the fp32 change of the base."""
+    """Combine flat fp32 vectors by a rule: the fp32 change of the base.
+
+    Raises ValueError unless there is a vector for each weight, all of one length.
+    """
+    _check(vectors, rule)
     if vectors[0].device.type == "cpu":
         out = torch.empty_like(vectors[0])
         _compiled(torch.full_like(out, NOTHING), vectors, rule, out)
@@ -58,12 +62,24 @@ def combine(vectors: Sequence[Tensor], rule: Rule) -> Tensor:
 def merge(base: Tensor, vectors: Sequence[Tensor], rule: Rule, out: Tensor) -> None:
     """Write base + combine(vectors), rounded once, into ``out``; base and out of any float dtype.
 
-    Raises ValueError if lengths differ.
+    Raises ValueError unless there is a vector for each weight, all as long as ``base`` and ``out``.
     """
+    _check(vectors, rule, base, out)
     if out.device.type == "cpu" and out.dtype == torch.float32:
         _compiled(base.float(), vectors, rule, out)
     else:
         out.copy_(base.float() + combine(vectors, rule))
+
+
+def _check(vectors: Sequence[Tensor], rule: Rule, *others: Tensor) -> None:
+    """Check what compiled loops, which receive only addresses, and broadcasting would not."""
+    if not vectors or len(vectors) != len(rule.weights):
+        raise ValueError(f"{len(vectors)} vectors but {len(rule.weights)} weights")
+    shapes = {tuple(tensor.shape) for tensor in (*vectors, *others)}
+    if len(shapes) > 1 or any(vector.dtype != torch.float32 for vector in vectors):
+        raise ValueError(f"fp32 vectors of one length are needed, not of shapes {sorted(shapes)}")
+    if rule.elect not in RULES:
+        raise ValueError(f"there is no rule {rule.elect!r}, only {', '.join(RULES[1:])} or none")
 
 
 def _by_torch(vectors: Sequence[Tensor], rule: Rule) -> Tensor:
@@ -91,19 +107,19 @@ def _by_torch(vectors: Sequence[Tensor], rule: Rule) -> Tensor:
 
 
 def _compiled(base: Tensor, vectors: Sequence[Tensor], rule: Rule, out: Tensor) -> None:
-    """``merge`` by compiled loops, which receive only addresses: it checks every length."""
+    """``merge`` by compiled loops, on the processor."""
     elect, weights, scale = rule.plain()
-    size = out.numel()
-    if len(vectors) != len(weights):
-        raise ValueError(f"{len(vectors)} vectors but {len(weights)} weights")
-    for tensor in (base, *vectors):
-        if tensor.numel() != size or tensor.dtype != torch.float32 or tensor.device.type != "cpu":
-            raise ValueError(f"{size} fp32 values on the processor are needed, not {tensor.shape}")
+    if any(tensor.device != base.device for tensor in (*vectors, out)):
+        raise ValueError("all tensors must be on the processor")
     kept = [vector.contiguous() for vector in vectors]  # alive while their addresses are used
     addresses = np.array([vector.data_ptr() for vector in kept], np.uint64)
     before, after = base.contiguous().view(-1).numpy(), out.view(-1).numpy()
     shares = np.array(weights, np.float32)
-    _share(_merge, (addresses, shares, RULES.index(elect), np.float32(scale), before, after), size)
+    _share(
+        _merge,
+        (addresses, shares, RULES.index(elect), np.float32(scale), before, after),
+        out.numel(),
+    )
 
 
 def pack(kept: np.ndarray) -> Tensor:
@@ -116,9 +132,11 @@ def drop(
 ) -> Tensor:
     """Set magnitudes below ``least``, or those that a packed mask drops, to zero; scale the others.
 
-    ``values``: flat fp32. Raises ValueError for a mask of another length.
+    ``values``: flat fp32. Raises ValueError for others, or for a mask of another length.
     """
     size = values.numel()
+    if values.dim() != 1 or values.dtype != torch.float32:
+        raise ValueError(f"a flat fp32 vector is needed, not {values.dtype} {list(values.shape)}")
     if bits is None and not least:
         return values
     if bits is not None and bits.numel() != -(-size // 8):
