@@ -109,7 +109,7 @@ def measure_again(study: Study, count: int) -> Iterator[str]:
         rows = read_rows([folder])
         return dict(zip(rows["cell"], rows["ce"], strict=True))
 
-    for artifact in filter(study.made, study.evals.values()):
+    for artifact in filter(study.made, study.measurements):
         (folder,), (base,) = use(study, [artifact]), use(study, artifact.of_role("base"))
         vectors, corpora = (
             dict(zip(artifact.names(role), use(study, artifact.of_role(role)), strict=True))
