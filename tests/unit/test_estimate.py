@@ -13,7 +13,7 @@ from mergelaw.errors import MergelawError
 from mergelaw.workflow import estimate
 from mergelaw.workflow.cost import work_of
 from mergelaw.workflow.estimate import Rates, StageRate
-from mergelaw.workflow.resources import Hardware, ask
+from mergelaw.workflow.resources import CORE, Hardware, ask
 from mergelaw.workflow.study import Study
 
 ROOT = Path(__file__).parents[2]
@@ -186,7 +186,7 @@ def test_rates_are_found_again_in_the_results_that_they_made(tmp_path):
     with pytest.raises(MergelawError, match="holds no expert and no evaluation"):
         estimate.measured(study)
     stages = {
-        stage: StageRate(start_seconds=2, teraflops=0.1, gigabytes_per_second=0.05)
+        stage: StageRate(start_seconds=2, teraflops=CORE / 10, gigabytes_per_second=0.05)
         for stage in estimate.TITLES
     }
     true = Rates(float32_share=1, gpus_per_node=0, tokens_per_document=123, stages=stages)
@@ -207,6 +207,57 @@ def test_rates_are_found_again_in_the_results_that_they_made(tmp_path):
     text = yaml.safe_dump(found.model_dump(exclude_none=True))
     (tmp_path / "rates.yaml").write_text(text)
     assert estimate.read_rates(tmp_path / "rates.yaml") == found
+
+
+def test_linked_models_do_not_tell_how_fast_models_are_trained(tmp_path):
+    """The time of jobs without arithmetic, however short, gives no arithmetic rate."""
+    for name in ("base", "expert"):
+        (tmp_path / name).mkdir()
+        config_text = '{"model_type": "llama", "hidden_size": 64, "num_hidden_layers": 2, '
+        config_text += '"num_attention_heads": 4, "vocab_size": 1000}'
+        (tmp_path / name / "config.json").write_text(config_text)
+    bases = {"one": {"path": str(tmp_path / "base")}}
+    experts = {"some": {"checkpoints": {"one": {"path": str(tmp_path / "expert")}}}}
+    study = study_of(tmp_path, bases=bases, experts=experts)
+    made(study, Rates(), lambda artifact: 1e-6 if artifact.stage in ("base", "expert") else 3)
+    rates = estimate.measured(study)
+    assert rates.teraflops == CORE
+    assert rates.stages["base"].teraflops is rates.stages["expert"].teraflops is None
+    # Nor does one shard, whose time may be all start.
+    assert 0 < (rates.stages["evaluate"].teraflops or CORE) <= CORE
+
+
+def test_documents_of_local_files_are_counted(tmp_path):
+    for name, count, length in (("algebra", 30, 40), ("code", 70, 400)):
+        lines = (json.dumps({"text": f"{n:02}" + "x" * (length - 2)}) for n in range(count))
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(lines))
+    domains = {
+        n: {"source": {"files": [str(tmp_path / f"{n}.jsonl")]}} for n in ("algebra", "code")
+    }
+    study = study_of(tmp_path, domains=domains, corpus={"eval_documents": 10})
+    found = rows(study, Rates())
+    # Two epochs of what evaluation and calibration leave, 4 bytes a token.
+    assert found["expert"]["tokens"] == 2 * (8 * 10 + 48 * 100)
+    assert found["evaluate"]["tokens"] == 4 * (10 * 10 + 10 * 100)
+    twice = rows(study, Rates(bytes_per_token=2))
+    assert twice["evaluate"]["tokens"] == 2 * found["evaluate"]["tokens"]
+
+
+def test_a_local_multimodal_base_has_a_size(tmp_path):
+    text = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    whole = {
+        "model_type": "gemma3",
+        "text_config": {**text, "vocab_size": 1000},
+        "vision_config": {},
+    }
+    (tmp_path / "config.json").write_text(json.dumps(whole))
+    study = study_of(tmp_path, bases={"one": {"path": str(tmp_path)}})
+    assert study.size("one").layers == 2 and study.size("one").vocab == 1000
+    (tmp_path / "config.json").write_text('{"model_type": "gemma3"}')
+    with pytest.raises(
+        MergelawError, match=r"bases.one: its size is not known from its config.json"
+    ):
+        study_of(tmp_path, bases={"one": {"path": str(tmp_path)}}).size("one")
 
 
 # What ships

@@ -66,6 +66,7 @@ class Size:
 
 def size_of_architecture(config: Mapping[str, Any]) -> Size | None:
     """Size of a transformers configuration (a ``config.json``); None if it lacks the widths."""
+    config = {**config, **(config.get("text_config") or {})}  # of a multimodal model
     kind = config.get("model_type")
 
     def get(*names: str) -> int:

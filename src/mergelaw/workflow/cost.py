@@ -20,7 +20,7 @@ WIDTH = {"float32": 4, "bfloat16": 2}  # bytes
 PROCESS = 3e9  # bytes of host memory: Python, torch, transformers, a cluster job's two Snakemakes
 BUCKET = 500_000_000  # gradients that ZeRO reduces at a time
 STATES = 10  # training states that OpenRLHF saves in a training
-TEXT = 4  # bytes of a token's text
+BYTES_PER_TOKEN = 4  # of text
 ROW = 400  # bytes of a cell and its row, plus 24 for each document
 
 
@@ -46,16 +46,24 @@ class Work:
 
 @dataclass(frozen=True)
 class Documents:
-    """Assumptions about documents that are not yet counted and tokenised."""
+    """Assumptions about documents that are not on this machine, or not tokenised yet."""
 
     train: float = math.inf  # of a domain without a number; infinite: unknown
     tokens: float = math.inf  # per document; infinite: the maximum length
+    bytes_per_token: float = BYTES_PER_TOKEN  # where local files give a document's bytes
 
-    def count(self, artifact: Artifact) -> float:
-        """Documents in an artifact's corpora, or in a corpus."""
+    def of(self, artifact: Artifact) -> tuple[float, float]:
+        """Number of documents in an artifact's corpora, and mean tokens of one."""
         corpora = [artifact] if artifact.stage == "corpus" else artifact.of_role("corpora")
-        counts = [corpus.sources["recipe"][f"{corpus.split}_documents"] for corpus in corpora]
-        return sum(self.train if count is None else count for count in counts)
+        count = tokens = 0.0
+        for corpus in corpora:
+            asked = corpus.sources["recipe"][f"{corpus.split}_documents"]
+            number, length = asked or self.train, self.tokens
+            if corpus.size is not None:
+                number, length = corpus.size[0], corpus.size[1] / corpus.size[0]
+                length /= self.bytes_per_token
+            count, tokens = count + number, tokens + number * length
+        return count, math.inf if tokens == math.inf else tokens / count
 
 
 UNKNOWN = Documents()
@@ -64,8 +72,8 @@ UNKNOWN = Documents()
 def work_of(study: Study, artifact: Artifact, documents: Documents = UNKNOWN) -> Work:
     """Cost of an artifact's job. Raises MergelawError if the base's size is not yet known."""
     if artifact.stage == "corpus":
-        tokens = documents.count(artifact) * documents.tokens
-        return Work(artifact.folder, tokens=tokens, kept=TEXT * tokens)
+        count, length = documents.of(artifact)
+        return Work(artifact.folder, tokens=count * length, kept=BYTES_PER_TOKEN * count * length)
     if artifact.base is None or artifact.stage == "design":
         return Work(artifact.folder)
     size, name = study.size(artifact.base), f"bases.{artifact.base}"
@@ -114,12 +122,13 @@ def training(artifact: Artifact, size: Size, stored: float, documents: Documents
         else Pretraining.model_validate(artifact.recipe["pretraining"])
     )
     checkpointing = getattr(recipe, "gradient_checkpointing", False)
-    length = min(recipe.max_tokens, documents.tokens)
+    count, length = documents.of(artifact)
+    length = min(recipe.max_tokens, length)
     if recipe.steps is not None:
         full = getattr(recipe, "packing", True)  # as a pre-training's sequences always are
         tokens = recipe.steps * recipe.batch_size * (recipe.max_tokens if full else length)
     else:
-        tokens = (recipe.epochs or 0) * documents.count(artifact) * length
+        tokens = (recipe.epochs or 0) * count * length
     work = Work(
         f"bases.{artifact.base}: {'training an expert' if tuning else 'pre-training'}",
         tokens=tokens,
@@ -182,8 +191,9 @@ def evaluation(
     """
     recipe = Evaluation.model_validate(artifact.recipe["evaluation"])
     members, merges = len(artifact.names("task_vectors")), len(artifact.rows)
-    longest, width, count = recipe.max_tokens, WIDTH[recipe.dtype], documents.count(artifact)
-    length = longest / 2 if documents.tokens == math.inf else min(longest, documents.tokens)
+    longest, width = recipe.max_tokens, WIDTH[recipe.dtype]
+    count, length = documents.of(artifact)
+    length = longest / 2 if length == math.inf else min(longest, length)
     tokens = merges * count * length
     widest = 4 * size.hidden + 4 * size.intermediate + size.vocab
     working = width * max(recipe.batch_tokens, longest) * widest

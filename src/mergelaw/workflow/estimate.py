@@ -17,11 +17,12 @@ from mergelaw.artifacts import lineage
 from mergelaw.artifacts.recipe import Model
 from mergelaw.errors import MergelawError, nearest
 from mergelaw.workflow.artifact import Artifact
-from mergelaw.workflow.cost import PROCESS, Documents, work_of
+from mergelaw.workflow.cost import BYTES_PER_TOKEN, PROCESS, Documents, work_of
 from mergelaw.workflow.progress import TITLES
-from mergelaw.workflow.resources import Hardware, ask, problems
+from mergelaw.workflow.resources import CORE, Hardware, ask, problems
 from mergelaw.workflow.study import Study
 
+KNOWN = 0.1  # least share of a job's time that its work takes, to say how fast it is
 COLUMNS = ("jobs", "left", "GPU hours", "hours", "tokens", "bytes")
 
 
@@ -34,17 +35,18 @@ class StageRate(Model):
 
 
 class Rates(Hardware):
-    """Speed of a cluster, and assumptions about documents that are not yet counted."""
+    """Speed of a cluster, and assumptions about documents."""
 
     start_seconds: float = Field(60, ge=0)  # of a job, before its work begins
     train_documents: int = Field(20_000, gt=0)  # of a domain without a number
     tokens_per_document: float = Field(1_000, gt=0)  # prompt and response together
+    bytes_per_token: float = Field(BYTES_PER_TOKEN, gt=0)  # of documents in local files
     stages: dict[str, StageRate] = Field({})
 
     @property
     def documents(self) -> Documents:
         """Assumptions about documents that are not yet counted."""
-        return Documents(self.train_documents, self.tokens_per_document)
+        return Documents(self.train_documents, self.tokens_per_document, self.bytes_per_token)
 
     def of_stage(self, stage: str) -> "Rates":
         """Rates of one stage's jobs."""
@@ -105,32 +107,50 @@ def measured(study: Study) -> Rates:
             "rates from; run the study first"
         )
     gpus = any("cuda" in str(entry["facts"].get("device")) for _, entry in jobs)
-    rates = Rates(float32_share=1, gpus_per_node=8 if gpus else 0)
-    lengths = [
-        entry["facts"]["tokens"] / len(artifact.rows) / rates.documents.count(artifact)
-        for artifact, entry in jobs
-        if artifact.stage == "evaluate"
-    ]
-    if lengths:
-        rates = rates.model_copy(update={"tokens_per_document": float(np.median(lengths))})
+    rates = (
+        Rates(float32_share=1) if gpus else Rates(float32_share=1, gpus_per_node=0, teraflops=CORE)
+    )
+    rates = rates.model_copy(update=_lengths(rates, jobs))
     clock = "wall_seconds" if gpus else "cpu_seconds"
     for stage in TITLES:
+        made = [pair for pair in jobs if pair[0].stage == stage and measured_share(pair[1])]
+        # Linking a ready-made model does not tell how long a training takes.
+        computing = [pair for pair in made if pair[0].on_gpu]
         pairs = [
-            (share * rates.working(study, artifact), entry[clock])
-            for artifact, entry in jobs
-            if artifact.stage == stage and (share := measured_share(entry))
+            (measured_share(entry) * rates.working(study, artifact), entry[clock])
+            for artifact, entry in computing or made
         ]
         if pairs:
             # Relative errors: a job of a second counts as much as one of an hour.
             work, spent = np.array(pairs).T
             columns = np.column_stack([1 / spent, work / spent])
             start, slow = nnls(columns, np.ones(len(spent)))[0].tolist()
+            # Jobs that hardly differ in their work do not tell how fast it is done.
+            known = slow * work.max() > KNOWN * spent.max()
             rates.stages[stage] = StageRate(
                 start_seconds=start,
-                teraflops=rates.teraflops / slow if slow else None,
-                gigabytes_per_second=rates.gigabytes_per_second / slow if slow else None,
+                teraflops=rates.teraflops / slow if known and computing else None,
+                gigabytes_per_second=rates.gigabytes_per_second / slow if known else None,
             )
     return rates
+
+
+def _lengths(rates: Rates, jobs: Sequence[tuple[Artifact, dict[str, Any]]]) -> dict[str, float]:
+    """Tokens of a document, and bytes of a token, from the tokens that evaluations measured."""
+    import numpy as np
+
+    ratios: dict[bool, list[float]] = {True: [], False: []}
+    for artifact, entry in jobs:
+        if artifact.stage == "evaluate":
+            count, length = rates.documents.of(artifact)
+            ratio = entry["facts"]["tokens"] / (len(artifact.rows) * count * length)
+            ratios[all(corpus.size for corpus in artifact.of_role("corpora"))].append(ratio)
+    lengths = {}
+    if ratios[False]:
+        lengths["tokens_per_document"] = rates.tokens_per_document * float(np.median(ratios[False]))
+    if ratios[True]:
+        lengths["bytes_per_token"] = rates.bytes_per_token / float(np.median(ratios[True]))
+    return lengths
 
 
 def measured_share(entry: dict[str, Any]) -> float:
