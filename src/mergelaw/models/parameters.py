@@ -153,7 +153,7 @@ def parameter_names(model: "nn.Module", base: Tensors) -> dict[str, str]:
                 f"{base.folder}: transformers loads tensor {name!r} with other values than the "
                 "file holds; such a model cannot be merged"
             )
-    return {name: key for key, name in names.items()}
+    return {names[key]: key for key in values}
 
 
 def check_complete(
