@@ -62,7 +62,13 @@ def overlap(job: Job, folder: Path, state: Path) -> dict[str, Any]:
 def base(job: Job, folder: Path, state: Path) -> dict[str, Any]:
     """Pre-train a base, or link a ready-made one after comparing its digests."""
     if "checkpoint" in job.recipe:
-        return ready_made(job, folder)
+        from mergelaw.models.hub import locate
+        from mergelaw.models.inspect import inspect_base
+
+        notes = inspect_base(locate(job.sources))
+        for note in notes:
+            print(f"mergelaw: {note}", file=sys.stderr)
+        return ready_made(job, folder) | ({"notes": notes} if notes else {})
     from mergelaw.models.pretrain import pretrain
     from mergelaw.models.recipe import Pretraining
 

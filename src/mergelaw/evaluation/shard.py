@@ -134,6 +134,9 @@ def _measure(
     """Measure the missing cells into the store; returns how many were measured here."""
     settings = recipe["evaluation"]
     model = load_model(base, settings["dtype"])
+    for name in dict.fromkeys(entry["domain"] for entry in missing):
+        where = f"evaluation documents of {name}"
+        causal_lm.check_windows(model, sets[name].windows, where)
     batches = {
         name: cross_entropy.batches(sets[name].windows, settings["batch_tokens"], model.device)
         for name in dict.fromkeys(entry["domain"] for entry in missing)

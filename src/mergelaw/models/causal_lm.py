@@ -3,9 +3,12 @@
 Code that comes with a checkpoint is never run.
 """
 
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from mergelaw.data.tokenize import Window
 from mergelaw.errors import MergelawError
 from mergelaw.models.checkpoint import COMPANIONS, WRAPPERS, read_config
 
@@ -55,6 +58,67 @@ def load_tokenizer(folder: Path) -> Any:
             f"{folder}: transformers cannot load its tokenizer ({reason}); copy the tokenizer's "
             "files into the checkpoint"
         ) from None
+
+
+def check_windows(model: Any, windows: Sequence[Window], where: str) -> None:
+    """Refuse tokens and lengths that a model has no embeddings for.
+
+    Prints a note on sequences longer than a model with relative positions was made for. Raises
+    MergelawError.
+    """
+    embedding = model.get_input_embeddings()
+    highest, rows = max(max(window.ids) for window in windows), len(embedding.weight)
+    if highest >= rows:
+        raise MergelawError(
+            f"{where}: use token {highest}, but the model's embedding has {rows} rows; give a base "
+            "whose tokenizer fits it, or leave out the documents with this token"
+        )
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    longest = max(len(window.ids) for window in windows)
+    if not isinstance(limit, int) or longest <= limit:
+        return
+    advice = f"set max_tokens: {limit}, with long_documents: split or truncate"
+    embedded = [(m, m.num_embeddings) for m in model.modules() if hasattr(m, "num_embeddings")]
+    # Some tables of positions begin with two other rows.
+    tables = [n for m, n in embedded if m is not embedding and n in (limit, limit + 2)]
+    if tables or any(limit in b.shape for b in model.buffers() if b.dim() > 1):
+        raise MergelawError(
+            f"{where}: the longest has {longest} tokens, but the model has {limit} positions; "
+            f"{advice}"
+        )
+    print(
+        f"mergelaw: {where}: the longest has {longest} tokens, but the model was made for {limit} "
+        f"(max_position_embeddings), so its loss beyond them may be high; {advice}",
+        file=sys.stderr,
+    )
+
+
+def check_packing(model: Any, base: Path) -> None:
+    """Refuse a model in which one document of a packed sequence changes the next one's logits.
+
+    Recurrent layers do that. A model without values is judged by its class. Raises MergelawError.
+    """
+    import torch
+
+    layers = getattr(model.config.get_text_config(), "layer_types", None) or []
+    leaks = getattr(model, "_is_stateful", False) or not all("attention" in k for k in layers)
+    if not leaks and model.device.type != "meta":
+        size = 8
+        ids = torch.arange(2 * size, device=model.device)[None] % len(
+            model.get_input_embeddings().weight
+        )
+        positions = torch.arange(size, device=model.device).repeat(2)[None]
+        with torch.inference_mode():
+            first, second = (
+                model(input_ids=packed, position_ids=positions, use_cache=False).logits[:, size:]
+                for packed in (ids, torch.cat([ids[:, :size].flip(1), ids[:, size:]], 1))
+            )
+        leaks = not torch.allclose(first, second, rtol=1e-3, atol=1e-4)
+    if leaks:
+        raise MergelawError(
+            f"{base}: a {model.config.model_type} model carries one document of a packed sequence "
+            "into the next; set 'packing: false'"
+        )
 
 
 def save(model: Any, folder: Path, dtype: str) -> None:

@@ -6,7 +6,6 @@ from typing import Any
 
 from mergelaw.data import tokenize
 from mergelaw.models import causal_lm, trainer
-from mergelaw.models.checkpoint import Tensors
 from mergelaw.models.recipe import Training
 
 
@@ -28,10 +27,14 @@ def fine_tune(
     from trl.trainer.sft_config import SFTConfig
     from trl.trainer.sft_trainer import SFTTrainer
 
-    tokenizer = causal_lm.load_tokenizer(base)
+    dtype, tokenizer = trainer.read_base(base), causal_lm.load_tokenizer(base)
     documents = trainer.training_documents(corpora)
     where = f"training documents of {', '.join(corpora)}"
     encoded = tokenize.encode(tokenizer, documents, recipe.max_tokens, recipe.long_documents, where)
+    model = causal_lm.load(base, "float32")
+    causal_lm.check_windows(model, encoded.windows, where)
+    if recipe.packing:
+        causal_lm.check_packing(model, base)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     arguments = trainer.training_arguments(
@@ -45,14 +48,12 @@ def fine_tune(
         dataset_kwargs={"skip_prepare_dataset": not recipe.packing},
     )
     training = SFTTrainer(
-        model=causal_lm.load(base, "float32"),
+        model=model,
         args=arguments,
         train_dataset=Dataset.from_list([example(window) for window in encoded.windows]),
         processing_class=tokenizer,
     )
     facts = trainer.train(training, state, save_every)
-    with Tensors(base) as stored:
-        dtype = stored.float_dtype()
     causal_lm.save(training.model, folder, dtype)
     causal_lm.copy_companions(base, folder)
     return {

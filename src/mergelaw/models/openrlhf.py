@@ -22,6 +22,7 @@ from mergelaw.data.documents import Document
 from mergelaw.errors import MergelawError
 from mergelaw.models import causal_lm, trainer
 from mergelaw.models.checkpoint import COMPANIONS, INDEX, Tensors, read_config
+from mergelaw.models.parameters import build
 from mergelaw.models.recipe import OpenRLHF, Training
 
 VERSION = "0.11.2"
@@ -331,6 +332,9 @@ def fine_tune(
     python, versions = interpreter()
     state = state.absolute()
     where = f"training documents of {', '.join(corpora)}"
+    trainer.read_base(base)
+    if recipe.packing:
+        causal_lm.check_packing(build(base), base)
     tokenizer = causal_lm.load_tokenizer(base)
     documents = trainer.training_documents(corpora)
     rows, end, facts = render(tokenizer, documents, recipe, where)

@@ -15,6 +15,7 @@ from typing import Any
 
 from mergelaw.data import documents as corpus
 from mergelaw.errors import MergelawError
+from mergelaw.models.checkpoint import Tensors, mergeable
 from mergelaw.models.recipe import Optimisation
 
 PROGRESS_SECONDS = 10
@@ -139,15 +140,25 @@ def last_state(folder: Path) -> Path | None:
     return last
 
 
-def check_finite(parameters: Iterable[tuple[str, Any]]) -> None:
+def check_finite(
+    parameters: Iterable[tuple[str, Any]],
+    where: str = "training: ended with",
+    advice: str = "lower the learning rate",
+) -> None:
     """Raise MergelawError for the first parameter that holds NaN or Inf."""
     import torch
 
     for name, parameter in parameters:
         if not torch.isfinite(parameter).all():
-            raise MergelawError(
-                f"training: parameter {name!r} ended as NaN or Inf; lower the learning rate"
-            )
+            raise MergelawError(f"{where} NaN or Inf in {name!r}; {advice}")
+
+
+def read_base(base: Path) -> str:
+    """The dtype of a base's weights. Raises MergelawError if they hold NaN or Inf."""
+    with Tensors(base) as stored:
+        tensors = ((name, stored[name]) for name in mergeable(stored))
+        check_finite(tensors, f"{base}: the base holds", "give another base")
+        return stored.float_dtype()
 
 
 def summarise_losses(losses: list[tuple[int, float]]) -> dict[str, Any]:
