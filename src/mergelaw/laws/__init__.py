@@ -4,7 +4,6 @@
 """
 
 from mergelaw.laws.fit import Fit, fit
-from mergelaw.laws.fits import fit_all, fit_study
 from mergelaw.laws.law import LAWS, MERGING, MERGING_FIXED_N, Law
 from mergelaw.laws.points import points, read_points
 from mergelaw.laws.result import EXPERTS, LEVEL, POOL

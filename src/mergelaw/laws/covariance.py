@@ -1,245 +1,266 @@
-"""Covariance of the points: known parts plus REML estimates of misfit and scatter.
+"""Covariance of points: V = known + misfit^2 1 + scatter^2 Z Z', block by block.
 
-V = known parts (sampling design, documents) + misfit^2 1 + scatter^2 Z Z': the law's error at each
-point, and that common to all points of a base (Z maps points to bases). REML is
-restricted maximum likelihood (Patterson and Thompson 1971).
+``known`` (sampling error) is block-diagonal; misfit is the law's own error at a point; scatter is its
+error common to a base's points (Z maps points to bases). Rotated to the eigenvectors of the known
+blocks, V is diagonal plus one rank per base, so no matrix of points by points is ever made.
 """
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+from scipy.sparse import block_diag, csr_array, issparse
+from scipy.sparse.csgraph import connected_components
+from scipy.special import ndtri, stdtrit
 
+from mergelaw.errors import MergelawError
 from mergelaw.laws.law import Array
 
-# Fisher scoring stops when the log-likelihood grows by less than this.
-ENOUGH = 1e-9
-# Added to a covariance to keep it regular, relative to the mean square of the values.
-TINY = 1e-13
-# Maps variances to minus twice the log-likelihood, its gradient and its expected curvature.
-Likelihood = Callable[[Array], tuple[float, Array, Array]]
+# A base-level scatter of this share of the losses' range over sizes is typical of published ladders
+# (the prior of ``log_prior`` is half-Cauchy with this scale).
+TYPICAL_SCATTER = 0.01
+# Deviations below this share of the mean loss are rounding errors of the losses.
+ROUNDED = 1e-7
+# Halvings of the search for the likeliest variances; each is a grid of this many values.
+ZOOMS, VALUES = 6, 7
 
 
 @dataclass(frozen=True)
-class Part:
-    """A known part of the points' covariance.
+class Grams:
+    """Inner products under V^-1, one for each pair of misfit and scatter.
 
     Attributes:
-        matrix: (points, points), in nats^2.
-        freedom: degrees of freedom with which its scale was estimated; infinite if it is exact.
-        weigh: whether the fit weights points by it. Documents' errors shift nearly all points
-            together and would pull a weighted curve off the points; they widen intervals instead.
+        products: (draws, columns, columns), of the columns, the loss last.
+        log_det: (draws,), logarithm of the determinant of V.
     """
 
-    matrix: Array
-    freedom: float = math.inf
-    weigh: bool = True
-
-    def select(self, chosen: Any) -> "Part":
-        """Part of the covariance for some points, by indices or a mask."""
-        return replace(self, matrix=self.matrix[np.ix_(chosen, chosen)])
+    products: Array
+    log_det: Array
 
 
 @dataclass(frozen=True)
-class Noise:
-    """Noise model of a fit: known covariance plus REML variances, with their uncertainty.
+class Errors:
+    """Errors of points: what is known of their covariance, in rotated coordinates.
 
     Attributes:
-        misfit, scatter: standard deviations (nats per token), NaN if unknown.
-        variance: variance of a whitened point; 1 unless the points were not weighted.
-        freedom: of the residuals; infinite if nothing was estimated from them, 0 if unknown.
-        shapes, variances: matrices of the estimated parts above 0, and their factors.
-        uncertainty: covariance of those variances, (shapes, shapes).
+        blocks: places and eigenvectors of each block of several points.
+        known: (points,), variances along the eigenvectors (nats^2).
+        starts: first place of each base; empty if no points share a base's scatter.
+        ones: (points,), rotated vector of ones.
+        least: least misfit (nats per token) that the losses' digits allow.
+        typical: typical scatter (nats per token), the scale of its prior.
     """
 
-    misfit: float
-    scatter: float
-    variance: float
-    freedom: float
-    parts: tuple[Part, ...] = ()
-    shapes: tuple[Array, ...] = ()
-    variances: Array = field(default_factory=lambda: np.empty(0))
-    uncertainty: Array = field(default_factory=lambda: np.empty((0, 0)))
+    blocks: tuple[tuple[NDArray[np.intp], Array], ...]
+    known: Array
+    starts: NDArray[np.intp]
+    ones: Array
+    least: float
+    typical: float
 
-    def variance_of(self, weights: Array, added: Array | float = 0.0) -> tuple[float, float, float]:
-        """Variance of weights . losses and its degrees of freedom (Satterthwaite 1946).
+    def rotate(self, columns: Array) -> Array:
+        """Rows (..., points, columns) in the coordinates of ``known``."""
+        if self.blocks:
+            columns = columns.copy()
+        for places, vectors in self.blocks:
+            columns[..., places, :] = vectors.T @ columns[..., places, :]
+        return columns
 
-        ``added``, further multiples of the estimated shapes, change the degrees of freedom only.
+    def whiten(self, rotated: Array, misfit: float, scatter: float) -> Array:
+        """Rotated rows (..., points, columns) times V^-1/2."""
+        scale = 1 / np.sqrt(self.known + max(misfit, self.least) ** 2)
+        white: Array = rotated * scale[:, None]
+        if scatter and len(self.starts):
+            ones = (self.ones * scale)[:, None]
+            sums = np.add.reduceat(ones**2, self.starts)
+            shrunk = (1 - 1 / np.sqrt(1 + scatter**2 * sums)) / sums
+            shared = shrunk * np.add.reduceat(ones * white, self.starts, axis=-2)
+            sizes = np.diff(np.append(self.starts, len(ones)))
+            white = white - ones * np.repeat(shared, sizes, axis=-2)
+        return white
 
-        Returns:
-            The variances from the parts that weight the points and from the others; the freedom.
+    def grams(self, rotated: Array, misfit: Array, scatter: Array) -> Grams:
+        """Inner products of rotated columns (draws or 1, points, columns) under each V^-1."""
+        variances = self.known + np.maximum(misfit, self.least)[:, None] ** 2
+        log_det = np.log(variances).sum(axis=1)
+        if not len(self.starts):
+            return Grams(_inner(rotated, variances), log_det)
+        # Within bases and between them apart: a difference of two large sums would be rounding.
+        ones = self.ones / variances
+        sums = np.add.reduceat(self.ones * ones, self.starts, axis=1)[:, :, None]
+        means = np.add.reduceat(rotated * ones[:, :, None], self.starts, axis=1) / sums
+        sizes = np.diff(np.append(self.starts, len(self.ones)))
+        within = rotated - self.ones[:, None] * np.repeat(means, sizes, axis=1)
+        grown = 1 + scatter[:, None] ** 2 * sums[:, :, 0]
+        products = _inner(within, variances) + _inner(means, grown / sums[:, :, 0])
+        log_det = log_det + np.log(grown).sum(axis=1)
+        return Grams(products, log_det)
+
+    def log_prior(self, scatter: Array) -> Array:
+        """Logarithm of the half-Cauchy prior's density in the logarithm of the scatter."""
+        return np.log(scatter) - np.log1p((scatter / self.typical) ** 2)
+
+    def likeliest(
+        self,
+        residuals: Array,
+        tangent: Array | None,
+        misfit: float | None,
+        scatter: float | None,
+    ) -> tuple[float, float, float]:
+        """Misfit, scatter and minus twice the log-likelihood where it is greatest.
+
+        With ``tangent`` (points, free parameters) the likelihood is the restricted one (REML,
+        Patterson and Thompson 1971) times the prior of the scatter; without, the plain one. Given
+        values of misfit and scatter are kept.
         """
-        slopes = np.array([weights @ shape @ weights for shape in self.shapes])
-        weighed, extra, spread = float(slopes @ self.variances), 0.0, 0.0
-        for part in self.parts:
-            share = float(weights @ part.matrix @ weights)
-            spread += 2 * share**2 / part.freedom
-            weighed, extra = weighed + share * part.weigh, extra + share * (not part.weigh)
-        slopes = slopes + added
-        spread += float(slopes @ self.uncertainty @ slopes)
-        total = weighed + extra + float(np.sum(added * self.variances))
-        return weighed, extra, max(2 * total**2 / spread, 1.0) if spread > 0 else math.inf
+        count = len(residuals)
+        columns = np.empty((count, 0)) if tangent is None else tangent
+        lengths = np.linalg.norm(columns, axis=0)
+        columns = columns / np.where(lengths > 0, lengths, 1)
+        rank = int(np.linalg.matrix_rank(columns)) if columns.size else 0
+        deviation = math.sqrt(float(residuals @ residuals) / max(count - rank, 1))
+        grouped = scatter is None and len(self.starts) > 0
+        if not grouped and not self.known.any() and misfit is None and not scatter:
+            misfit = max(deviation, self.least)
+            return misfit, 0.0, self._deviance(residuals, columns, misfit, 0.0)
+        top = math.log(max(deviation * 2, self.least * 10))
+        centre = np.array([top - 3, math.log(self.typical)])
+        reach = np.array([3.5 if misfit is None else 0.0, 6.0 if grouped else 0.0])
+        rotated = self.rotate(np.column_stack([columns, residuals]))[None]
+        for _ in range(ZOOMS):
+            steps = np.linspace(-1, 1, VALUES)
+            grid = np.array(np.meshgrid(*(c + r * steps for c, r in zip(centre, reach, strict=True))))
+            grid = np.unique(grid.reshape(2, -1), axis=1)
+            misfits = np.exp(grid[0]) if misfit is None else np.full(grid.shape[1], misfit)
+            scatters = np.exp(grid[1]) if grouped else np.full(grid.shape[1], scatter or 0.0)
+            values = _deviances(self.grams(rotated, misfits, scatters), rank)
+            if tangent is not None and grouped:
+                values = values - 2 * self.log_prior(scatters)
+            best = int(np.argmin(values))
+            centre, reach = grid[:, best], reach / 2
+        chosen = float(misfits[best]), float(scatters[best])
+        return *chosen, self._deviance(residuals, columns, *chosen)
+
+    def _deviance(self, residuals: Array, columns: Array, misfit: float, scatter: float) -> float:
+        rotated = self.rotate(np.column_stack([columns[:, :0], residuals]))[None]
+        grams = self.grams(rotated, np.array([misfit]), np.array([scatter]))
+        return float(grams.log_det[0] + grams.products[0, -1, -1])
 
 
-def weighing(parts: Sequence[Part], whole: bool = False) -> list[Array]:
-    """Matrices by which the points are weighted.
-
-    Parts with few degrees of freedom get a common scale: weights must not follow the chance
-    differences of three circles at each base. A part that does not weight the points contributes
-    its average independent variance only, unless ``whole``.
-    """
-    rough = [part for part in parts if math.isfinite(part.freedom)]
-    scale = sum(part.freedom * float(np.trace(part.matrix)) for part in rough)
-    scale /= sum(part.freedom for part in rough) or 1.0
-    matrices = []
-    for part in parts:
-        matrix = part.matrix
-        if not part.weigh and not whole:
-            independent = float(np.mean(np.diag(matrix)) - np.mean(matrix))
-            matrix = max(independent, 0.0) * np.eye(len(matrix))
-        elif part.weigh and math.isfinite(part.freedom) and matrix.any():
-            matrix = matrix * (scale / float(np.trace(matrix)))
-        matrices.append(matrix)
-    return matrices
+def _inner(rows: Array, variances: Array) -> Array:
+    """Inner products of rows (draws or 1, points, columns) with variances (draws, points)."""
+    products: Array = np.swapaxes(rows / variances[:, :, None], 1, 2) @ rows
+    return products
 
 
-def circle_part(means: Array, shape: Array) -> Part:
-    """Covariance of the mean over circles, scaled by the variance between circles.
+def _deviances(grams: Grams, rank: int) -> Array:
+    """Minus twice the restricted log-likelihoods of columns of that rank, up to a constant."""
+    products = grams.products
+    if products.shape[1] == 1:
+        return grams.log_det + products[:, 0, 0]
+    inner, right = products[:, :-1, :-1], products[:, :-1, -1]
+    values, vectors = np.linalg.eigh(inner)
+    values, vectors = np.maximum(values[:, -rank:], 1e-300), vectors[:, :, -rank:]
+    turned = np.einsum("sij,si->sj", vectors, right)
+    squares = products[:, -1, -1] - np.sum(turned**2 / values, axis=1)
+    determinant: Array = np.log(values).sum(axis=1)
+    return grams.log_det + determinant + squares
 
-    A covariance estimated level by level from three circles has rank two; its weights mislead.
+
+def errors_of(
+    loss: Array,
+    N: Array | None,
+    known: Any,
+) -> Errors:
+    """Errors of points sorted by N.
 
     Args:
-        means: (circles, levels), each circle's estimates of E[L|k]; two circles or more.
-        shape: (levels, levels), covariance of one circle up to its scale tau^2.
+        loss: (points,), nats per token.
+        N: sizes of the points' bases; None if they do not share bases.
+        known: (points,) variances, a sparse covariance (points, points), or None.
     """
-    circles = len(means)
-    total = float(np.var(means, axis=0, ddof=1).sum())
-    trace = float(np.trace(shape))
-    scale = total / trace if trace > 0 else 0.0
-    return Part(scale * shape / circles, circles - 1)
+    count = len(loss)
+    blocks: list[tuple[NDArray[np.intp], Array]] = []
+    spectrum = np.zeros(count) if known is None else known
+    ones, crossed = np.ones((count, 1)), False
+    if spectrum.ndim == 2:
+        matrix, spectrum = spectrum, spectrum.diagonal()
+        labels = connected_components(matrix)[1]
+        order = np.argsort(labels, kind="stable")
+        groups = np.split(order, np.flatnonzero(np.diff(labels[order])) + 1)
+        for places in (group for group in groups if len(group) > 1):
+            block = matrix[places][:, places].toarray()
+            spectrum[places], vectors = np.linalg.eigh(block)
+            blocks.append((places, vectors))
+            ones[places] = vectors.T @ ones[places]
+            crossed |= N is not None and len(np.unique(N[places])) > 1
+    starts = np.empty(0, dtype=np.intp)
+    typical = 0.0
+    # A covariance between bases says itself what their points have in common.
+    if N is not None and not crossed:
+        starts = np.flatnonzero(np.diff(N, prepend=-1.0))
+        means = np.add.reduceat(loss, starts) / np.diff(np.append(starts, count))
+        typical = max(TYPICAL_SCATTER * float(np.ptp(means)), ROUNDED * float(np.mean(loss)) * 10)
+    least = ROUNDED * float(np.mean(loss))
+    return Errors(tuple(blocks), np.maximum(spectrum, 0), starts, ones[:, 0], least, typical)
 
 
-def restricted(
-    residuals: Array,
-    jacobian: Array,
-    covariance: Array,
-    shapes: Sequence[Array | None],
-    above_zero: bool = False,
-) -> tuple[Array, Array]:
-    """REML estimates of the variances that multiply ``shapes``, and their covariance.
+def checked_covariance(covariance: Any, points: int) -> Any:
+    """A covariance of points as a sparse matrix. Raises MergelawError if it is none."""
+    if issparse(covariance):  # made by fit_points
+        return covariance
+    matrix = np.asarray(covariance, dtype=float)
+    if matrix.shape != (points, points) or not np.isfinite(matrix).all():
+        raise MergelawError(
+            f"covariance has the shape {matrix.shape} or values that are not finite: give a "
+            f"finite matrix of {points} by {points}, in the order of the table's rows"
+        )
+    least = np.linalg.eigvalsh(matrix)[0]
+    if not np.allclose(matrix, matrix.T) or least < -1e-9 * np.abs(matrix).max():
+        raise MergelawError("covariance is not symmetric with eigenvalues >= 0: give one that is")
+    return csr_array(matrix)
+
+
+def sampling_covariance(points: pd.DataFrame) -> Any:
+    """Covariance of points from sampling: variances (points,), a sparse matrix, or None.
+
+    The one place that says how the points of a method, family and domain are weighted. Bases are
+    independent. A scale that few circles estimated is the same for all bases, so that weights do
+    not follow chance, and larger by the ratio of the quantiles of t and of the normal law.
 
     Args:
-        residuals: (points,), of a fit with any weights.
-        jacobian: (points, parameters), derivatives of the fitted losses by the free parameters.
-        covariance: (points, points), its known part.
-        shapes: (points, points) each; None is the identity and comes first.
-        above_zero: keep the first variance above 0 by a prior (Chung et al. 2013).
+        points: with ``design`` (factors F of a base's covariance F F') and ``freedom``; or with
+            ``se``, independent between points, and perhaps ``circles``, the number behind each.
     """
-    # No parameter can move these contrasts, so they show the noise alone.
-    lengths = np.linalg.norm(jacobian, axis=0)
-    left = np.linalg.qr(jacobian / np.where(lengths > 0, lengths, 1), mode="complete").Q
-    left = left[:, jacobian.shape[1] :]
-    values, reduced = left.T @ residuals, left.T @ covariance @ left
-    projected = [None if shape is None else left.T @ shape @ left for shape in shapes]
-    variances, _, information = _likeliest(values, reduced, projected)
-    if above_zero and variances[0] == 0:
-        variances, _, information = _likeliest(values, reduced, projected, above_zero=True)
-    above = variances > 0
-    inverse: Array = np.linalg.pinv(information[np.ix_(above, above)]).astype(float)
-    return variances, 2 * inverse
+    if "design" in points:
+        factors = [np.vstack(rows["design"].to_list()) for _, rows in points.groupby("base")]
+        order = np.concatenate([
+            np.flatnonzero(points["base"] == base) for base, _ in points.groupby("base")
+        ])
+        freedom = points.groupby("base")["freedom"].first().to_numpy()
+        blocks = [factor @ factor.T for factor in factors]
+        rough = [j for j, value in enumerate(freedom) if value > 0 and blocks[j].any()]
+        if rough:
+            traces = np.array([np.trace(blocks[j]) for j in rough])
+            scale = _widened(float(freedom[rough].sum())) * np.average(
+                traces, weights=freedom[rough]
+            )
+            for j, trace in zip(rough, traces, strict=True):
+                blocks[j] = blocks[j] * scale / trace
+        whole = csr_array(block_diag(blocks))
+        back = np.argsort(order)
+        return whole[back][:, back] if whole.nnz else None
+    if "se" not in points:
+        return None
+    variances = points["se"].fillna(0).to_numpy(dtype=float) ** 2
+    if "circles" in points:
+        variances = variances * [_widened(count - 1) for count in points["circles"]]
+    return variances if variances.any() else None
 
 
-def deviance(residuals: Array, covariance: Array, shapes: Sequence[Array | None]) -> float:
-    """Minus twice the log-likelihood, maximised over the shapes' variances, up to a constant."""
-    return _likeliest(residuals, covariance, shapes)[1]
-
-
-def _likeliest(
-    values: Array, covariance: Array, shapes: Sequence[Array | None], above_zero: bool = False
-) -> tuple[Array, float, Array]:
-    """Variances >= 0 by Fisher scoring, with the deviance and its expected curvature there."""
-    scale = float(values @ values) / len(values) or 1.0
-    likelihood = _likelihood(values / math.sqrt(scale), covariance / scale, shapes)
-    if above_zero:
-        likelihood = _off_zero(likelihood)
-    variances, value, second = _scored(likelihood, len(shapes))
-    return variances * scale, value + len(values) * math.log(scale), second / scale**2
-
-
-def _off_zero(likelihood: Likelihood) -> Likelihood:
-    """Likelihood times the square root of the first variance."""
-
-    def penalised(variances: Array) -> tuple[float, Array, Array]:
-        first = max(float(variances[0]), 1e-300)
-        value, slope, second = likelihood(variances)
-        slope, second = slope.copy(), second.copy()
-        slope[0] -= 1 / first
-        second[0, 0] += 1 / first**2
-        return value - math.log(first), slope, second
-
-    return penalised
-
-
-def _likelihood(values: Array, covariance: Array, shapes: Sequence[Array | None]) -> Likelihood:
-    """Minus twice the log-likelihood as a function of the variances."""
-    count = len(values)
-    others = [shape for shape in (covariance, *shapes) if shape is not None and shape.any()]
-    if len(others) < 2:
-        # With one matrix besides identities, the likelihood is a sum along its eigenvectors.
-        spectrum, vectors = np.linalg.eigh(others[0] if others else np.zeros((count, count)))
-        spectrum = np.maximum(spectrum, 0)
-        squares = (vectors.T @ values) ** 2
-        fixed = spectrum if covariance.any() else np.zeros(count)
-        scales = np.array([np.ones(count) if shape is None else spectrum for shape in shapes])
-        scales = scales.reshape(len(shapes), count)
-
-        def diagonal(variances: Array) -> tuple[float, Array, Array]:
-            total = np.maximum(fixed + variances @ scales, TINY)
-            relative = scales / total
-            value = float(np.sum(np.log(total) + squares / total))
-            return value, relative @ (1 - squares / total), relative @ relative.T
-
-        return diagonal
-    full = [np.eye(count) if shape is None else shape for shape in shapes]
-
-    def dense(variances: Array) -> tuple[float, Array, Array]:
-        total = covariance + TINY * (1 + np.trace(covariance) / count) * np.eye(count)
-        for variance, shape in zip(variances, full, strict=True):
-            total = total + variance * shape
-        root = np.linalg.inv(np.linalg.cholesky(total))
-        inverse = root.T @ root
-        solved = inverse @ values
-        value = -2 * float(np.sum(np.log(np.diag(root)))) + float(values @ solved)
-        products = [inverse @ shape for shape in full]
-        slope = [np.trace(p) - solved @ s @ solved for p, s in zip(products, full, strict=True)]
-        second = [[float(np.sum(p * q.T)) for q in products] for p in products]
-        return value, np.array(slope), np.array(second)
-
-    return dense
-
-
-def _scored(likelihood: Likelihood, count: int) -> tuple[Array, float, Array]:
-    """Variances >= 0 at the minimum, the value there and the expected curvature."""
-    variances = np.full(count, 0.5)
-    value, slope, second = likelihood(variances)
-    for _ in range(100):
-        free = (variances > 0) | (slope < 0)
-        if not free.any():
-            break
-        step = np.zeros(count)
-        step[free] = -np.linalg.solve(second[np.ix_(free, free)], slope[free])
-        length = 1.0
-        while True:
-            trial = np.maximum(variances + length * step, 0)
-            result = likelihood(trial)
-            if result[0] <= value or length < 1e-6:
-                break
-            length /= 2
-        gain = value - result[0]
-        if gain >= 0:
-            variances, (value, slope, second) = trial, result
-        if gain < ENOUGH:
-            break
-    return variances, value, second
+def _widened(freedom: float) -> float:
+    """Factor of a variance estimated with so many degrees of freedom, for 90% intervals."""
+    return float(stdtrit(max(freedom, 1.0), 0.95) / ndtri(0.95)) ** 2

@@ -1,4 +1,4 @@
-"""Diagnostics of fits: rivals, hold-out forecasts, residual runs, and warnings."""
+"""Diagnostics of fits: rival forms, hold-out forecasts, outliers, warnings and the verdict."""
 
 import math
 from collections.abc import Iterable, Mapping
@@ -8,58 +8,127 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.special import ndtr
+from scipy.special import logsumexp, ndtr, stdtr
 
 from mergelaw.errors import MergelawError
-from mergelaw.laws.law import INTERFERENCE, INTERFERENCE_FIXED_N, NESTED, RIVALS, Array, Law
+from mergelaw.laws.law import FLAT, INTERFERENCE, INTERFERENCE_FIXED_N, NESTED, RIVALS, Array, Law
 from mergelaw.laws.notes import Note
-from mergelaw.laws.projection import ROUNDING, Problem
-from mergelaw.laws.result import Result
-from mergelaw.laws.solve import ROUNDED, Solution
+from mergelaw.laws.projection import ROUNDING
+from mergelaw.laws.result import LEVEL, Form, Result
 
-# One law is clearly better than another if its AICc is lower by more than this.
-CLEARLY = 2
-# Residuals have too few runs if chance gives so few with a lower probability than this.
-FEW_RUNS = 0.05
+# One law is better than another if its AICc is lower by more than this, and excludes it by more than
+# EXCLUDED.
+CLEARLY, EXCLUDED = 4, 10
+# Forms with a higher AICc, relative to the best, are not integrated over.
+IMPOSSIBLE = 20
+# Residuals have too few runs, and a point is an outlier, if chance makes them so with a lower
+# probability than this.
+UNLIKELY = 0.05
 # If the largest N is less than this times the smallest, exponents follow training budgets.
 LADDER = 100
 # A parameter is undetermined if its standard error exceeds this share of its bounds' range.
-FLAT = 0.1
+FLAT_PROFILE = 0.1
 # Warnings list at most this many levels of a variable.
 FEW_LEVELS = 4
+HOLDS, DOUBTFUL, FAILS = "holds", "doubtful", "fails"
 
 
 class Diagnostics(Result):
     """A law fitted to a table, compared with rivals and with points held out."""
 
-    def refit(self, law: Law, kept: NDArray[np.bool_] | None = None) -> Result:
+    def refit(self, law: Law, kept: NDArray[np.bool_] | None = None) -> "Diagnostics":
         """Fit another law, or this one, to the same points or to those in a mask."""
         raise NotImplementedError
 
     @cached_property
+    def aicc(self) -> float:
+        """Akaike's criterion, corrected for few points; NaN where they are too few."""
+        from statsmodels.tools.eval_measures import aicc
+
+        solution = self.solution
+        estimated = (solution.given[0] is None) + (
+            solution.given[1] is None and len(solution.errors.starts) > 0
+        )
+        count = len(self.law.parameters) + estimated
+        if not estimated:
+            return solution.deviance + 2 * count
+        if self.n_points - count - 1 <= 0:
+            return math.nan
+        return float(aicc(-solution.deviance / 2, self.n_points, count))
+
+    @cached_property
     def warnings(self) -> tuple[Note, ...]:
         """Warnings on single parameters and on the range of the points."""
-        return tuple(_warnings(self.solution))
+        return tuple(_warnings(self))
 
     @cached_property
     def doubts(self) -> tuple[Note, ...]:
-        """Warnings from intervals, rivals, hold-out forecasts and residual runs."""
+        """Warnings from outliers, rivals, hold-out forecasts and residual runs."""
         return tuple(_doubts(self))
 
     @cached_property
-    def rivals(self) -> tuple[dict[str, Any], ...]:
-        """The law and its rivals on the same points: law, aicc, above, r2, rmse, best first.
+    def verdict(self) -> dict[str, Any]:
+        """Whether the law ``holds``, is ``doubtful`` or ``fails``: state and reasons.
 
-        ``above`` is the AICc above the best law's; both are None where there are too few points.
+        A law fails if it is no better than one without k (AICc), if the loss does not fall with k,
+        or if a rival excludes it (AICc) and forecasts the largest k better. It is doubtful if
+        a ``doubts`` test speaks against it, or nothing can be tested. A law that fails gives no
+        floors and no numbers of experts.
         """
-        fits: list[Result] = [self]
+        failures = list(_failures(self))
+        if failures:
+            return {"state": FAILS, "reasons": failures}
+        reasons = [str(note) for note in self.doubts]
+        if self.freedom == 0:
+            reasons = ["as many parameters as points: nothing tests the law", *reasons]
+        return {"state": DOUBTFUL if reasons else HOLDS, "reasons": reasons}
+
+    @property
+    def on_bound(self) -> tuple[str, ...]:
+        """Parameters on a bound or without effect; their estimates are not to be used."""
+        pairs = zip(self.law.parameters, self.solution.free, strict=True)
+        return tuple(name for name, free in pairs if not free)
+
+    @cached_property
+    def _rival_fits(self) -> tuple["Diagnostics", ...]:
+        """This fit and those of its rivals, best AICc first."""
+        fits: list[Diagnostics] = [self]
         for law in RIVALS.get(self.law.name, ()):
             if law in (INTERFERENCE, INTERFERENCE_FIXED_N) and not _rises(self):
                 continue
             with suppress(MergelawError):
-                fits.append(self.refit(law, None))
-        ordered = sorted(fits, key=lambda other: (math.isnan(other.aicc), other.aicc))
-        best = ordered[0].aicc
+                fits.append(self.refit(law))
+        return tuple(sorted(fits, key=lambda other: (math.isnan(other.aicc), other.aicc)))
+
+    @cached_property
+    def forms(self) -> tuple[Form, ...]:
+        """Forms that the points do not exclude, weighted by their marginal likelihoods."""
+        if self.posterior is None:
+            return ()
+        best = self._rival_fits[0].aicc
+        possible = [
+            (fitted.law, fitted.posterior)
+            for fitted in self._rival_fits
+            if fitted is self or not fitted.aicc > best + IMPOSSIBLE
+        ]
+        pairs = [(law, drawn) for law, drawn in possible if drawn is not None]
+        evidence = np.array([drawn.evidence for _, drawn in pairs])
+        weights = np.exp(evidence - logsumexp(evidence))
+        return tuple(
+            Form(law, float(weight), drawn)
+            for (law, drawn), weight in zip(pairs, weights, strict=True)
+        )
+
+    @cached_property
+    def rivals(self) -> tuple[dict[str, Any], ...]:
+        """The law and its rivals on the same points, best AICc first.
+
+        Each has law, aicc, above (the best law's), r2, rmse, loo (root mean squared error with
+        each point left out in turn, linearised), left_out (error of the forecast of the largest
+        k), and weight in predictions; numbers are None where there are too few points.
+        """
+        weights = {form.law.name: form.weight for form in self.forms}
+        best = self._rival_fits[0].aicc
         return tuple(
             {
                 "law": other.law.name,
@@ -67,8 +136,11 @@ class Diagnostics(Result):
                 "above": or_none(other.aicc - best),
                 "r2": or_none(other.r2),
                 "rmse": other.rmse,
+                "loo": or_none(_left_one_out(other)),
+                "left_out": or_none(_left_out_error(other, "k")),
+                "weight": weights.get(other.law.name, 0.0) if weights else None,
             }
-            for other in ordered
+            for other in self._rival_fits
         )
 
     @cached_property
@@ -76,7 +148,8 @@ class Diagnostics(Result):
         """Forecasts of the points with a variable's largest value from all others, by variable.
 
         ``value`` is held out. ``error`` is the root mean squared error of the forecast (nats per
-        token); ``same`` is that of repeating the loss at the next smaller value, or None.
+        token); ``same`` is that of repeating the loss at the next smaller value, or None;
+        ``held`` tells whether the 95% interval of the forecasts' mean holds the measured mean.
         """
         results: dict[str, dict[str, Any]] = {}
         variables, loss = self.variables, self.loss
@@ -92,8 +165,35 @@ class Diagnostics(Result):
                     "value": float(values.max()),
                     "error": math.sqrt(np.mean(errors**2)),
                     "same": or_none(math.sqrt(np.mean(repeated**2))),
+                    "held": _held(self, rest, kept, target),
                 }
         return results
+
+    @cached_property
+    def outliers(self) -> tuple[dict[str, float], ...]:
+        """Points far off the law that is fitted to all others (Bonferroni, 5%): variables and error.
+
+        Each point's residual is divided by its standard error with the point left out (externally
+        studentised, linearised).
+        """
+        if not 3 <= self.freedom < math.inf:
+            return ()
+        white, leverage = _standard(self)
+        rest = np.maximum(1 - leverage, ROUNDING)
+        left = max(self.freedom - 1, 1)
+        others = np.maximum(white @ white - white**2 / rest, 0) / left
+        if float(np.abs(self.solution.residuals).max()) < self.solution.errors.least:
+            return ()
+        with np.errstate(divide="ignore", invalid="ignore"):
+            student = np.abs(white) / np.sqrt(others * rest)
+        chance = 2 * stdtr(left, -student) * self.n_points
+        found = np.flatnonzero((chance < UNLIKELY) & (leverage < 0.99))
+        errors = self.solution.residuals / rest
+        return tuple(
+            {name: float(values[i]) for name, values in self.variables.items()}
+            | {"loss": float(self.loss[i]), "error": float(errors[i])}
+            for i in found[np.argsort(chance[found])]
+        )
 
     @cached_property
     def runs(self) -> dict[str, float] | None:
@@ -103,7 +203,7 @@ class Diagnostics(Result):
         the residuals are rounding errors or all of one sign.
         """
         variables, residuals = self.variables, self.solution.residuals
-        if np.abs(residuals).max() < ROUNDED * np.abs(self.loss).max():
+        if np.abs(residuals).max() < self.solution.errors.least:
             return None
         along = list(variables)[-1]
         count = expected = variance = 0.0
@@ -121,75 +221,144 @@ class Diagnostics(Result):
         return {"found": count, "expected": expected, "p": chance}
 
 
-def _warnings(solution: Solution) -> Iterable[Note]:
+def _standard(fitted: Result) -> tuple[Array, Array]:
+    """Whitened residuals and leverages of a fit's points."""
+    solution = fitted.solution
+    tangent = solution.tangent[:, solution.free]
+    q = np.linalg.qr(tangent / np.linalg.norm(tangent, axis=0)).Q
+    return solution.state.residuals * solution.problem.size, np.sum(q**2, axis=1)
+
+
+def _left_one_out(fitted: Result) -> float:
+    """Root mean squared error of each point forecast from all others, linearised (PRESS)."""
+    if fitted.freedom == 0:
+        return math.nan
+    rest = np.maximum(1 - _standard(fitted)[1], 1e-6)
+    return math.sqrt(np.mean((fitted.solution.residuals / rest) ** 2))
+
+
+def _left_out_error(fitted: Diagnostics, name: str) -> float:
+    values = fitted.variables[name]
+    kept = values < values.max()
+    try:
+        rest = fitted.refit(fitted.law, kept)
+    except MergelawError:
+        return math.nan
+    target = {other: column[~kept] for other, column in fitted.variables.items()}
+    return math.sqrt(np.mean((fitted.loss[~kept] - rest.predict(**target)) ** 2))
+
+
+def _held(
+    whole: Result, rest: Result, kept: NDArray[np.bool_], target: Mapping[str, Array]
+) -> bool | None:
+    """Whether the 95% interval of the held-out points' mean holds it; None if unknown."""
+    if rest.posterior is None or rest.freedom == math.inf:
+        return None
+    draws = Result.draws(rest, new=True, **target).mean(axis=1)
+    # The points have sampling errors besides.
+    known = float(np.mean(whole.solution.errors.known[~kept])) / int((~kept).sum())
+    draws = draws + math.sqrt(known) * np.random.default_rng(0).standard_normal(len(draws))
+    low, high = np.quantile(draws, [0.025, 0.975])
+    return bool(low <= whole.loss[~kept].mean() <= high)
+
+
+def _failures(fitted: Diagnostics) -> Iterable[str]:
+    law = fitted.law
+    if law.name not in RIVALS:
+        return
+    if fitted.parameters[law.linear[-1]] <= 0:
+        yield "the loss does not fall with k; compare the measured losses"
+        return
+    ranked = {other.law.name: other for other in fitted._rival_fits}
+    scores = [ranked[name].aicc for name in (law.name, *NESTED) if name in ranked]
+    best = min((score for score in scores if math.isfinite(score)), default=math.nan)
+    flat = fitted.refit(FLAT[law.name])
+    if not best < flat.aicc and math.isfinite(best):
+        yield (
+            "the points do not show that the loss falls with k: a constant is as good "
+            f"(AICc {flat.aicc - best:+.1f})"
+        )
+    first = fitted._rival_fits[0]
+    mine, other = _left_out_error(fitted, "k"), _left_out_error(first, "k")
+    if best - first.aicc > EXCLUDED and other < mine:
+        yield (
+            f"law {first.law.name} excludes it (AICc lower by {best - first.aicc:.1f}) and misses "
+            f"the largest k by {other:.2g} nats where it misses it by {mine:.2g}"
+        )
+
+
+def _warnings(fitted: Diagnostics) -> Iterable[Note]:
+    solution, law = fitted.solution, fitted.law
     problem, state = solution.problem, solution.state
-    law = problem.law
     for name, value in zip(law.linear, state.coefficients, strict=True):
         if value == 0 and name not in law.signed:
             yield Note(
                 "bound",
                 f"{name} hit its bound 0: the points do not support its term; drop the term",
             )
-    jacobian = problem.jacobian(state)
-    lengths = np.linalg.norm(jacobian, axis=0)
+    lengths = np.linalg.norm(problem.jacobian(state), axis=0)
     on_bound = (state.theta <= problem.lower) | (state.theta >= problem.upper)
-    idle = lengths <= ROUNDING
+    more = " or ".join(law.levels)
+    errors = solution.deviations[len(law.linear) :]
     for place, name in enumerate(law.nonlinear):
-        if idle[place]:
+        if lengths[place] <= ROUNDING:
             yield Note(
                 "idle", f"{name} has no effect on the fitted losses: its estimate is meaningless"
             )
         elif on_bound[place]:
-            yield Note("bound", _on_bound(problem, name, float(state.theta[place])))
-    free = np.flatnonzero(~on_bound & ~idle)
-    more = " or ".join(law.levels)
-    if solution.noise.freedom == 0:
+            yield Note("bound", _on_bound(fitted, name, float(state.theta[place])))
+        elif fitted.freedom and errors[place] > FLAT_PROFILE * np.ptp(law.nonlinear[name]):
+            yield Note(
+                "undetermined",
+                f"{name} is hardly determined (standard error about {errors[place]:.2g}): many "
+                f"values fit as well; measure more levels of {more}",
+            )
+    if solution.freedom == 0:
         yield Note(
             "saturated",
             "as many parameters as points: the fit passes through the points and its error is "
             f"unknown, so there are no intervals; measure more levels of {more}, or give the "
             "points' standard errors",
         )
-    elif len(free):
-        scaled = jacobian[:, free] / lengths[free]
-        spread = np.sqrt(np.diag(np.linalg.pinv(scaled.T @ scaled))) / lengths[free]
-        errors = spread * math.sqrt(solution.noise.variance) / problem.size
-        for j, error in zip(free, errors, strict=True):
-            if error > FLAT * (problem.upper[j] - problem.lower[j]):
-                yield Note(
-                    "undetermined",
-                    f"{list(law.nonlinear)[j]} is hardly determined (standard error about "
-                    f"{error:.2g}): many values fit as well; measure more levels of {more}",
-                )
-    if "N" in law.levels:
-        sizes = np.unique(problem.variables["N"])
-        if sizes[-1] / sizes[0] < LADDER:
-            yield Note(
-                "short_ladder",
-                f"the sizes span a factor of {sizes[-1] / sizes[0]:.3g} in N, less than {LADDER}: "
-                "the exponents reflect the bases' training budgets; do not extrapolate them",
-            )
-        if len(sizes) == 3 and "L_star" in law.linear:
-            yield Note(
-                "three_sizes",
-                "three sizes determine L_star, B and beta without a check of the floor's form: "
-                "add a size before extrapolating in N",
-            )
-    if solution.parts and solution.misfit is None and len(solution.loss) <= len(law.parameters):
+    elif fitted.n_points <= len(law.parameters):
         yield Note(
             "no_misfit",
             "as many parameters as points: the law's own error is unknown, and intervals hold the "
             f"given standard errors only; measure more levels of {more}",
         )
+    if "N" in law.levels:
+        yield from _on_sizes(fitted)
 
 
-def _on_bound(problem: Problem, name: str, value: float) -> str:
+def _on_sizes(fitted: Diagnostics) -> Iterable[Note]:
+    sizes = np.unique(fitted.variables["N"])
+    if sizes[-1] / sizes[0] < LADDER:
+        yield Note(
+            "short_ladder",
+            f"the sizes span a factor of {sizes[-1] / sizes[0]:.3g} in N, less than {LADDER}: "
+            "the exponents reflect the bases' training budgets; do not extrapolate them",
+        )
+    if len(sizes) == 3 and "L_star" in fitted.law.linear:
+        yield Note(
+            "three_sizes",
+            "three sizes determine L_star, B and beta without a check of the floor's form: "
+            "add a size before extrapolating in N",
+        )
+    if 3 <= len(sizes) < 5 and len(fitted.solution.errors.starts):
+        yield Note(
+            "scatter_prior",
+            f"{len(sizes)} sizes hardly show how far bases scatter around the law: intervals use "
+            f"a prior, typically {100 * 0.01:g}% of the losses' range over N "
+            f"({fitted.solution.errors.typical:.2g} nats); add sizes to narrow them",
+        )
+
+
+def _on_bound(fitted: Diagnostics, name: str, value: float) -> str:
     """Warning that a parameter is on its bound, and the levels that would move it off."""
     text = f"{name} hit its bound {value:g}"
     along = "N" if name in ("beta", "gamma") else "k"
-    at_lower = value <= problem.law.nonlinear[name][0]
-    if at_lower and "k" in problem.variables and along in problem.variables:
-        levels = np.unique(problem.variables[along])
+    if value <= fitted.law.nonlinear[name][0] and {"k", along} <= fitted.variables.keys():
+        levels = np.unique(fitted.variables[along])
         if len(levels) <= FEW_LEVELS:
             listed = ", ".join(f"{level:g}" for level in levels)
             needed = f"k = {levels[-1] + 2:g} or more" if along == "k" else "sizes"
@@ -199,14 +368,13 @@ def _on_bound(problem: Problem, name: str, value: float) -> str:
 
 def _doubts(fitted: Diagnostics) -> Iterable[Note]:
     law = fitted.law
-    for name, ends in fitted.intervals.items():
-        bounds = law.nonlinear.get(name)
-        if bounds is not None and ends[1] >= bounds[-1] and fitted.parameters[name] < bounds[-1]:
-            yield Note(
-                "open_interval",
-                f"the interval of {name} reaches its upper bound {bounds[-1]:g}: the points do not "
-                "limit it upwards; measure more levels of " + " or ".join(law.levels),
-            )
+    for outlier in fitted.outliers:
+        place = ", ".join(f"{name} = {outlier[name]:.4g}" for name in fitted.variables)
+        yield Note(
+            "outlier",
+            f"the point {place} is {outlier['error']:+.2g} nats off the law of all others: check "
+            "it, or fit with robust=True",
+        )
     scored = [rival for rival in fitted.rivals if rival["aicc"] is not None]
     aicc = min((r["aicc"] for r in scored if r["law"] in (law.name, *NESTED)), default=-math.inf)
     better = [rival for rival in scored if rival["aicc"] < aicc - CLEARLY]
@@ -214,18 +382,21 @@ def _doubts(fitted: Diagnostics) -> Iterable[Note]:
         yield Note(
             "better_rival",
             f"law {better[0]['law']} describes the points better (AICc lower by "
-            f"{aicc - better[0]['aicc']:.1f}): compare its forecasts before extrapolating",
+            f"{aicc - better[0]['aicc']:.1f}): intervals of forecasts include it",
         )
     for name, forecast in fitted.holdout.items():
-        if forecast["same"] is not None and forecast["error"] > forecast["same"]:
+        if forecast["held"] is False:
+            same = "" if forecast["same"] is None else (
+                f' ("same as the last point" by {forecast["same"]:.2g})'
+            )
             yield Note(
                 "holdout",
                 f"with {name} = {forecast['value']:g} held out, the law misses it by "
-                f'{forecast["error"]:.2g} nats and "same as the last point" by '
-                f"{forecast['same']:.2g}: do not forecast larger {name} with this law",
+                f"{forecast['error']:.2g} nats{same}, more than its interval: do not forecast "
+                f"larger {name} with this law",
             )
     sign_runs = fitted.runs
-    if sign_runs is not None and sign_runs["p"] < FEW_RUNS:
+    if sign_runs is not None and sign_runs["p"] < UNLIKELY:
         yield Note(
             "runs",
             f"residuals keep their sign: {sign_runs['found']:g} runs, about "
@@ -244,7 +415,8 @@ def _groups(variables: Mapping[str, Array], along: str) -> Iterable[NDArray[np.i
     others = [values for name, values in variables.items() if name != along]
     others = others or [np.zeros(len(variables[along]))]
     numbers = np.unique(np.column_stack(others), axis=0, return_inverse=True)[1].ravel()
-    return [np.flatnonzero(numbers == number) for number in range(numbers.max() + 1)]
+    order = np.argsort(numbers, kind="stable")
+    return np.split(order, np.flatnonzero(np.diff(numbers[order])) + 1)
 
 
 def _rises(fitted: Result) -> bool:

@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -10,11 +9,16 @@ import pandas as pd
 from numpy.typing import ArrayLike, NDArray
 
 from mergelaw.errors import MergelawError
-from mergelaw.laws.covariance import Part
-from mergelaw.laws.diagnostics import Diagnostics, or_none
+from mergelaw.laws.covariance import (
+    Errors,
+    checked_covariance,
+    errors_of,
+    sampling_covariance,
+)
+from mergelaw.laws.diagnostics import Diagnostics
 from mergelaw.laws.law import Array, Law
-from mergelaw.laws.result import LEVEL
-from mergelaw.laws.solve import solve, solve_again
+from mergelaw.laws.projection import Problem, State
+from mergelaw.laws.result import LEVEL, POOL, Solution, free_parameters
 from mergelaw.laws.summary import fit_text
 
 
@@ -25,57 +29,62 @@ class Fit(Diagnostics):
         """Fit another law, or this one, to the same points or to those in a mask."""
         solution = self.solution
         kept = np.ones(self.n_points, dtype=bool) if kept is None else kept
-        # The laws' shared exponents are about equal, so a smaller grid of starts is enough.
-        starts = {
-            name: tuple(sorted({box[0], self.parameters[name], box[-1]}))
-            if name in ("beta", "gamma") and name in self.law.nonlinear
-            else box
-            for name, box in law.nonlinear.items()
-        }
         table = {name: values[kept] for name, values in self.variables.items()}
-        return fit(
-            replace(law, nonlinear=starts),
-            {**table, law.response: self.loss[kept]},
-            covariance=[part.select(kept) for part in solution.parts],
-            misfit=solution.misfit,
-            scatter=solution.scatter,
-        )
+        covariance = solution.covariance
+        if covariance is not None:
+            covariance = covariance[kept] if covariance.ndim == 1 else covariance[kept][:, kept]
+        misfit, scatter = solution.given
+        near = solution.state.theta if law is self.law else None
+        return _fitted(law, table, self.loss[kept], covariance, misfit, scatter, near=near)
 
     def summary(self) -> str:
-        """The fit as text: parameters, quality, hold-out forecasts, rivals and warnings."""
+        """The fit as text: parameters, quality, verdict, hold-out forecasts, forms and warnings."""
         return fit_text(self.to_dict(), self.law.equation)
 
     def to_dict(self) -> dict[str, Any]:
         """The fit as values that strict JSON can hold; undefined numbers are None."""
-        return {
+        values = {
             "law": self.law.name,
             "parameters": dict(self.parameters),
+            "on_bound": list(self.on_bound),
             "level": LEVEL,
-            "intervals": {n: list(map(or_none, ends)) for n, ends in self.intervals.items()},
-            "experts_intervals": {
-                n: list(map(or_none, ends)) for n, ends in self.experts_intervals.items()
-            },
-            "r2": or_none(self.r2),
+            "population": POOL,
+            "intervals": self.intervals,
+            "experts_intervals": self.experts_intervals,
+            "verdict": self.verdict,
+            "r2": self.r2,
             "rmse": self.rmse,
-            "misfit": or_none(self.misfit),
-            "scatter": or_none(self.scatter),
-            "freedom": or_none(self.freedom),
-            "aicc": or_none(self.aicc),
-            "rivals": list(self.rivals),
-            "left_out": dict(self.holdout),
+            "misfit": self.misfit,
+            "scatter": self.scatter,
+            "freedom": self.freedom,
+            "aicc": self.aicc,
+            "rivals": self.rivals,
+            "left_out": self.holdout,
+            "outliers": self.outliers,
             "runs": self.runs,
             "n_points": self.n_points,
             "residuals": self.residuals.tolist(),
             "warnings": list(map(str, self.warnings)),
             "doubts": list(map(str, self.doubts)),
         }
+        return {name: plain(value) for name, value in values.items()}
+
+
+def plain(value: Any) -> Any:
+    """The value as strict JSON can hold it: no tuples, no infinite or undefined numbers."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {name: plain(item) for name, item in value.items()}
+    return [plain(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 def fit(
     law: Law,
     table: pd.DataFrame | Mapping[str, ArrayLike],
     *,
-    covariance: ArrayLike | Sequence[Part] | None = None,
+    covariance: Any = None,
+    documents: ArrayLike | None = None,
     misfit: float | None = None,
     scatter: float | None = None,
     jackknife: Sequence[pd.DataFrame] = (),
@@ -83,16 +92,20 @@ def fit(
     """Fit a law by generalised least squares; no starting values are needed.
 
     The points' covariance is ``covariance`` + misfit^2 1 + scatter^2 Z Z': errors of measurement,
-    of the law at each point, and of the law in common at each base.
+    of the law at each point, and of the law in common at each base. Points of a study, which carry
+    their errors, are fitted by ``fit_points``.
 
     Args:
         law: one of ``LAWS``, or a law of your own.
         table: the law's variables by name (N > 0 in billions of parameters, k >= 1) and the loss
             ``ce`` (nats per token, > 0), or the law's other response; optionally standard errors
-            ``se``.
-        covariance: (points, points), in the table's order, or its parts; replaces ``se``.
-        misfit, scatter: standard deviations (nats per token). None estimates them from the
-            residuals: misfit needs more points than parameters, scatter five sizes or more.
+            ``se``, independent between points.
+        covariance: (points, points), in the table's order; replaces ``se``. One between bases
+            replaces the scatter.
+        documents: (points, any), a factor F of the covariance F F' over documents like the
+            evaluated ones. It widens intervals of that population and weights nothing.
+        misfit, scatter: standard deviations (nats per token). None estimates them: the misfit from
+            residuals, which needs more points than parameters, the scatter also from a prior.
         jackknife: for intervals about experts like these, one table per expert: some of the rows,
             with the losses without that expert.
 
@@ -103,59 +116,160 @@ def fit(
         if value is not None and not (math.isfinite(value) and value >= 0):
             raise MergelawError(f"{name} is {value:g}: give a standard deviation of 0 or more")
     variables, loss = _checked(law, table)
-    parts = _parts(table, covariance, len(loss))
-    if misfit == 0 and not parts:
+    known = _known(table, covariance, len(loss))
+    if misfit == 0 and known is None:
         raise MergelawError(
             "misfit 0 without standard errors leaves no uncertainty at all: omit it"
         )
     # Sums of floats depend on the order of the points, so sort them.
     order = np.lexsort((loss, *reversed(variables.values())))
+    if known is not None:
+        known = known[order] if known.ndim == 1 else known[order][:, order]
+    factor = None if documents is None else np.asarray(documents, dtype=float)[order]
     ordered = {name: values[order] for name, values in variables.items()}
-    selected = tuple(part.select(order) for part in parts)
-    solution = solve(law, ordered, loss[order], selected, misfit, scatter)
-    residuals = np.empty_like(loss)
-    residuals[order] = solution.residuals
-    return Fit(
-        law=law,
-        parameters=solution.problem.parameters(solution.state),
-        residuals=residuals,
-        solution=solution,
-        jackknife=tuple(solve_again(solution, *_checked(law, other)) for other in jackknife),
+    return _fitted(
+        law, ordered, loss[order], known, misfit, scatter, factor, np.argsort(order), jackknife
     )
 
 
-def _parts(
-    table: pd.DataFrame | Mapping[str, ArrayLike],
-    covariance: ArrayLike | Sequence[Part] | None,
-    points: int,
-) -> tuple[Part, ...]:
-    """Known parts of the points' covariance, checked, without zero parts."""
-    if covariance is None:
-        if "se" not in table:
-            return ()
-        errors = np.asarray(table["se"], dtype=float)
-        if not np.isfinite(errors).all() or (errors < 0).any():
-            raise MergelawError(
-                "column se has values below 0 or not finite: give standard errors of 0 or more"
-            )
-        return (Part(np.diag(errors**2)),) if errors.any() else ()
-    if isinstance(covariance, Sequence) and all(isinstance(part, Part) for part in covariance):
-        parts = tuple(part for part in covariance if isinstance(part, Part))
+def fit_points(law: Law, points: pd.DataFrame, misfit: float | None = None) -> Fit:
+    """Fit a law to points of one method, family and domain with all that they carry.
+
+    Every fit of a study, a report, a forecast and a plan is made here, so they give one answer.
+
+    Args:
+        points: N, k, ce, base and, if known, the errors of ``noise.describe`` or ``se``.
+        misfit: standard deviation (nats per token); None estimates it.
+
+    Raises:
+        MergelawError: as ``fit``.
+    """
+    documents = None
+    if "documents" in points and points["documents"].notna().all():
+        documents = np.vstack(points["documents"].to_list())
+    tables: list[pd.DataFrame] = []
+    if "without" in points:
+        rest = points[points["without"].notna()]
+        few = any(rest[name].nunique() < levels for name, levels in law.levels.items())
+        if not few and len(rest) >= len(law.parameters):
+            tables = [rest.assign(ce=ce) for ce in np.transpose(rest["without"].to_list())]
+    table = points.drop(columns=[name for name in ("se",) if name in points])
+    return fit(
+        law,
+        table,
+        covariance=sampling_covariance(points),
+        documents=documents,
+        misfit=misfit,
+        jackknife=tables,
+    )
+
+
+def _fitted(
+    law: Law,
+    variables: Mapping[str, Array],
+    loss: Array,
+    covariance: Any,
+    misfit: float | None,
+    scatter: float | None,
+    documents: Array | None = None,
+    order: NDArray[np.intp] | None = None,
+    jackknife: Sequence[pd.DataFrame] = (),
+    near: Array | None = None,
+) -> Fit:
+    """Fit of checked points in the solver's order; residuals are put in the ``order``."""
+    _check_levels(law, variables, loss)
+    shares_bases = {"N", "k"} <= variables.keys() and len(np.unique(variables["N"])) < len(loss)
+    errors = errors_of(loss, variables["N"] if shares_bases else None, covariance)
+    plain_problem = Problem(law, variables, loss)
+    state = plain_problem.minimum(near)
+    saturated = len(loss) <= len(law.parameters)
+    given = misfit, scatter
+    if saturated and misfit is None and covariance is not None:
+        given = 0.0, scatter  # the standard errors are all that is known
+    if saturated and given[0] is None:
+        problem, likeliest, freedom = plain_problem, (math.nan, scatter or 0.0, math.nan), 0.0
     else:
-        parts = (Part(np.asarray(covariance, dtype=float)),)
-    for part in parts:
-        matrix = part.matrix
-        if matrix.shape != (points, points) or not np.isfinite(matrix).all():
-            raise MergelawError(
-                f"covariance has the shape {matrix.shape} or values that are not finite: give a "
-                f"finite matrix of {points} by {points}, in the order of the table's rows"
+        problem, state, likeliest = _weighted(plain_problem, state, errors, *given)
+        free = int(free_parameters(problem, state).sum())
+        freedom = float(len(loss) - free) if given[0] is None else math.inf
+    solution = Solution(
+        problem=problem,
+        state=state,
+        loss=loss,
+        errors=errors,
+        misfit=likeliest[0],
+        scatter=likeliest[1],
+        given=given,
+        deviance=likeliest[2],
+        covariance=covariance,
+        documents=documents,
+        freedom=freedom,
+    )
+    return Fit(
+        law=law,
+        parameters=problem.parameters(state),
+        residuals=solution.residuals if order is None else solution.residuals[order],
+        solution=solution,
+        jackknife=tuple(_again(solution, *_checked(law, other)) for other in jackknife),
+    )
+
+
+def _weighted(
+    plain_problem: Problem,
+    state: State,
+    errors: Errors,
+    misfit: float | None,
+    scatter: float | None,
+) -> tuple[Problem, State, tuple[float, float, float]]:
+    """Weighted minimum, with misfit, scatter and the greatest likelihood's deviance."""
+    law, variables = plain_problem.law, plain_problem.variables
+    loss = plain_problem.loss * plain_problem.size
+    problem = plain_problem
+    even = not errors.known.any() and not len(errors.starts)
+    for _ in range(1 if even else 2):
+        left = loss - law.predict(problem.parameters(state), **variables)
+        slopes = plain_problem.slopes(state) * problem.size
+        tangent = np.column_stack([plain_problem.columns(state.theta), slopes])
+        tangent = tangent[:, free_parameters(problem, state)]
+        likeliest = errors.likeliest(left, tangent, misfit, scatter)[:2]
+        if not even:
+            deviations = likeliest
+            problem = Problem(
+                law,
+                variables,
+                loss,
+                lambda columns: errors.whiten(errors.rotate(columns), *deviations),
             )
-        least = np.linalg.eigvalsh(matrix)[0]
-        if not np.allclose(matrix, matrix.T) or least < -1e-9 * np.abs(matrix).max():
-            raise MergelawError(
-                "covariance is not symmetric with eigenvalues >= 0: give one that is"
-            )
-    return tuple(part for part in parts if part.matrix.any())
+            state = problem.descend(problem.project(state.theta))
+    if not even:
+        state = min(problem.minimum(), state, key=lambda other: other.squares)
+    left = loss - law.predict(problem.parameters(state), **variables)
+    return problem, state, (*likeliest, errors.likeliest(left, None, misfit, scatter)[2])
+
+
+def _again(solution: Solution, variables: Mapping[str, Array], loss: Array) -> dict[str, float]:
+    """Parameters of a law refitted to other losses at some points."""
+    problem = Problem(solution.problem.law, variables, loss)
+    return problem.parameters(problem.descend(problem.project(solution.state.theta)))
+
+
+def _known(
+    table: pd.DataFrame | Mapping[str, ArrayLike], covariance: Any, points: int
+) -> Any:
+    """Known variances (points,) or sparse covariance, checked; None if all are 0."""
+    if covariance is not None:
+        if getattr(covariance, "ndim", 2) == 1:  # made by fit_points
+            return covariance
+        matrix = checked_covariance(covariance, points)
+        return matrix if matrix.nnz else None
+    if "se" not in table:
+        return None
+    errors = np.asarray(table["se"], dtype=float)
+    if not np.isfinite(errors).all() or (errors < 0).any():
+        raise MergelawError(
+            "column se has values below 0 or not finite: give standard errors of 0 or more"
+        )
+    return errors**2 if errors.any() else None
 
 
 def _checked(
@@ -183,11 +297,14 @@ def _checked(
     for name in law.fixed:
         if name in table and len(np.unique(np.asarray(table[name]))) > 1:
             raise MergelawError(
-                f"law {law.name} is for one value of {name} but the table has several: "
-                f"fit them separately, or fit a law of {name}"
+                f"law {law.name} is for one value of {name}: the table has several; split it"
             )
+    return columns, loss
+
+
+def _check_levels(law: Law, variables: Mapping[str, Array], loss: Array) -> None:
     for name, levels in law.levels.items():
-        distinct = np.unique(columns[name])
+        distinct = np.unique(variables[name])
         if len(distinct) < levels:
             listed = ", ".join(f"{value:g}" for value in distinct)
             raise MergelawError(
@@ -199,4 +316,3 @@ def _checked(
             f"law {law.name} has {len(law.parameters)} parameters and the table {len(loss)} "
             "points: measure more levels of " + " or ".join(law.levels)
         )
-    return columns, loss

@@ -119,6 +119,7 @@ JOINT, FIXED_N = zip(
         {"c": (0.02, 0.1, 0.3, 0.7, 1.2, 2.0, 4.0)},
     ),
     _laws_in_k("logarithmic", "{A} (-log k)", lambda k: (-np.log(k),), {}),
+    _laws_in_k("root", "{A} k^-0.5", lambda k: (k**-0.5,), {}),
     # A bounded loss that grows with k; the paper's law for TIES with lambda = 1.
     _laws_in_k(
         "interference",
@@ -130,8 +131,8 @@ JOINT, FIXED_N = zip(
     ),
     strict=True,
 )
-MERGING, INVERSE, POWER, EXPONENTIAL, _, INTERFERENCE = JOINT
-MERGING_FIXED_N, INVERSE_FIXED_N, _, _, _, INTERFERENCE_FIXED_N = FIXED_N
+MERGING, INVERSE, POWER, EXPONENTIAL, *_, INTERFERENCE = JOINT
+MERGING_FIXED_N, INVERSE_FIXED_N, *_, INTERFERENCE_FIXED_N = FIXED_N
 
 # Variance of the loss over random k-subsets of a pool of M. For a loss that is quadratic along
 # equal-weight means the additive part and the pair part of the experts' effects are uncorrelated.
@@ -152,5 +153,25 @@ VARIANCE = Law(
 )
 LAWS = {law.name: law for law in (*JOINT, *FIXED_N, VARIANCE)}
 RIVALS = {laws[0].name: laws[1:] for laws in (JOINT, FIXED_N)}
+# The laws without k, a constant for each base: what a law that holds must beat.
+_FLAT = (
+    Law(
+        name="flat",
+        equation="E[L|N,k] = L_star + B N^-beta",
+        levels={"N": 3, "k": 2},
+        linear=("L_star", "B"),
+        nonlinear={"beta": EXPONENT},
+        basis=lambda N, k, beta: (1.0, N**-beta),
+    ),
+    Law(
+        name="flat_fixed_N",
+        equation="E[L|k] = L_inf",
+        levels={"k": 2},
+        linear=("L_inf",),
+        nonlinear={},
+        basis=lambda k: (1.0,),
+    ),
+)
+FLAT = {JOINT[0].name: _FLAT[0], FIXED_N[0].name: _FLAT[1]}
 # The merging law with b = 0: its lower AICc does not speak against the merging law.
 NESTED = (INVERSE.name, INVERSE_FIXED_N.name)

@@ -1,6 +1,7 @@
 """Errors of points, estimated from cells: design, documents and pool."""
 
 import itertools
+import math
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from math import comb
@@ -9,7 +10,6 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from mergelaw.laws.covariance import Part, circle_part
 from mergelaw.laws.law import Array
 from mergelaw.laws.notes import Note
 from mergelaw.laws.points import CIRCLE, MACRO, POINT
@@ -43,10 +43,12 @@ def describe(
     Returns:
         Warnings on unknown errors, after the table with the columns
 
-        - ``documents`` and ``design``: rows of the covariances (nats^2) with the points of the same
-          method, family and domain, in the table's order; 0 where unknown;
-        - ``freedom``: degrees of freedom of the base's part of the design; NaN if it has none;
-        - ``se``: standard error (nats per token) from both; NaN where neither is known;
+        - ``design``: rows F of a factor of the sampling covariance F F' of a base's points (nats);
+          zeros where there is none or it is unknown;
+        - ``freedom``: degrees of freedom of its scale; NaN if it is exact;
+        - ``documents``: rows of a factor of the covariance over documents like the evaluated ones,
+          of all points of a method, family and domain (nats); None where unknown;
+        - ``se``: standard error of sampling (nats per token); NaN where it has none;
         - ``variance``: of the loss over the pool's subsets (nats^2); NaN for a single subset;
         - ``without``: the loss without each expert of the pool in turn; None unless all subsets
           are measured.
@@ -66,15 +68,14 @@ def describe(
         if unknown:
             single.setdefault(str(group["method"].iloc[0]), set()).update(unknown)
         shared = _documents(sums, group, *map(str, group[GROUP].iloc[0]))
-        shared = np.zeros_like(design) if shared is None else shared
-        variance = np.diag(design) + np.diag(shared)
+        variance = np.sum(design**2, axis=1)
         keys = pd.MultiIndex.from_frame(group[[*PLACE, "k"]])
         columns = {
-            "documents": list(shared),
+            "documents": [None] * len(group) if shared is None else list(_compressed(shared)),
             "design": list(design),
             "freedom": freedom,
             "se": np.where(variance > 0, np.sqrt(variance), np.nan),
-            "variance": spread.reindex(keys).to_numpy() + np.diag(design),
+            "variance": spread.reindex(keys).to_numpy() + variance,
             "without": [jackknife.get(key) for key in keys],
         }
         parts.append(pd.DataFrame(columns, index=group.index))
@@ -94,7 +95,7 @@ def _group_design(
     shapes: Mapping[Any, Shape],
     tau2: Tau2,
 ) -> tuple[Array, Array, list[str]]:
-    """Sampling covariance of a group's points, its freedom, and bases where both are unknown."""
+    """Factor of the sampling covariance, its freedom, and bases where both are unknown."""
     method, family, domain = map(str, group[GROUP].iloc[0])
     count = len(group)
     design, freedom, unknown = np.zeros((count, count)), np.full(count, np.nan), []
@@ -106,9 +107,26 @@ def _group_design(
         if part is None:
             unknown.append(base)
         else:
-            design[np.ix_(rows, rows)] = part.matrix
-            freedom[rows] = part.freedom
-    return design, freedom, unknown
+            factor = _compressed(_root(part[0]))
+            design[rows, : factor.shape[1]] = factor
+            freedom[rows] = part[1]
+    return design[:, : max(int(design.any(axis=0).sum()), 1)], freedom, unknown
+
+
+def _root(matrix: Array) -> Array:
+    """A factor F of a covariance F F'."""
+    values, vectors = np.linalg.eigh(matrix)
+    root: Array = vectors * np.sqrt(np.maximum(values, 0))
+    return root
+
+
+def _compressed(factor: Array) -> Array:
+    """The factor's leading directions, which hold all but a millionth of its variance."""
+    left, values, _ = np.linalg.svd(factor, full_matrices=False)
+    rest = np.cumsum(values[::-1] ** 2)[::-1]
+    kept = max(int((rest > 1e-6 * rest[0]).sum()), 1)
+    compressed: Array = (left * values)[:, :kept]
+    return compressed
 
 
 def of_one_circle(rows: pd.DataFrame) -> pd.DataFrame:
@@ -159,24 +177,30 @@ def _shape(merges: pd.DataFrame) -> Shape:
     return {(a, b): float(np.sum(excess[a] * excess[b])) for a in excess for b in excess}
 
 
-def _design(circles: pd.DataFrame, shape: Shape, tau2: float | None) -> Part | None:
-    """Sampling covariance of a base's points from estimates by k and circle; None if unknown."""
+def _design(
+    circles: pd.DataFrame, shape: Shape, tau2: float | None
+) -> tuple[Array, float] | None:
+    """Sampling covariance of a base's points and its freedom, NaN if exact; None if unknown.
+
+    A covariance estimated level by level from three circles has rank two and misleads as weights,
+    so the variance between circles gives the scale of the shape only.
+    """
     total = np.zeros((len(circles), len(circles)))
     drawn = circles.drop(columns=-1, errors="ignore")
     sampled = drawn.notna().all(axis=1).to_numpy() & bool(drawn.shape[1])
     levels = circles.index[sampled]
     unit = np.array([[shape.get((a, b), 0.0) for b in levels] for a in levels])
     if not unit.any():
-        return Part(total)  # exhaustive, or every circle has the same subsets
+        return total, np.nan  # exhaustive, or every circle has the same subsets
     means = drawn[sampled].to_numpy().T
     if len(means) > 1:
-        part = circle_part(means, unit)
+        scale = float(np.var(means, axis=0, ddof=1).sum()) / float(np.trace(unit)) / len(means)
     elif tau2 is not None:
-        part = Part(tau2 * unit)
+        scale = tau2
     else:
         return None
-    total[np.ix_(sampled, sampled)] = part.matrix
-    return Part(total, part.freedom)
+    total[np.ix_(sampled, sampled)] = scale * unit
+    return total, len(means) - 1 if len(means) > 1 else np.nan
 
 
 def _jackknife(merges: pd.DataFrame) -> dict[tuple[Any, ...], list[float]]:
@@ -221,15 +245,14 @@ def _document_sums(pieces: Iterable[pd.DataFrame]) -> DocumentSums:
 def _documents(
     sums: DocumentSums, points: pd.DataFrame, method: str, family: str, domain: str
 ) -> Array | None:
-    """Covariance of a group's points over documents like the evaluated ones; None if unknown."""
+    """Factor of a group's covariance over documents like the evaluated ones; None if unknown."""
     if not sums:
         return None
     if domain == MACRO:
         domains = sorted({place[3] for place in sums if place[:2] == (method, family)})
         parts = [_documents(sums, points, method, family, name) for name in domains]
-        start = np.zeros((len(points), len(points)))
-        total = sum((part for part in parts if part is not None), start)
-        return total / len(domains) ** 2 if all(p is not None for p in parts) else None
+        known = [part for part in parts if part is not None]
+        return np.hstack(known) / len(domains) if len(known) == len(parts) else None
     errors: list[Array] = []
     for base, k in points[["base", "k"]].itertuples(index=False):
         circles = sums.get((method, family, base, domain, k))
@@ -238,11 +261,11 @@ def _documents(
         nll = np.mean([total / count for total, count, _ in circles.values()], axis=0)
         tokens = next(iter(circles.values()))[2]
         errors.append((nll - nll.sum() / tokens.sum() * tokens) / tokens.sum())
-    covariance = np.zeros((len(points), len(points)))
+    factors = []
     # Pair only bases with the same documents: tokenizers may drop different ones.
-    for count in {len(error) for error in errors}:
+    for count in sorted({len(error) for error in errors}):
+        factor = np.zeros((len(points), count))
         rows = [i for i, error in enumerate(errors) if len(error) == count]
-        table = np.array([errors[i] for i in rows])
-        if count > 1:
-            covariance[np.ix_(rows, rows)] = table @ table.T * count / (count - 1)
-    return covariance
+        factor[rows] = [errors[i] for i in rows]
+        factors.append(factor * math.sqrt(count / max(count - 1, 1)))
+    return np.hstack(factors)

@@ -186,15 +186,9 @@ def _named(path: Path, table: pd.DataFrame) -> pd.DataFrame:
 
 def _written(table: pd.DataFrame) -> tuple[pd.DataFrame, list[Note]]:
     """A table that `mergelaw fit` wrote, or a part of one, ready to be fitted again."""
-    plain = table.drop(columns=[name for name in WRITTEN if name in table])
-    if not {"documents", "design", "se"} <= set(table):
-        return plain, []
-    plain = plain.assign(se=plain["se"].fillna(0))  # NaN: unknown
-    size = table.groupby(["method", "family", "domain"])["k"].transform("size")
-    if all((size == table[name].map(np.size)).all() for name in ("documents", "design")):
-        return table.assign(se=plain["se"]), []
-    text = "rows of a written table are missing: of its covariances only se is used"
-    return plain, [Note("incomplete", text)]
+    if {"documents", "design", "se"} <= set(table):
+        return table.assign(se=table["se"].fillna(0)), []  # NaN: unknown
+    return table.drop(columns=[name for name in WRITTEN if name in table]), []
 
 
 def _read(path: Path) -> pd.DataFrame:

@@ -1,150 +1,105 @@
-"""Pooled fits: parameters shared by the evaluation domains of a method, chosen by AICc.
+"""Partial pooling: domains' exponents and b shrunk towards each other as far as the points say.
 
-Each domain has its own floor and amplitude; beta, gamma and b are each shared or separate.
+Each nonlinear parameter of a domain is its mean over all domains plus a deviation, normal with a
+variance between domains that is estimated (random effects, Paule and Mandel 1982). A domain whose
+own points determine the parameter keeps it; one whose points do not gets the mean.
 """
 
-import itertools
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-from scipy.special import stdtrit
 
-from mergelaw.laws import profile
+from mergelaw.errors import MergelawError
+from mergelaw.laws.diagnostics import Diagnostics
 from mergelaw.laws.law import Array
-from mergelaw.laws.projection import Problem, State
-from mergelaw.laws.result import LEVEL, Result
 
-# Descents end when a step reduces the squares by less than this share.
-ENOUGH = 1e-9
-# Residuals below this share of the loss are rounding errors.
-ROUNDED = 1e-9
+# Standard deviations below this are rounding errors.
+LEAST = 1e-9
 
 
-def pool_domains(fits: Mapping[str, Result]) -> dict[str, Any] | None:
-    """Choose parameters that all domains share; each domain keeps its fit's weights and noise.
+def pool_domains(fits: Mapping[str, Diagnostics]) -> dict[str, Any] | None:
+    """Pool the joint fits of a method's domains.
 
     Returns:
-        The ``shared`` parameters, their ``parameters`` (values) and 90% ``intervals`` for this
-        pool, all parameters of each of the ``domains``, and the ``ways`` to share with their AICc,
-        best first; None with too few domains or points.
+        ``parameters``: for each nonlinear parameter the mean over domains, its 90% ``interval``, and
+        the standard deviation ``between`` domains; ``domains``: all parameters of each domain,
+        shrunk; ``out_of_sample``: root mean squared error (nats per token) of the largest k,
+        forecast from the others with domains ``apart``, ``partial``ly pooled and all ``shared``.
+        None with fewer than three domains, or where one has no misfit.
     """
-    if len(fits) < 2 or any(fitted.freedom == 0 for fitted in fits.values()):
+    drawn = {domain: fitted for domain, fitted in fits.items() if fitted.posterior is not None}
+    if len(drawn) < 3:
         return None
-    names = list(next(iter(fits.values())).law.nonlinear)
-    points = sum(fitted.n_points for fitted in fits.values())
-    linear = len(next(iter(fits.values())).law.linear)
-    ways: list[tuple[float, tuple[str, ...], _Together, State]] = []
-    for size in range(len(names) + 1):
-        for shared in itertools.combinations(names, size):
-            problem = _Together(list(fits.values()), shared)
-            state = problem.descend(problem.project(problem.start), ENOUGH)
-            n_free = len(fits) * linear + len(state.theta)
-            if points - n_free - 1 <= 0:
-                continue
-            deviance = state.squares * problem.size**2
-            aicc = deviance + 2 * n_free * points / (points - n_free - 1)
-            ways.append((aicc, shared, problem, state))
-    if all(shared for _, shared, _, _ in ways):  # too few points for separate fits
-        return None
-    ways.sort(key=lambda way: way[0])
-    best, shared, problem, state = ways[0]
-    values = problem.parameters_of_each(state)
-    quantile = float(stdtrit(points - len(fits) * linear - len(state.theta), (1 + LEVEL) / 2))
-    threshold = (quantile / problem.size) ** 2
+    theta, summary = _shrunk(list(drawn.values()))
     return {
-        "shared": list(shared),
-        "parameters": {name: values[0][name] for name in shared},
-        "intervals": {
-            name: list(profile.nonlinear_interval(problem, state, j, threshold))
-            for j, name in enumerate(shared)
+        "parameters": summary,
+        "domains": {
+            domain: _at(fitted, row)
+            for (domain, fitted), row in zip(drawn.items(), theta["partial"], strict=True)
         },
-        "domains": dict(zip(fits, values, strict=True)),
-        "ways": [
-            {"shared": list(names), "aicc": aicc, "above": aicc - best}
-            for aicc, names, _, _ in ways
-        ],
+        "out_of_sample": _scores(list(drawn.values())),
     }
 
 
-@dataclass(frozen=True)
-class _States(State):
-    """A state of several problems, with the state of each."""
+def _shrunk(fits: list[Diagnostics]) -> tuple[dict[str, Array], dict[str, Any]]:
+    """Nonlinear parameters (domains, parameters) apart, partially pooled and shared; a summary."""
+    from statsmodels.stats.meta_analysis import combine_effects
 
-    each: tuple[State, ...]
+    law = fits[0].law
+    apart = np.array([fitted.solution.state.theta for fitted in fits])
+    partial, shared, summary = apart.copy(), apart.copy(), {}
+    for j, name in enumerate(law.nonlinear):
+        draws = [_drawn(fitted)[:, len(law.linear) + j] for fitted in fits]
+        means = np.array([values.mean() for values in draws])
+        variances = np.array([values.var() for values in draws]) + LEAST**2
+        combined = combine_effects(means, variances, method_re="iterated")
+        between = max(float(combined.tau2), 0.0)
+        mean = float(combined.mean_effect_re)
+        weight = between / (between + variances)
+        partial[:, j] = weight * means + (1 - weight) * mean
+        shared[:, j] = float(combined.mean_effect_fe)
+        reach = 1.645 * float(combined.sd_eff_w_re)
+        box = law.nonlinear[name]
+        summary[name] = {
+            "mean": mean,
+            "interval": [max(mean - reach, box[0]), min(mean + reach, box[-1])],
+            "between": math.sqrt(between),
+        }
+    return {"apart": apart, "partial": partial, "shared": shared}, summary
 
 
-class _Together(Problem):
-    """The problems of several fits as one: shared nonlinear parameters, then those of each fit."""
+def _drawn(fitted: Diagnostics) -> Array:
+    assert fitted.posterior is not None
+    return fitted.posterior.parameters
 
-    def __init__(self, fits: Sequence[Result], shared: tuple[str, ...]) -> None:
-        self.law = fits[0].law
-        names = list(self.law.nonlinear)
-        self.problems = [fitted.solution.problem for fitted in fits]
-        self.shared = [names.index(name) for name in shared]
-        self.separate = [j for j in range(len(names)) if j not in self.shared]
-        # Scale every fit's residuals to their standard deviation.
-        scales = []
-        for fitted in fits:
-            problem, noise = fitted.solution.problem, fitted.solution.noise
-            deviation = max(math.sqrt(noise.variance), ROUNDED * problem.size)
-            scales.append(problem.size / deviation)
-        self.size = float(np.linalg.norm(scales))
-        self.scales = np.array(scales) / self.size
-        self.loss = np.concatenate(
-            [s * p.loss for s, p in zip(self.scales, self.problems, strict=True)]
+
+def _at(fitted: Diagnostics, theta: Array) -> dict[str, float]:
+    """All parameters of a domain at given nonlinear ones."""
+    problem = fitted.solution.problem
+    return problem.parameters(problem.project(np.clip(theta, problem.lower, problem.upper)))
+
+
+def _scores(fits: list[Diagnostics]) -> dict[str, float] | None:
+    """Errors of the largest k with each way to pool; None with too few points."""
+    rests, targets = [], []
+    for fitted in fits:
+        kept = fitted.variables["k"] < fitted.variables["k"].max()
+        try:
+            rests.append(fitted.refit(fitted.law, kept))
+        except MergelawError:
+            return None
+        targets.append(
+            ({name: values[~kept] for name, values in fitted.variables.items()}, fitted.loss[~kept])
         )
-        each = [fitted.solution.state.theta for fitted in fits]
-        first = self.problems[0]
-        self.start = self._joined(np.median(each, axis=0), each)
-        self.lower = self._joined(first.lower, [first.lower] * len(fits))
-        self.upper = self._joined(first.upper, [first.upper] * len(fits))
-
-    def _joined(self, common: Array, each: Sequence[Array]) -> Array:
-        return np.concatenate([common[self.shared], *(theta[self.separate] for theta in each)])
-
-    def _split(self, theta: Array) -> list[Array]:
-        """The nonlinear parameters of each fit."""
-        each = np.empty((len(self.problems), len(self.shared) + len(self.separate)))
-        each[:, self.shared] = theta[: len(self.shared)]
-        each[:, self.separate] = theta[len(self.shared) :].reshape(len(each), -1)
-        return list(each)
-
-    def project(self, theta: Array) -> State:
-        """State of all problems at ``theta``."""
-        states = [
-            problem.project(part)
-            for problem, part in zip(self.problems, self._split(theta), strict=True)
+    if any(rest.posterior is None for rest in rests):
+        return None
+    scores = {}
+    for way, theta in _shrunk(rests)[0].items():
+        errors = [
+            loss - rest.law.predict(_at(rest, row), **variables)
+            for rest, row, (variables, loss) in zip(rests, theta, targets, strict=True)
         ]
-        residuals = np.concatenate(
-            [scale * state.residuals for scale, state in zip(self.scales, states, strict=True)]
-        )
-        return _States(
-            theta,
-            np.concatenate([state.coefficients for state in states]),
-            residuals,
-            np.empty((0, 0)),
-            float(residuals @ residuals),
-            tuple(states),
-        )
-
-    def jacobian(self, state: State) -> Array:
-        """Derivatives of all fitted losses by the nonlinear parameters."""
-        assert isinstance(state, _States)
-        slopes = np.zeros((len(self.loss), len(state.theta)))
-        row, column = 0, len(self.shared)
-        for problem, scale, part in zip(self.problems, self.scales, state.each, strict=True):
-            block = scale * problem.jacobian(part)
-            rows = slice(row, row + len(block))
-            slopes[rows, : len(self.shared)] = block[:, self.shared]
-            slopes[rows, column : column + len(self.separate)] = block[:, self.separate]
-            row, column = row + len(block), column + len(self.separate)
-        return slopes
-
-    def parameters_of_each(self, state: State) -> list[dict[str, float]]:
-        """All parameters of each fit, by name."""
-        assert isinstance(state, _States)
-        pairs = zip(self.problems, state.each, strict=True)
-        return [problem.parameters(part) for problem, part in pairs]
+        scores[way] = math.sqrt(np.mean(np.concatenate(errors) ** 2))
+    return scores

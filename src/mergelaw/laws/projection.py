@@ -1,13 +1,12 @@
 """Variable projection: the least-squares solver of every fit (Golub and Pereyra 1973).
 
 At fixed nonlinear parameters the best coefficients of a law solve a non-negative least-squares
-problem. The search is over nonlinear parameters only, from the law's grid of starts.
+problem. The search is over nonlinear parameters only, from the best points of the law's grid.
 """
 
 import itertools
 import math
-from collections.abc import Callable, Mapping, Sequence
-from copy import copy
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,8 +18,8 @@ from mergelaw.laws.law import Array, Law
 
 # Descents start at this many grid points besides the local minima.
 BEST_STARTS = 4
-# Parameters closer than this share of their bounds' range lead to the same minimum.
-SAME = 1e-4
+# The grid is searched with about this many of the points.
+POINTS_OF_GRID = 2000
 # Columns are well posed if the part of each orthogonal to the others is longer than this.
 WELL_POSED = 1e-8
 # Keeps normal equations solvable where two columns of the basis are the same.
@@ -36,6 +35,7 @@ class State:
     """A point of the search.
 
     Attributes:
+        theta: (nonlinear parameters,).
         coefficients: (linear parameters,), in units of the problem's size.
         residuals: (points,), whitened and in units of the problem's size.
         orthonormal: orthonormal basis of the columns in use, (points, columns).
@@ -47,6 +47,22 @@ class State:
     residuals: Array
     orthonormal: Array
     squares: float
+
+
+def box_of(law: Law) -> tuple[Array, Array]:
+    """Lower and upper bounds of the nonlinear parameters."""
+    ends = np.array([(box[0], box[-1]) for box in law.nonlinear.values()]).reshape(-1, 2)
+    return ends[:, 0], ends[:, 1]
+
+
+def columns_of(law: Law, variables: Mapping[str, Array], theta: NDArray[Any]) -> NDArray[Any]:
+    """Basis functions at one theta or at many: (..., points, coefficients)."""
+    points = len(next(iter(variables.values())))
+    columns = np.empty((*theta.shape[:-1], points, len(law.linear)), dtype=theta.dtype)
+    named = dict(zip(law.nonlinear, theta.T[..., None], strict=True))
+    for j, column in enumerate(law.basis(**variables, **named)):
+        columns[..., j] = column
+    return columns
 
 
 class Problem:
@@ -61,83 +77,36 @@ class Problem:
         law: Law,
         variables: Mapping[str, Array],
         loss: Array,
-        covariance: Array | None = None,
+        whiten: Callable[[NDArray[Any]], NDArray[Any]] | None = None,
     ) -> None:
-        self.law = law
-        self.variables = variables
-        self.whitener = None
-        if covariance is not None:
-            # With W V W' = 1, least squares in W y is generalised least squares in y.
-            half = np.linalg.cholesky(covariance)
-            self.whitener = np.linalg.inv(half)
-            loss = self.whitener @ loss
+        self.law, self.variables, self.whiten = law, variables, whiten
+        if whiten is not None:
+            loss = whiten(loss[:, None])[:, 0]
         self.size = float(np.linalg.norm(loss)) or 1.0
         self.loss = loss / self.size
-        self.lower = np.array([box[0] for box in law.nonlinear.values()])
-        self.upper = np.array([box[-1] for box in law.nonlinear.values()])
+        self.lower, self.upper = box_of(law)
         self.signed = np.array([name in law.signed for name in law.linear])
-        self.steps = 1j * STEP * np.eye(len(law.nonlinear))
-        self.pull: tuple[Callable[[NDArray[Any]], NDArray[Any]], float] | None = None
 
     def columns(self, theta: NDArray[Any]) -> NDArray[Any]:
-        """Basis functions at ``theta``, (points, coefficients)."""
-        columns = self._columns(theta)
-        if self.pull is not None:
-            vector, weight = self.pull
-            columns = np.vstack([columns, weight * vector(theta)])
-        return columns
-
-    def _columns(self, theta: NDArray[Any]) -> NDArray[Any]:
-        """Basis without the pull, at one theta or at many: (..., points, coefficients)."""
-        points = len(next(iter(self.variables.values())))
-        columns = np.empty((*theta.shape[:-1], points, len(self.law.linear)), dtype=theta.dtype)
-        named = dict(zip(self.law.nonlinear, theta.T[..., None], strict=True))
-        for j, column in enumerate(self.law.basis(**self.variables, **named)):
-            columns[..., j] = column
-        return columns if self.whitener is None else self.whitener @ columns
+        """Whitened basis functions at ``theta``, (..., points, coefficients)."""
+        columns = columns_of(self.law, self.variables, theta)
+        return columns if self.whiten is None else self.whiten(columns)
 
     def parameters(self, state: State) -> dict[str, float]:
         """All parameters of the law by name, in the losses' units."""
         values = [*(state.coefficients * self.size), *state.theta]
         return dict(zip(self.law.parameters, map(float, values), strict=True))
 
-    def tangent(self, state: State) -> Array:
-        """Derivatives of the fitted, scaled losses by all parameters, linear ones first."""
-        return np.column_stack([self.columns(state.theta), self._slopes(state)])
-
-    def _slopes(self, state: State) -> Array:
+    def slopes(self, state: State) -> Array:
         """Derivatives of the fitted losses by the nonlinear parameters, coefficients fixed."""
-        steps = state.theta + self.steps
-        slopes = (self._columns(steps).imag @ state.coefficients).T / STEP
-        if self.pull is not None:
-            vector, weight = self.pull
-            last = [vector(step).imag @ state.coefficients for step in steps]
-            slopes = np.vstack([slopes, weight * np.array(last) / STEP])
+        steps = state.theta + 1j * STEP * np.eye(len(state.theta))
+        slopes: Array = (self.columns(steps).imag @ state.coefficients).T / STEP
         return slopes
-
-    def with_fixed(self, j: int, value: float) -> "Problem":
-        """Copy of the problem with nonlinear parameter ``j`` fixed at a value."""
-        fixed = copy(self)
-        fixed.lower, fixed.upper = self.lower.copy(), self.upper.copy()
-        fixed.lower[j] = fixed.upper[j] = value
-        return fixed
-
-    def pulled(
-        self, vector: Callable[[NDArray[Any]], NDArray[Any]], value: float, weight: float
-    ) -> "Problem":
-        """Copy of the problem with an extra point that pulls vector(theta) . coefficients to value.
-
-        Its solution is the best among all parameters with the same vector(theta) . coefficients.
-        """
-        pulled = copy(self)
-        pulled.pull = (vector, weight)
-        pulled.loss = np.append(self.loss, weight * value)
-        return pulled
 
     def project(self, theta: Array) -> State:
         """Best coefficients at ``theta``, by non-negative least squares."""
         columns = self.columns(theta)
-        lengths = np.sqrt(np.einsum("ij,ij->j", columns, columns))
+        lengths = np.linalg.norm(columns, axis=0)
         lengths[lengths == 0] = 1  # terms that are 0 at every point get the coefficient 0
         unit = columns / lengths
         # Use the plain solution unless it is negative somewhere; then only active coefficients.
@@ -156,27 +125,21 @@ class Problem:
     def _used(self, unit: Array) -> NDArray[np.bool_]:
         """Mask of coefficients that are signed, or above 0 at the non-negative solution."""
         used = self.signed.copy()
-        if used.any():
-            q = np.linalg.qr(unit[:, self.signed]).Q
-            rest = unit[:, ~self.signed] - q @ (q.T @ unit[:, ~self.signed])
-            used[~self.signed] = nnls(rest, self.loss - q @ (q.T @ self.loss))[0] > ROUNDING
-        else:
-            used = nnls(unit, self.loss)[0] > ROUNDING
+        q = np.linalg.qr(unit[:, self.signed]).Q
+        rest = unit[:, ~self.signed] - q @ (q.T @ unit[:, ~self.signed])
+        used[~self.signed] = nnls(rest, self.loss - q @ (q.T @ self.loss))[0] > ROUNDING
         return used
 
     def jacobian(self, state: State) -> Array:
         """Derivatives by the nonlinear parameters, coefficients projected out (Kaufman 1975)."""
-        slopes = self._slopes(state)
+        slopes = self.slopes(state)
         q = state.orthonormal
         return slopes - q @ (q.T @ slopes)
 
-    def descend(
-        self, state: State, enough: float = 1e-13, known_minima: Sequence[State] = ()
-    ) -> State:
+    def descend(self, state: State, enough: float = 1e-13) -> State:
         """Minimise by Levenberg-Marquardt with bounds as an active set.
 
-        The search ends when a step reduces the squares by less than a share ``enough``, or when it
-        comes close to one of the ``known_minima``.
+        The search ends when a step reduces the squares by less than a share ``enough``.
         """
         damping = 1e-3
         rounding = len(self.loss) * np.finfo(float).eps ** 2
@@ -197,8 +160,7 @@ class Problem:
             while True:
                 theta = state.theta.copy()
                 theta[free] += np.linalg.solve(curvature + damping * scale, ascent[free])
-                theta = np.minimum(np.maximum(theta, self.lower), self.upper)
-                trial = self.project(theta)
+                trial = self.project(np.clip(theta, self.lower, self.upper))
                 if trial.squares < state.squares:
                     break
                 damping *= 10
@@ -208,24 +170,19 @@ class Problem:
             state, damping = trial, max(damping / 10, 1e-15)
             if gain < enough:
                 return state
-            for other in known_minima:
-                if (np.abs(state.theta - other.theta) <= SAME * (self.upper - self.lower)).all():
-                    return other
         return state
 
-    def minimum(self, near: Array | None = None, enough: float = 1e-13) -> State:
-        """Best state of descents from the grid's local minima, and from ``near``.
-
-        Without ``near``, a minimum under other weights, descents also start at the best few
-        points of the grid, since a narrow valley may cross it.
-        """
+    def minimum(self, near: Array | None = None) -> State:
+        """Best state of descents from the grid, or from ``near``, a minimum under other weights."""
         if not self.law.nonlinear:
             return self.project(np.empty(0))
+        if near is not None:
+            return self.descend(self.project(near))
         axes = list(self.law.nonlinear.values())
         grid = np.array(list(itertools.product(*axes)))
         squares = self._squares(grid)
-        best = BEST_STARTS if len(axes) > 1 and near is None else 1
-        starts = set(np.argsort(squares, kind="stable")[:best])
+        # Besides the local minima of the grid also its best points: a valley may cross it.
+        starts = set(np.argsort(squares, kind="stable")[:BEST_STARTS])
         table = np.pad(squares.reshape([len(axis) for axis in axes]), 1, constant_values=np.inf)
         inner = tuple(slice(1, -1) for _ in axes)
         lowest = np.ones(table[inner].shape, dtype=bool)
@@ -233,37 +190,38 @@ class Problem:
             lowest &= table[inner] < np.roll(table, 1, axis)[inner]
             lowest &= table[inner] <= np.roll(table, -1, axis)[inner]
         starts.update(np.flatnonzero(lowest))
-        chosen = [grid[start] for start in sorted(starts, key=lambda start: squares[start])]
-        minima: list[State] = []
-        for theta in chosen if near is None else [near, *chosen]:
-            minima.append(self.descend(self.project(theta), enough, minima))
-        return min(minima, key=lambda state: state.squares)
+        rough = [self.descend(self.project(grid[start]), 1e-3) for start in sorted(starts)]
+        # Starts that end near each other go on together.
+        rough.sort(key=lambda state: state.squares)
+        kept = [rough[0]]
+        for state in rough[1:]:
+            if all(np.abs(state.theta - k.theta).max() > 1e-3 for k in kept):
+                kept.append(state)
+        return min((self.descend(state) for state in kept), key=lambda state: state.squares)
 
     def _squares(self, grid: Array) -> Array:
         """Approximate residual squares at each theta of a grid, by normal equations."""
-        columns = self._columns(grid)
-        lengths = np.sqrt(np.einsum("gij,gij->gj", columns, columns))
-        unit = columns / np.where(lengths > 0, lengths, 1)[:, None, :]
-        normal = np.einsum("gij,gik->gjk", unit, unit)
-        right = np.einsum("gij,i->gj", unit, self.loss)
-        squares = np.full(len(grid), float(self.loss @ self.loss))
-        # The non-negative solution is the best among all choices of coefficients above 0.
-        bounded = np.flatnonzero(~self.signed)
-        left = np.ones(len(grid), dtype=bool)
-        for size in range(len(bounded), -1, -1):
-            for chosen in itertools.combinations(bounded, size):
-                used = np.sort([*np.flatnonzero(self.signed), *chosen]).astype(int)
-                if not len(used):
-                    continue
-                part = normal[left][:, used[:, None], used] + RIDGE * np.eye(len(used))
-                solved = np.linalg.solve(part, right[left][:, used, None])[:, :, 0]
-                allowed = (solved[:, ~self.signed[used]] >= 0).all(axis=1)
-                gained = np.einsum("gj,gj->g", solved, right[left][:, used])
-                places = np.flatnonzero(left)[allowed]
-                trial = float(self.loss @ self.loss) - gained[allowed]
-                squares[places] = np.minimum(squares[places], trial)
-                if size == len(bounded):
-                    left[places] = False
-            if not left.any():
+        every = max(len(self.loss) // POINTS_OF_GRID, 1)
+        if self.whiten is None:
+            some = {name: values[::every] for name, values in self.variables.items()}
+            columns, loss = columns_of(self.law, some, grid), self.loss[::every]
+        else:
+            columns, loss = self.columns(grid), self.loss
+        lengths = np.linalg.norm(columns, axis=1, keepdims=True)
+        unit = columns / np.where(lengths > 0, lengths, 1)
+        normal = np.swapaxes(unit, 1, 2) @ unit + RIDGE * np.eye(unit.shape[2])
+        right = np.swapaxes(unit, 1, 2) @ loss
+        # Coefficients below 0 are dropped, the most negative one first.
+        dropped = np.zeros(right.shape, dtype=bool)
+        for _ in range(right.shape[1] + 1):
+            stiff = normal + np.eye(right.shape[1]) * np.where(dropped, 1 / RIDGE, 0)[:, None]
+            solved = np.linalg.solve(stiff, right[:, :, None])[:, :, 0]
+            least = np.where(self.signed | dropped, 0.0, solved)
+            negative = (least < 0) & (least == least.min(axis=1, keepdims=True))
+            if not negative.any():
                 break
+            dropped |= negative
+        squares: Array = float(loss @ loss) - np.einsum(
+            "gi,gi->g", solved, 2 * right - np.einsum("gij,gj->gi", normal, solved)
+        )
         return squares

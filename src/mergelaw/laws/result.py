@@ -13,18 +13,93 @@ from numpy.typing import ArrayLike, NDArray
 from scipy.special import ndtri, stdtrit
 
 from mergelaw.errors import MergelawError
-from mergelaw.laws import profile
-from mergelaw.laws.covariance import deviance, weighing
+from mergelaw.laws.covariance import Errors
 from mergelaw.laws.law import Array, Law
-from mergelaw.laws.solve import ROUNDED, Solution
+from mergelaw.laws.posterior import Posterior, draw
+from mergelaw.laws.projection import ROUNDING, STEP, Problem, State, columns_of
 
 # Level of the reported intervals.
 LEVEL = 0.9
-# An interval is for the mean over subsets of this pool, or of another pool of as many experts
-# from the same population.
-POOL, EXPERTS = "this pool", "experts like these"
+# What an interval speaks of: the mean over subsets of this pool on this evaluation set; or on other
+# documents, or of other experts, from the same populations.
+POOL = "this pool on this evaluation set"
+DOCUMENTS = "this pool on documents like these"
+EXPERTS = "experts like these on this evaluation set"
 # No pool has so many experts.
 MANY = 2**30
+
+
+@dataclass(frozen=True)
+class Solution:
+    """The minimum of a fit, with points in the solver's order.
+
+    Attributes:
+        misfit, scatter: likeliest values (nats per token); NaN if unknown.
+        given: the caller's misfit and scatter; None was estimated.
+        deviance: minus twice the greatest log-likelihood, up to a constant.
+        covariance: known variances (points,), sparse covariance (points, points), or None.
+        documents: (points, any), factor of the documents' covariance; None if unknown.
+    """
+
+    problem: Problem
+    state: State
+    loss: Array
+    errors: Errors
+    misfit: float
+    scatter: float
+    given: tuple[float | None, float | None]
+    deviance: float
+    covariance: Any
+    documents: Array | None
+    freedom: float
+
+    @cached_property
+    def residuals(self) -> Array:
+        """Measured minus fitted losses."""
+        parameters = self.problem.parameters(self.state)
+        return self.loss - self.problem.law.predict(parameters, **self.problem.variables)
+
+    @cached_property
+    def tangent(self) -> Array:
+        """Derivatives of the whitened losses by all parameters, 0 for those that are not free."""
+        slopes = self.problem.slopes(self.state) * self.problem.size
+        return np.column_stack([self.problem.columns(self.state.theta), slopes]) * self.free
+
+    @cached_property
+    def free(self) -> NDArray[np.bool_]:
+        """Mask of the parameters that are neither on a bound nor without effect."""
+        return free_parameters(self.problem, self.state)
+
+    @cached_property
+    def deviations(self) -> Array:
+        """Standard errors of the parameters, linearised; 0 for those that are not free."""
+        unit = self.misfit if self.problem.whiten is None else 1.0
+        errors: Array = np.linalg.norm(self.influence, axis=1) * unit
+        return errors
+
+    @cached_property
+    def influence(self) -> Array:
+        """Derivatives of the parameters by the whitened losses, (parameters, points)."""
+        lengths = np.linalg.norm(self.tangent, axis=0)
+        lengths[lengths == 0] = 1
+        inverse: Array = np.linalg.pinv(self.tangent / lengths) / lengths[:, None]
+        return inverse
+
+
+def free_parameters(problem: Problem, state: State) -> NDArray[np.bool_]:
+    """Mask of the parameters that are neither on a bound nor without effect."""
+    idle = np.linalg.norm(problem.jacobian(state), axis=0) <= ROUNDING
+    inside = (state.theta > problem.lower) & (state.theta < problem.upper)
+    return np.concatenate([problem.signed | (state.coefficients > 0), inside & ~idle])
+
+
+@dataclass(frozen=True)
+class Form:
+    """One form of the law and its share in predictions."""
+
+    law: Law
+    weight: float
+    posterior: Posterior
 
 
 @dataclass(frozen=True)
@@ -69,41 +144,51 @@ class Result:
         """Share of the losses' variance that the fit explains; NaN if they have none."""
         loss = self.loss
         variance = float(np.sum((loss - loss.mean()) ** 2))
-        if variance <= (ROUNDED * float(np.linalg.norm(loss))) ** 2:
+        if variance <= (1e-12 * float(np.linalg.norm(loss))) ** 2:
             return math.nan
         return 1 - float(self.residuals @ self.residuals) / variance
 
     @property
     def misfit(self) -> float:
         """Standard deviation (nats per token) of the law's own error at a point; NaN if unknown."""
-        return self.solution.noise.misfit
+        return self.solution.misfit
 
     @property
     def scatter(self) -> float:
         """Standard deviation (nats per token) of the law's error common to a base's points."""
-        return self.solution.noise.scatter
+        return self.solution.scatter
 
     @property
     def freedom(self) -> float:
-        """Degrees of freedom of the residuals; see ``covariance.Noise``."""
-        return self.solution.noise.freedom
+        """Points less free parameters; infinite if the misfit was given, 0 if it is unknown."""
+        return self.solution.freedom
 
     @cached_property
-    def aicc(self) -> float:
-        """Akaike's criterion, corrected for few points; NaN where they are too few."""
-        solution, count = self.solution, len(self.law.parameters)
-        shapes, residuals = solution.estimated, solution.residuals
-        fixed = sum(weighing(solution.fixed), np.zeros((self.n_points, self.n_points)))
-        if not shapes and solution.misfit is not None:
-            return deviance(residuals, fixed, []) + 2 * count
-        n_free = count + len(shapes)
-        left = self.n_points - n_free - 1
-        if left <= 0 or not shapes:
-            return math.nan
-        least = (1e-13 * float(np.mean(self.loss))) ** 2
-        if float(np.mean(residuals**2)) < least:
-            residuals = np.full_like(residuals, math.sqrt(least))
-        return deviance(residuals, fixed, shapes) + 2 * n_free * self.n_points / left
+    def posterior(self) -> Posterior | None:
+        """Draws of the law's parameters; None where the noise is unknown."""
+        solution, problem = self.solution, self.solution.problem
+        if solution.freedom == 0:
+            return None
+        linear = len(self.law.linear)
+        errors = solution.deviations[linear:]
+        steps = [np.ptp(box) / max(len(box) - 1, 1) or 1.0 for box in self.law.nonlinear.values()]
+        spread = np.where(errors > 0, errors / np.array(steps), 0.2)
+        return draw(
+            self.law,
+            problem.variables,
+            solution.loss,
+            solution.errors,
+            theta=solution.state.theta,
+            coefficients=solution.state.coefficients,
+            spread=spread,
+            misfit=(solution.given[0], solution.misfit),
+            scatter=(solution.given[1], solution.scatter),
+        )
+
+    @property
+    def forms(self) -> tuple[Form, ...]:
+        """Forms that intervals of predictions integrate over; empty where the noise is unknown."""
+        return () if self.posterior is None else (Form(self.law, 1.0, self.posterior),)
 
     @property
     def params(self) -> pd.Series:
@@ -162,10 +247,9 @@ class Result:
     def interval(
         self, name: str, level: float = LEVEL, population: str = POOL
     ) -> tuple[float, float] | None:
-        """Interval of a parameter; None where the noise is unknown.
+        """Interval of a parameter, given this law; None where the noise is unknown.
 
-        ``POOL`` gives a profile-likelihood interval; the points do not limit an end that is on the
-        parameter's bound. ``EXPERTS`` gives the jackknife's, or None.
+        An estimate on its bound has an interval from there.
 
         Raises:
             MergelawError: unknown parameter or population, or an impossible level.
@@ -175,40 +259,25 @@ class Result:
                 f"law {self.law.name} has no parameter {name}: it has {', '.join(self.parameters)}"
             )
         _check(level, population)
-        if population == EXPERTS:
-            return self._experts_interval(name, level)
-        value, law = self.parameters[name], self.law
-        unit = np.eye(len(law.parameters))[law.parameters.index(name)]
-        reach = self._reach(level, unit, parameter=True)
+        if self.posterior is None:
+            return None
+        place, value = self.law.parameters.index(name), self.parameters[name]
+        least = -math.inf if name in self.law.signed else 0.0
+        box = self.law.nonlinear.get(name, (least, math.inf))
+        low, high = _ends(self.posterior.parameters[:, place], level)
+        if value <= box[0]:
+            low = box[0]
+            high = float(np.quantile(self.posterior.parameters[:, place], level))
+        unit = np.eye(len(self.parameters))[place]
+        others = np.array([parameters[name] for parameters in self.jackknife])
+        reach = self._beyond(unit[None], others[:, None], level, population)
         if reach is None:
             return None
-        threshold, extra = reach
-        problem, state = self.solution.problem, self.solution.state
-        if name in law.nonlinear:
-            j = list(law.nonlinear).index(name)
-            ends = profile.nonlinear_interval(problem, state, j, threshold)
-            low, high = _widened(ends, value, extra)
-            return max(low, problem.lower[j]), min(high, problem.upper[j])
-        vector = unit[: len(law.linear)]
-        ends = profile.linear_interval(problem, state, lambda _: vector, threshold)
-        ends = ends[0] * problem.size, ends[1] * problem.size
-        if name in law.signed or value <= 0 or ends[0] <= 0:
-            low, high = _widened(ends, value, extra)
-            return (low if name in law.signed else max(low, 0.0)), high
-        # Amplitudes are uncertain by a factor: far from N = 1 they vary with an exponent of N.
-        logarithms = math.log(ends[0]), math.log(ends[1])
-        low, high = _widened(logarithms, math.log(value), extra / value)
-        with np.errstate(over="ignore"):
-            return float(np.exp(low)), float(np.exp(high))
-
-    def _experts_interval(self, name: str, level: float) -> tuple[float, float] | None:
-        values = [parameters[name] for parameters in self.jackknife]
-        ends = self._jackknifed(np.array(self.parameters[name]), np.array(values), level)
-        if ends is None:
-            return None
-        least = -math.inf if name in self.law.signed else 0.0
-        bounds = self.law.nonlinear.get(name, (least, math.inf))
-        return max(float(ends[0]), bounds[0]), min(float(ends[1]), bounds[-1])
+        low, high = min(low, value), max(high, value)
+        low, high = value - math.hypot(value - low, reach[0]), value + math.hypot(
+            high - value, reach[0]
+        )
+        return max(low, box[0]), min(high, box[-1])
 
     @cached_property
     def intervals(self) -> dict[str, tuple[float, float]]:
@@ -231,121 +300,167 @@ class Result:
     ) -> tuple[Array, Array] | None:
         """Intervals of the expected loss (nats per token); None if unknown.
 
+        They integrate over the law's parameters, over the forms that the points do not exclude,
+        and over misfit and scatter. Without a floor the lower end at k = infinity is -infinity.
+
         Args:
             level: nominal coverage.
-            population: ``POOL`` or ``EXPERTS``; see ``interval``.
+            population: ``POOL``, ``DOCUMENTS`` or ``EXPERTS``.
             new: the interval is for E[L|N,k] of another base, with the law's misfit and scatter
-                but without sampling error; else for the mean that the law describes.
+                but without sampling error; beyond the measured sizes the scatter grows with each
+                step of the ladder. Else it is for the mean that the law describes.
             variables: as in ``predict``; k may be infinite.
         """
         centre = self.predict(**variables)
         _check(level, population)
-        if population == EXPERTS:
-            others = [self.law.predict(other, **variables) for other in self.jackknife]
-            return self._jackknifed(centre, np.array(others), level)
-        if self.freedom == 0:
+        if not self.forms:
             return None
         arrays = np.broadcast_arrays(*(np.asarray(v, dtype=float) for v in variables.values()))
-        low, high = np.empty(centre.shape), np.empty(centre.shape)
-        for place in np.ndindex(centre.shape):
-            values = {name: array[place] for name, array in zip(variables, arrays, strict=True)}
-            low[place], high[place] = self._linear_interval(self._basis_at(values), level, new)
-        return low, high
+        flat = {name: array.ravel() for name, array in zip(variables, arrays, strict=True)}
+        draws = self.draws(new=new, **flat)
+        low, high = _ends(draws, level)
+        ends = self._widened(np.atleast_1d(centre).ravel(), low, high, [flat], level, population)
+        if ends is None:
+            return None
+        return ends[0].reshape(centre.shape), ends[1].reshape(centre.shape)
 
     def difference(
-        self, first: Mapping[str, float], second: Mapping[str, float], level: float = LEVEL
+        self,
+        first: Mapping[str, float],
+        second: Mapping[str, float],
+        level: float = LEVEL,
+        population: str = POOL,
     ) -> tuple[float, tuple[float, float] | None]:
         """Expected loss at the first variables minus that at the second (nats per token).
 
-        The losses share most of their error, so the profile-likelihood interval of the difference
-        is narrower than theirs; it is None where the noise is unknown.
+        The losses share most of their error, so the interval of the difference is narrower than
+        theirs; it is None where the noise is unknown.
         """
         value = float(self.predict(**first) - self.predict(**second))
-        _check(level, POOL)
-        if self.freedom == 0:
+        _check(level, population)
+        if not self.forms:
             return value, None
-        minuend, subtrahend = self._basis_at(first), self._basis_at(second)
-        return value, self._linear_interval(lambda x: minuend(x) - subtrahend(x), level)
+        both = {name: np.array([first[name], second[name]], dtype=float) for name in first}
+        draws = self.draws(**both)
+        low, high = _ends((draws[:, 0] - draws[:, 1])[:, None], level)
+        places = [{name: array[:1] for name, array in both.items()}]
+        places.append({name: array[1:] for name, array in both.items()})
+        ends = self._widened(np.array([value]), low, high, places, level, population)
+        return value, None if ends is None else (float(ends[0][0]), float(ends[1][0]))
 
-    def _linear_interval(
-        self, vector: profile.Vector, level: float, new: bool = False
-    ) -> tuple[float, float]:
-        """Interval of vector(theta) . coefficients; ``new`` as in ``predict_interval``."""
-        problem, state = self.solution.problem, self.solution.state
-        reach = self._reach(level, profile.gradient_of(state, vector), new=new)
-        assert reach is not None
-        threshold, extra = reach
-        low, high = profile.linear_interval(problem, state, vector, threshold)
-        centre = float(np.real(vector(state.theta)) @ state.coefficients)
-        return _widened((low * problem.size, high * problem.size), centre * problem.size, extra)
+    def draws(self, new: bool = False, **variables: ArrayLike) -> Array:
+        """Draws of the expected loss (draws, points), each form as often as it is probable.
 
-    def _basis_at(self, values: Mapping[str, Any]) -> profile.Vector:
-        def vector(theta: NDArray[Any]) -> NDArray[Any]:
-            named = dict(zip(self.law.nonlinear, theta, strict=True))
-            return np.array(self.law.basis(**values, **named))
+        Any function of them has the interval between its quantiles. ``new`` as in
+        ``predict_interval``.
+        """
+        arrays = {n: np.atleast_1d(np.asarray(v, dtype=float)) for n, v in variables.items()}
+        parts = []
+        for form in self.forms:
+            count = len(form.posterior.parameters)
+            some = np.linspace(0, count - 1, max(round(form.weight * count), 1)).astype(int)
+            parameters = form.posterior.parameters[some]
+            linear = len(form.law.linear)
+            chosen = {name: arrays[name] for name in form.law.levels}
+            with np.errstate(divide="ignore", invalid="ignore"):
+                columns = columns_of(form.law, chosen, parameters[:, linear:])
+                terms = np.where(
+                    parameters[:, None, :linear] == 0, 0.0, columns * parameters[:, None, :linear]
+                )
+            losses = terms.sum(axis=2)
+            if new:
+                random = np.random.default_rng(len(parts) + 1)
+                noise = random.standard_normal((2, *losses.shape))
+                losses = losses + form.posterior.misfit[some, None] * noise[0]
+                losses += form.posterior.scatter[some, None] * noise[1] * self._steps(arrays)
+            parts.append(losses)
+        return np.vstack(parts)
 
-        return vector
+    def _steps(self, variables: Mapping[str, Array]) -> Array | float:
+        """Growth of the scatter beyond the measured sizes: 1 + steps of the ladder."""
+        if "N" not in variables or "N" not in self.variables:
+            return 1.0
+        logs = np.log(np.unique(self.variables["N"]))
+        step = (logs[-1] - logs[0]) / max(len(logs) - 1, 1) or 1.0
+        far = np.log(variables["N"])
+        beyond: Array = np.maximum(np.maximum(far - logs[-1], logs[0] - far), 0) / step
+        return 1 + beyond
 
-    def _jackknifed(self, value: Array, others: Array, level: float) -> tuple[Array, Array] | None:
-        """Value -+ t times the delete-one standard error (Tukey 1958), t on M - 1."""
+    def _widened(
+        self,
+        centre: Array,
+        low: Array,
+        high: Array,
+        places: list[dict[str, Array]],
+        level: float,
+        population: str,
+    ) -> tuple[Array, Array] | None:
+        """Interval that holds the centre, wider by the population's error.
+
+        The quantity is the loss at the first of ``places``, less that at the second.
+        """
+        gradients = self._gradients(places[0])
+        others = [self.law.predict(parameters, **places[0]) for parameters in self.jackknife]
+        if len(places) > 1:
+            gradients = gradients - self._gradients(places[1])
+            others = [
+                loss - self.law.predict(parameters, **places[1])
+                for loss, parameters in zip(others, self.jackknife, strict=True)
+            ]
+        reach = self._beyond(gradients, np.array(others), level, population)
+        if reach is None:
+            return None
+        low, high = np.minimum(low, centre), np.maximum(high, centre)
+        return centre - np.hypot(centre - low, reach), centre + np.hypot(high - centre, reach)
+
+    def _gradients(self, variables: Mapping[str, Array]) -> Array:
+        """Derivatives of the losses by all parameters, (points, parameters)."""
+        theta = self.solution.state.theta
+        coefficients = self.solution.state.coefficients * self.solution.problem.size
+        with np.errstate(divide="ignore", invalid="ignore"):
+            columns = columns_of(self.law, variables, theta)
+            steps = columns_of(self.law, variables, theta + 1j * STEP * np.eye(len(theta)))
+        slopes = (np.nan_to_num(steps.imag) @ coefficients).T / STEP
+        return np.column_stack([columns, slopes])
+
+    def _beyond(
+        self, gradients: Array, others: Array, level: float, population: str
+    ) -> Array | None:
+        """Half-widths that the population adds to intervals; None if unknown.
+
+        Args:
+            gradients: (quantities, parameters).
+            others: (experts, quantities), values without each expert in turn.
+        """
+        if population == POOL:
+            return np.zeros(len(gradients))
+        if population == DOCUMENTS:
+            solution = self.solution
+            if solution.documents is None:
+                return None
+            white = solution.documents
+            if solution.problem.whiten is not None:
+                white = solution.problem.whiten(white)
+            shifts = gradients @ (solution.influence @ white)
+            return float(ndtri((1 + level) / 2)) * np.linalg.norm(shifts, axis=1)
+        # t times the delete-one standard error (Tukey 1958), t on M - 1
         pool = len(self.jackknife)
         if pool < 2:
             return None
         spread = np.sqrt((pool - 1) * np.mean((others - others.mean(axis=0)) ** 2, axis=0))
-        reach = float(stdtrit(pool - 1, (1 + level) / 2)) * spread
-        return value - reach, value + reach
-
-    def freedom_of(self, name: str) -> float:
-        """Degrees of freedom of a parameter's interval (Satterthwaite 1946)."""
-        unit = np.eye(len(self.law.parameters))[self.law.parameters.index(name)]
-        return self._noise_of(unit, parameter=True)[2]
-
-    def _noise_of(
-        self, gradient: Array, parameter: bool = False, new: bool = False
-    ) -> tuple[float, float, float]:
-        """Variance of gradient . parameters relative to the weights', extra variance, freedom.
-
-        The gradient has linear parameters first. A ``parameter`` counts even if it is on its bound;
-        ``new`` adds the law's error at a new base.
-        """
-        solution, noise, problem = self.solution, self.solution.noise, self.solution.problem
-        missed = float(np.sum(np.nan_to_num([self.misfit, self.scatter]) ** 2)) if new else 0.0
-        if problem.whitener is None:
-            return 1.0, missed, noise.freedom
-        used = solution.free | (gradient != 0) if parameter else solution.free
-        tangent = solution.tangent[:, used]
-        lengths = np.linalg.norm(tangent, axis=0)
-        lengths[lengths == 0] = 1
-        white = np.linalg.pinv(tangent / lengths).T @ (gradient[used] / lengths)
-        if parameter and gradient[len(self.law.linear) :].any():  # nonlinear ones are per unit loss
-            white = white / problem.size
-        weighed, extra, freedom = noise.variance_of(problem.whitener.T @ white, float(new))
-        assumed = float(white @ white)
-        # Rounding can make a zero variance slightly negative.
-        ratio = max(weighed, 0.0) / assumed if assumed > 0 else 1.0
-        return ratio, max(extra, 0.0) + missed, freedom
-
-    def _reach(
-        self, level: float, gradient: Array, parameter: bool = False, new: bool = False
-    ) -> tuple[float, float] | None:
-        """Excess of the scaled squares at an interval's ends, and half-width to add to it."""
-        noise, size = self.solution.noise, self.solution.problem.size
-        if noise.freedom == 0:
-            return None
-        inflated, extra, freedom = self._noise_of(gradient, parameter, new)
-        share = (1 + level) / 2
-        quantile = float(ndtri(share) if math.isinf(freedom) else stdtrit(freedom, share))
-        return quantile**2 * inflated * noise.variance / size**2, quantile * math.sqrt(extra)
+        quantile: Array = float(stdtrit(pool - 1, (1 + level) / 2)) * spread
+        return quantile
 
 
-def _widened(ends: tuple[float, float], centre: float, extra: float) -> tuple[float, float]:
-    """An interval around the centre, widened by an independent error."""
-    low, high = ends
-    return centre - math.hypot(centre - low, extra), centre + math.hypot(high - centre, extra)
+def _ends(draws: Array, level: float) -> Any:
+    """Equal-tailed quantiles of draws; infinite losses are no error."""
+    return np.quantile(draws, [(1 - level) / 2, (1 + level) / 2], axis=0, method="nearest")
 
 
 def _check(level: float, population: str) -> None:
-    if population not in (POOL, EXPERTS):
-        raise MergelawError(f"population = {population!r}: give {POOL!r} or {EXPERTS!r}")
+    if population not in (POOL, DOCUMENTS, EXPERTS):
+        raise MergelawError(
+            f"population = {population!r}: give {POOL!r}, {DOCUMENTS!r} or {EXPERTS!r}"
+        )
     if not 0 < level < 1:
         raise MergelawError(f"level {level:g} is not a probability: give one between 0 and 1")
