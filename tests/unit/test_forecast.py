@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 
 from circles import finite_pool
 from mergelaw.errors import MergelawError
+from mergelaw.laws.fit import fit_points
 from mergelaw.laws.law import MERGING, MERGING_FIXED_N
 from mergelaw.planning import choose, forecast, read
-from mergelaw.planning.curve import fit_law
 from mergelaw.planning.points import base_points, sampled_without_errors
 from points import JOINT
 from points import study as points_of_study
@@ -202,16 +202,17 @@ def test_a_written_tables_design_weighs_its_points(tmp_path):
     """What the circles of a base share is in the intervals; what its documents do is not."""
     points = study(sizes=[0.5, 3.0], noise=1e-5).sort_values(["base", "k"], ignore_index=True)
     size = len(points)
-    shift = np.zeros((size, size))
-    own = np.flatnonzero(points["base"] == "3B")
-    shift[np.ix_(own, own)] = 1e-6  # one shift of all its points, of .001 nats
+    shift = np.where(points["base"] == "3B", 1e-3, 0)[:, None]  # one shift of all its points
     points = points.assign(
-        se=0.5, documents=list(np.full((size, size), 0.25)), design=list(shift), freedom=np.inf
+        se=shift[:, 0],
+        documents=list(np.full((size, 2), 0.5)),
+        sampling=list(shift),
+        freedom=np.inf,
     )
     points.to_parquet(tmp_path / "points.parquet")
     table = choose(read(tmp_path)[0])
     assert sorted(table["se"].unique()) == pytest.approx([0, 1e-3])
-    fits = [fit_law(MERGING_FIXED_N, base_points(table, base)) for base in ("0.5B", "3B")]
+    fits = [fit_points(MERGING_FIXED_N, base_points(table, base)) for base in ("0.5B", "3B")]
     widths = [np.ptp(fitted.predict_interval(k=9)) for fitted in fits]
     assert widths[0] < 1e-4
     assert widths[1] == pytest.approx(2 * 1.645e-3, rel=0.05)
@@ -220,13 +221,13 @@ def test_a_written_tables_design_weighs_its_points(tmp_path):
 def test_a_written_table_says_the_same_under_another_name(tmp_path):
     points = study(noise=1e-4, sizes=[3.0])
     size = len(points)
-    design, documents = np.diag(np.full(size, 1e-6)), np.full((size, size), 1e-4)
+    sampling, documents = np.diag(np.full(size, 1e-3)), np.full((size, 2), 1e-2)
     written = points.assign(
-        se=1e-2,
+        se=1e-3,
         subsets=9,
         replicates=3,
         freedom=2.0,
-        design=list(design),
+        sampling=list(sampling),
         documents=list(documents),
     )
     folder = tmp_path / "laws"
@@ -237,7 +238,7 @@ def test_a_written_table_says_the_same_under_another_name(tmp_path):
     for source in (folder, tmp_path / "mine.parquet"):
         table, _ = read(source)
         assert table["se"].unique() == pytest.approx([1e-3])
-        fitted = fit_law(MERGING_FIXED_N, table)
+        fitted = fit_points(MERGING_FIXED_N, table)
         told.append(fitted.predict_interval(k=9))
     assert np.array_equal(*told)
 

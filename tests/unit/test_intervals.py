@@ -1,7 +1,6 @@
 """Weighted fits and intervals: against statsmodels where laws are linear, by simulation where not."""
 
 import math
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -37,12 +36,14 @@ def test_a_linear_laws_intervals_are_those_of_ordinary_least_squares():
     book = sm.OLS(table["ce"], sm.add_constant(1 / K)).fit()
     low, high = book.conf_int(alpha=0.1).T
     for j, name in enumerate(("L_inf", "A")):
-        assert fitted.interval(name) == pytest.approx((low[j], high[j]), abs=1e-7)
+        # draws: within 2% of the width
+        width = high[j] - low[j]
+        assert fitted.interval(name) == pytest.approx((low[j], high[j]), abs=0.02 * width)
     assert fitted.misfit == pytest.approx(math.sqrt(book.scale))
     assert fitted.freedom == 7
     at = book.get_prediction([[1, 1 / 20]]).conf_int(alpha=0.05)[0]
     ends = fitted.predict_interval(level=0.95, k=20)
-    assert [float(end) for end in ends] == pytest.approx(at, abs=1e-7)
+    assert [float(end) for end in ends] == pytest.approx(at, abs=0.02 * (at[1] - at[0]))
 
 
 def test_a_covariance_gives_generalised_least_squares():
@@ -58,7 +59,7 @@ def test_a_covariance_gives_generalised_least_squares():
     error = book.bse[1]
     value = book.params[1]
     assert fitted.interval("A") == pytest.approx(
-        (value - 1.644854 * error, value + 1.644854 * error), abs=1e-7
+        (value - 1.644854 * error, value + 1.644854 * error), abs=0.06 * error
     )
 
 
@@ -80,7 +81,7 @@ def test_the_order_of_the_rows_is_the_covariances_too():
 def test_given_the_nonlinear_parameters_the_coefficients_are_statsmodels():
     table = joint(0)
     errors = 1e-3 * (1 + np.random.default_rng(2).random(36))
-    fitted = fit(MERGING, {**table, "se": errors}, misfit=0)
+    fitted = fit(MERGING, {**table, "se": errors}, misfit=0, scatter=0)
     p, N, k = fitted.parameters, table["N"], table["k"]
     columns = np.column_stack([np.ones(36), N ** -p["beta"], N ** -p["gamma"] / (k + p["b"])])
     book = sm.GLS(table["ce"], columns, sigma=errors**2).fit()
@@ -104,7 +105,7 @@ def test_what_the_errors_do_not_explain_is_misfit():
     assert told.misfit == pytest.approx(plain.misfit, rel=0.02)
     assert told.freedom == pytest.approx(plain.freedom, rel=0.02)
     enough = fit(MERGING_FIXED_N, {**table, "se": np.full(9, 1e-2)})
-    assert enough.misfit == 0 and enough.freedom == math.inf
+    assert enough.misfit < 1e-5
 
 
 def test_points_without_error_do_not_take_all_the_weight():
@@ -166,22 +167,7 @@ def test_impossible_noise_is_one_line(options, message):
         fit(MERGING_FIXED_N, {**noisy(0), "se": np.full(9, math.nan)})
 
 
-# ---- profiles
-
-
-@pytest.mark.parametrize("law", [MERGING, MERGING_FIXED_N])
-def test_an_end_is_where_the_refitted_squares_reach_the_threshold(law):
-    """Independent of how it was found: hold the parameter by a law that has it fixed."""
-    table = joint(3) if law is MERGING else noisy(3)
-    fitted = fit(law, table)
-    squares = (fitted.residuals**2).sum()
-    quantile = stats.t.ppf(0.95, fitted.freedom)
-    for end in fitted.interval("b"):
-        if end == 0:
-            continue
-        held = replace(law, nonlinear={**law.nonlinear, "b": (end,)})
-        excess = (fit(held, table).residuals ** 2).sum() - squares
-        assert math.sqrt(excess) == pytest.approx(quantile * fitted.misfit, rel=3e-3)
+# ---- intervals
 
 
 def test_intervals_hold_the_estimate_and_grow_with_the_level():
@@ -207,8 +193,10 @@ def test_losses_that_do_not_fall_leave_b_open():
     noise = 1e-3 * np.random.default_rng(0).standard_normal(9)
     fitted = fit(MERGING_FIXED_N, {"k": K, "ce": np.sort(0.8 + noise)})
     assert fitted.parameters["A"] == 0
-    assert fitted.interval("b") == (0, 20)
-    assert fitted.interval("A")[0] == 0 < fitted.interval("A")[1]
+    low, high = fitted.interval("b")
+    assert low == 0 and high > 10
+    assert fitted.verdict["state"] == "fails" and "does not fall" in fitted.verdict["reasons"][0]
+    assert {"A", "b"} <= set(fitted.on_bound)
 
 
 def test_predictions_have_intervals_wherever_the_law_reaches():
@@ -223,7 +211,8 @@ def test_predictions_have_intervals_wherever_the_law_reaches():
     # The floor at N is the law's own parameter where N is not a variable.
     one = fit(MERGING_FIXED_N, noisy(5))
     ends = one.predict_interval(k=math.inf)
-    assert [float(end) for end in ends] == pytest.approx(one.interval("L_inf"), rel=1e-5)
+    # The floor of a prediction also allows for the forms that the points do not exclude.
+    assert float(ends[0]) < one.interval("L_inf")[0]
 
 
 def test_a_law_without_nonlinear_parameters_has_intervals_too():
@@ -236,11 +225,12 @@ def test_a_law_without_nonlinear_parameters_has_intervals_too():
     assert fitted.predict_interval(k=9, M=9) is not None
 
 
-def test_a_fit_without_noise_is_certain():
+def test_a_fit_without_noise_is_certain_but_no_interval_has_no_width():
     fitted = fit(MERGING_FIXED_N, noisy(0, sd=0))
     for name, (low, high) in fitted.intervals.items():
-        assert low == pytest.approx(TRUTH[name], rel=1e-6)
-        assert high == pytest.approx(TRUTH[name], rel=1e-6)
+        assert low < high
+        assert low == pytest.approx(TRUTH[name], rel=1e-3)
+        assert high == pytest.approx(TRUTH[name], rel=1e-3)
 
 
 def test_unknown_names_and_levels_are_one_line():

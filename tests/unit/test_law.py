@@ -412,7 +412,9 @@ def test_what_is_left_out_is_forecast_from_the_rest():
 def test_a_forecast_worse_than_none_is_doubted():
     k = np.arange(1, 10)
     ce = np.array([1.3, 1.2, 1.15, 1.12, 1.1, 1.09, 1.08, 1.075, 1.09])
-    fitted = fit(MERGING_FIXED_N, {"k": k[:8], "ce": [1.3, 1.2, 1.1, 1.0, 0.9, 0.8, 0.7, 0.7]})
+    turned = [*(1 + 0.1 / k[:8]), 1.05]
+    fitted = fit(MERGING_FIXED_N, {"k": k, "ce": turned})
+    assert fitted.holdout["k"]["held"] is False
     assert any("do not forecast larger k" in doubt for doubt in fitted.doubts)
     assert fit(MERGING_FIXED_N, {"k": k, "ce": ce}).holdout["k"]["same"] == pytest.approx(0.015)
 

@@ -1,18 +1,19 @@
 """Covariance of points: V = known + misfit^2 1 + scatter^2 Z Z', block by block.
 
-``known`` (sampling error) is block-diagonal; misfit is the law's own error at a point; scatter is its
-error common to a base's points (Z maps points to bases). Rotated to the eigenvectors of the known
-blocks, V is diagonal plus one rank per base, so no matrix of points by points is ever made.
+``known`` (sampling error) is block-diagonal; misfit is the law's own error at a point; scatter is
+its error common to a base's points (Z maps points to bases). Rotated to the eigenvectors of the
+known blocks, V is diagonal plus one rank per base: no matrix of points by points is ever made.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
-from scipy.sparse import block_diag, csr_array, issparse
+from scipy.sparse import block_diag, csr_array, diags_array, issparse
 from scipy.sparse.csgraph import connected_components
 from scipy.special import ndtri, stdtrit
 
@@ -46,6 +47,7 @@ class Errors:
     """Errors of points: what is known of their covariance, in rotated coordinates.
 
     Attributes:
+        scale: (points,), factors of losses and columns; a point's misfit is in inverse proportion.
         blocks: places and eigenvectors of each block of several points.
         known: (points,), variances along the eigenvectors (nats^2).
         starts: first place of each base; empty if no points share a base's scatter.
@@ -54,6 +56,7 @@ class Errors:
         typical: typical scatter (nats per token), the scale of its prior.
     """
 
+    scale: Array
     blocks: tuple[tuple[NDArray[np.intp], Array], ...]
     known: Array
     starts: NDArray[np.intp]
@@ -63,15 +66,14 @@ class Errors:
 
     def rotate(self, columns: Array) -> Array:
         """Rows (..., points, columns) in the coordinates of ``known``."""
-        if self.blocks:
-            columns = columns.copy()
+        columns = columns * self.scale[:, None]
         for places, vectors in self.blocks:
             columns[..., places, :] = vectors.T @ columns[..., places, :]
         return columns
 
     def whiten(self, rotated: Array, misfit: float, scatter: float) -> Array:
         """Rotated rows (..., points, columns) times V^-1/2."""
-        scale = 1 / np.sqrt(self.known + max(misfit, self.least) ** 2)
+        scale = 1 / np.sqrt(self.known + max(misfit, self.least / 100) ** 2)
         white: Array = rotated * scale[:, None]
         if scatter and len(self.starts):
             ones = (self.ones * scale)[:, None]
@@ -82,9 +84,13 @@ class Errors:
             white = white - ones * np.repeat(shared, sizes, axis=-2)
         return white
 
+    def whitener(self, misfit: float, scatter: float) -> Callable[[Array], Array]:
+        """Function that multiplies rows (..., points, columns) by V^-1/2."""
+        return lambda columns: self.whiten(self.rotate(columns), misfit, scatter)
+
     def grams(self, rotated: Array, misfit: Array, scatter: Array) -> Grams:
         """Inner products of rotated columns (draws or 1, points, columns) under each V^-1."""
-        variances = self.known + np.maximum(misfit, self.least)[:, None] ** 2
+        variances = self.known + np.maximum(misfit, self.least / 100)[:, None] ** 2
         log_det = np.log(variances).sum(axis=1)
         if not len(self.starts):
             return Grams(_inner(rotated, variances), log_det)
@@ -132,7 +138,7 @@ class Errors:
         rotated = self.rotate(np.column_stack([columns, residuals]))[None]
         for _ in range(ZOOMS):
             steps = np.linspace(-1, 1, VALUES)
-            grid = np.array(np.meshgrid(*(c + r * steps for c, r in zip(centre, reach, strict=True))))
+            grid = np.array(np.meshgrid(centre[0] + reach[0] * steps, centre[1] + reach[1] * steps))
             grid = np.unique(grid.reshape(2, -1), axis=1)
             misfits = np.exp(grid[0]) if misfit is None else np.full(grid.shape[1], misfit)
             scatters = np.exp(grid[1]) if grouped else np.full(grid.shape[1], scatter or 0.0)
@@ -167,13 +173,15 @@ def _deviances(grams: Grams, rank: int) -> Array:
     turned = np.einsum("sij,si->sj", vectors, right)
     squares = products[:, -1, -1] - np.sum(turned**2 / values, axis=1)
     determinant: Array = np.log(values).sum(axis=1)
-    return grams.log_det + determinant + squares
+    values = grams.log_det + determinant + squares
+    return np.asarray(values)
 
 
 def errors_of(
     loss: Array,
     N: Array | None,
     known: Any,
+    scale: Array | None = None,
 ) -> Errors:
     """Errors of points sorted by N.
 
@@ -181,13 +189,19 @@ def errors_of(
         loss: (points,), nats per token.
         N: sizes of the points' bases; None if they do not share bases.
         known: (points,) variances, a sparse covariance (points, points), or None.
+        scale: (points,), square roots of the points' weights; None: all 1.
     """
     count = len(loss)
+    scale = np.ones(count) if scale is None else scale
     blocks: list[tuple[NDArray[np.intp], Array]] = []
-    spectrum = np.zeros(count) if known is None else known
-    ones, crossed = np.ones((count, 1)), False
-    if spectrum.ndim == 2:
-        matrix, spectrum = spectrum, spectrum.diagonal()
+    matrix: Any = np.zeros(count) if known is None else known
+    if matrix.ndim == 2:
+        matrix = csr_array(diags_array(scale) @ matrix @ diags_array(scale))
+    else:
+        matrix = matrix * scale**2
+    spectrum: Array = matrix if matrix.ndim == 1 else matrix.diagonal()
+    ones, crossed = scale[:, None].copy(), False
+    if matrix.ndim == 2:
         labels = connected_components(matrix)[1]
         order = np.argsort(labels, kind="stable")
         groups = np.split(order, np.flatnonzero(np.diff(labels[order])) + 1)
@@ -198,14 +212,14 @@ def errors_of(
             ones[places] = vectors.T @ ones[places]
             crossed |= N is not None and len(np.unique(N[places])) > 1
     starts = np.empty(0, dtype=np.intp)
-    typical = 0.0
+    typical = ROUNDED * float(np.mean(loss)) * 10
     # A covariance between bases says itself what their points have in common.
     if N is not None and not crossed:
         starts = np.flatnonzero(np.diff(N, prepend=-1.0))
         means = np.add.reduceat(loss, starts) / np.diff(np.append(starts, count))
-        typical = max(TYPICAL_SCATTER * float(np.ptp(means)), ROUNDED * float(np.mean(loss)) * 10)
+        typical = max(TYPICAL_SCATTER * float(np.ptp(means)), typical)
     least = ROUNDED * float(np.mean(loss))
-    return Errors(tuple(blocks), np.maximum(spectrum, 0), starts, ones[:, 0], least, typical)
+    return Errors(scale, tuple(blocks), np.maximum(spectrum, 0), starts, ones[:, 0], least, typical)
 
 
 def checked_covariance(covariance: Any, points: int) -> Any:
@@ -232,17 +246,17 @@ def sampling_covariance(points: pd.DataFrame) -> Any:
     not follow chance, and larger by the ratio of the quantiles of t and of the normal law.
 
     Args:
-        points: with ``design`` (factors F of a base's covariance F F') and ``freedom``; or with
+        points: with ``sampling`` (factors F of a base's covariance F F') and ``freedom``; or with
             ``se``, independent between points, and perhaps ``circles``, the number behind each.
     """
-    if "design" in points:
-        factors = [np.vstack(rows["design"].to_list()) for _, rows in points.groupby("base")]
-        order = np.concatenate([
-            np.flatnonzero(points["base"] == base) for base, _ in points.groupby("base")
-        ])
+    if "sampling" in points:
+        factors = [np.vstack(rows["sampling"].to_list()) for _, rows in points.groupby("base")]
+        order = np.concatenate(
+            [np.flatnonzero(points["base"] == base) for base, _ in points.groupby("base")]
+        )
         freedom = points.groupby("base")["freedom"].first().to_numpy()
         blocks = [factor @ factor.T for factor in factors]
-        rough = [j for j, value in enumerate(freedom) if value > 0 and blocks[j].any()]
+        rough = [j for j, value in enumerate(freedom) if 0 < value < math.inf and blocks[j].any()]
         if rough:
             traces = np.array([np.trace(blocks[j]) for j in rough])
             scale = _widened(float(freedom[rough].sum())) * np.average(

@@ -14,10 +14,10 @@ from mergelaw.errors import MergelawError
 from mergelaw.laws.law import FLAT, INTERFERENCE, INTERFERENCE_FIXED_N, NESTED, RIVALS, Array, Law
 from mergelaw.laws.notes import Note
 from mergelaw.laws.projection import ROUNDING
-from mergelaw.laws.result import LEVEL, Form, Result
+from mergelaw.laws.result import Form, Result
 
-# One law is better than another if its AICc is lower by more than this, and excludes it by more than
-# EXCLUDED.
+# One law is better than another if its AICc is lower by more than CLEARLY, and excludes it if by
+# more than EXCLUDED.
 CLEARLY, EXCLUDED = 4, 10
 # Forms with a higher AICc, relative to the best, are not integrated over.
 IMPOSSIBLE = 20
@@ -137,7 +137,7 @@ class Diagnostics(Result):
                 "r2": or_none(other.r2),
                 "rmse": other.rmse,
                 "loo": or_none(_left_one_out(other)),
-                "left_out": or_none(_left_out_error(other, "k")),
+                "left_out": or_none(other._left_out_error("k")),
                 "weight": weights.get(other.law.name, 0.0) if weights else None,
             }
             for other in self._rival_fits
@@ -153,25 +153,39 @@ class Diagnostics(Result):
         """
         results: dict[str, dict[str, Any]] = {}
         variables, loss = self.variables, self.loss
-        for name in self.law.levels:
-            values = variables[name]
-            kept = values < values.max()
-            with suppress(MergelawError):
-                rest = self.refit(self.law, kept)
-                target = {other: column[~kept] for other, column in variables.items()}
-                errors = loss[~kept] - rest.predict(**target)
-                repeated = loss[~kept] - _last(variables, loss, name, kept)
-                results[name] = {
-                    "value": float(values.max()),
-                    "error": math.sqrt(np.mean(errors**2)),
-                    "same": or_none(math.sqrt(np.mean(repeated**2))),
-                    "held": _held(self, rest, kept, target),
-                }
+        for name, rest in self._rests.items():
+            kept = variables[name] < variables[name].max()
+            repeated = loss[~kept] - _last(variables, loss, name, kept)
+            results[name] = {
+                "value": float(variables[name].max()),
+                "error": self._left_out_error(name),
+                "same": or_none(math.sqrt(np.mean(repeated**2))),
+                "held": _held(self, rest, kept),
+            }
         return results
 
     @cached_property
+    def _rests(self) -> dict[str, "Diagnostics"]:
+        """Fits without the points with a variable's largest value, by variable."""
+        fits = {}
+        for name in self.law.levels:
+            values = self.variables[name]
+            with suppress(MergelawError):
+                fits[name] = self.refit(self.law, values < values.max())
+        return fits
+
+    def _left_out_error(self, name: str) -> float:
+        """Error (rms) at a variable's largest value, forecast from all others; NaN if unknown."""
+        if name not in self._rests:
+            return math.nan
+        chosen = self.variables[name] == self.variables[name].max()
+        target = {other: values[chosen] for other, values in self.variables.items()}
+        errors = self.loss[chosen] - self._rests[name].predict(**target)
+        return math.sqrt(np.mean(errors**2))
+
+    @cached_property
     def outliers(self) -> tuple[dict[str, float], ...]:
-        """Points far off the law that is fitted to all others (Bonferroni, 5%): variables and error.
+        """Points far off the law of all others (Bonferroni, 5%): variables, loss and error (nats).
 
         Each point's residual is divided by its standard error with the point left out (externally
         studentised, linearised).
@@ -237,24 +251,13 @@ def _left_one_out(fitted: Result) -> float:
     return math.sqrt(np.mean((fitted.solution.residuals / rest) ** 2))
 
 
-def _left_out_error(fitted: Diagnostics, name: str) -> float:
-    values = fitted.variables[name]
-    kept = values < values.max()
-    try:
-        rest = fitted.refit(fitted.law, kept)
-    except MergelawError:
-        return math.nan
-    target = {other: column[~kept] for other, column in fitted.variables.items()}
-    return math.sqrt(np.mean((fitted.loss[~kept] - rest.predict(**target)) ** 2))
-
-
-def _held(
-    whole: Result, rest: Result, kept: NDArray[np.bool_], target: Mapping[str, Array]
-) -> bool | None:
+def _held(whole: Result, rest: Result, kept: NDArray[np.bool_]) -> bool | None:
     """Whether the 95% interval of the held-out points' mean holds it; None if unknown."""
     if rest.posterior is None or rest.freedom == math.inf:
         return None
-    draws = Result.draws(rest, new=True, **target).mean(axis=1)
+    target = {name: values[~kept] for name, values in whole.variables.items()}
+    own = [Form(rest.law, 1.0, rest.posterior)]
+    draws = rest.draws(target, new=True, forms=own).mean(axis=1)
     # The points have sampling errors besides.
     known = float(np.mean(whole.solution.errors.known[~kept])) / int((~kept).sum())
     draws = draws + math.sqrt(known) * np.random.default_rng(0).standard_normal(len(draws))
@@ -279,7 +282,7 @@ def _failures(fitted: Diagnostics) -> Iterable[str]:
             f"(AICc {flat.aicc - best:+.1f})"
         )
     first = fitted._rival_fits[0]
-    mine, other = _left_out_error(fitted, "k"), _left_out_error(first, "k")
+    mine, other = fitted._left_out_error("k"), first._left_out_error("k")
     if best - first.aicc > EXCLUDED and other < mine:
         yield (
             f"law {first.law.name} excludes it (AICc lower by {best - first.aicc:.1f}) and misses "
@@ -386,8 +389,10 @@ def _doubts(fitted: Diagnostics) -> Iterable[Note]:
         )
     for name, forecast in fitted.holdout.items():
         if forecast["held"] is False:
-            same = "" if forecast["same"] is None else (
-                f' ("same as the last point" by {forecast["same"]:.2g})'
+            same = (
+                ""
+                if forecast["same"] is None
+                else (f' ("same as the last point" by {forecast["same"]:.2g})')
             )
             yield Note(
                 "holdout",

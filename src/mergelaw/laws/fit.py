@@ -21,6 +21,9 @@ from mergelaw.laws.projection import Problem, State
 from mergelaw.laws.result import LEVEL, POOL, Solution, free_parameters
 from mergelaw.laws.summary import fit_text
 
+# Rounds of robust or relative weights at most.
+REWEIGHTED = 50
+
 
 class Fit(Diagnostics):
     """A law fitted to a table, with its diagnostics."""
@@ -35,7 +38,10 @@ class Fit(Diagnostics):
             covariance = covariance[kept] if covariance.ndim == 1 else covariance[kept][:, kept]
         misfit, scatter = solution.given
         near = solution.state.theta if law is self.law else None
-        return _fitted(law, table, self.loss[kept], covariance, misfit, scatter, near=near)
+        scale = solution.errors.scale[kept]
+        return _fitted(
+            law, table, self.loss[kept], covariance, misfit, scatter, near=near, scale=scale
+        )
 
     def summary(self) -> str:
         """The fit as text: parameters, quality, verdict, hold-out forecasts, forms and warnings."""
@@ -88,6 +94,8 @@ def fit(
     misfit: float | None = None,
     scatter: float | None = None,
     jackknife: Sequence[pd.DataFrame] = (),
+    robust: bool = False,
+    relative: bool = False,
 ) -> Fit:
     """Fit a law by generalised least squares; no starting values are needed.
 
@@ -108,6 +116,8 @@ def fit(
             residuals, which needs more points than parameters, the scatter also from a prior.
         jackknife: for intervals about experts like these, one table per expert: some of the rows,
             with the losses without that expert.
+        robust: points far off the law get less weight (Huber 1964, its scale from the median).
+        relative: the law's error at a point is a share of the loss, as if logarithms were fitted.
 
     Raises:
         MergelawError: missing or impossible values, or too few points or levels of a variable.
@@ -127,9 +137,46 @@ def fit(
         known = known[order] if known.ndim == 1 else known[order][:, order]
     factor = None if documents is None else np.asarray(documents, dtype=float)[order]
     ordered = {name: values[order] for name, values in variables.items()}
-    return _fitted(
+    fitted = _fitted(
         law, ordered, loss[order], known, misfit, scatter, factor, np.argsort(order), jackknife
     )
+    if not (robust or relative):
+        return fitted
+    scale = np.ones(len(loss))
+    for _ in range(REWEIGHTED):
+        weights = _weights(fitted, robust, relative)
+        done = np.abs(weights - scale).max() < 1e-6
+        scale = weights
+        if done:
+            break
+        fitted = _fitted(
+            law,
+            ordered,
+            loss[order],
+            known,
+            misfit,
+            scatter,
+            factor,
+            np.argsort(order),
+            jackknife,
+            near=fitted.solution.state.theta,
+            scale=scale,
+        )
+    return fitted
+
+
+def _weights(fitted: Fit, robust: bool, relative: bool) -> Array:
+    """Square roots of the points' weights."""
+    from statsmodels.robust.norms import HuberT
+    from statsmodels.robust.scale import mad
+
+    predicted = fitted.loss - fitted.solution.residuals
+    scale = float(np.mean(predicted)) / predicted if relative else np.ones(len(predicted))
+    if robust:
+        residuals = fitted.solution.residuals * scale
+        deviation = max(float(mad(residuals, center=0)), fitted.solution.errors.least)
+        scale = scale * np.sqrt(HuberT().weights(residuals / deviation))
+    return scale
 
 
 def fit_points(law: Law, points: pd.DataFrame, misfit: float | None = None) -> Fit:
@@ -151,7 +198,8 @@ def fit_points(law: Law, points: pd.DataFrame, misfit: float | None = None) -> F
     if "without" in points:
         rest = points[points["without"].notna()]
         few = any(rest[name].nunique() < levels for name, levels in law.levels.items())
-        if not few and len(rest) >= len(law.parameters):
+        one_pool = len({*map(len, rest["without"])}) == 1
+        if one_pool and not few and len(rest) >= len(law.parameters):
             tables = [rest.assign(ce=ce) for ce in np.transpose(rest["without"].to_list())]
     table = points.drop(columns=[name for name in ("se",) if name in points])
     return fit(
@@ -175,11 +223,12 @@ def _fitted(
     order: NDArray[np.intp] | None = None,
     jackknife: Sequence[pd.DataFrame] = (),
     near: Array | None = None,
+    scale: Array | None = None,
 ) -> Fit:
     """Fit of checked points in the solver's order; residuals are put in the ``order``."""
     _check_levels(law, variables, loss)
     shares_bases = {"N", "k"} <= variables.keys() and len(np.unique(variables["N"])) < len(loss)
-    errors = errors_of(loss, variables["N"] if shares_bases else None, covariance)
+    errors = errors_of(loss, variables["N"] if shares_bases else None, covariance, scale)
     plain_problem = Problem(law, variables, loss)
     state = plain_problem.minimum(near)
     saturated = len(loss) <= len(law.parameters)
@@ -225,7 +274,10 @@ def _weighted(
     law, variables = plain_problem.law, plain_problem.variables
     loss = plain_problem.loss * plain_problem.size
     problem = plain_problem
-    even = not errors.known.any() and not len(errors.starts)
+    # Equal errors do not weight the points, and losses without noise need no weights.
+    exact = state.squares * plain_problem.size**2 < len(loss) * errors.least**2
+    even = not errors.known.any() and (exact or not len(errors.starts))
+    even = even and bool((errors.scale == 1).all())
     for _ in range(1 if even else 2):
         left = loss - law.predict(problem.parameters(state), **variables)
         slopes = plain_problem.slopes(state) * problem.size
@@ -233,16 +285,8 @@ def _weighted(
         tangent = tangent[:, free_parameters(problem, state)]
         likeliest = errors.likeliest(left, tangent, misfit, scatter)[:2]
         if not even:
-            deviations = likeliest
-            problem = Problem(
-                law,
-                variables,
-                loss,
-                lambda columns: errors.whiten(errors.rotate(columns), *deviations),
-            )
+            problem = Problem(law, variables, loss, errors.whitener(*likeliest))
             state = problem.descend(problem.project(state.theta))
-    if not even:
-        state = min(problem.minimum(), state, key=lambda other: other.squares)
     left = loss - law.predict(problem.parameters(state), **variables)
     return problem, state, (*likeliest, errors.likeliest(left, None, misfit, scatter)[2])
 
@@ -253,9 +297,7 @@ def _again(solution: Solution, variables: Mapping[str, Array], loss: Array) -> d
     return problem.parameters(problem.descend(problem.project(solution.state.theta)))
 
 
-def _known(
-    table: pd.DataFrame | Mapping[str, ArrayLike], covariance: Any, points: int
-) -> Any:
+def _known(table: pd.DataFrame | Mapping[str, ArrayLike], covariance: Any, points: int) -> Any:
     """Known variances (points,) or sparse covariance, checked; None if all are 0."""
     if covariance is not None:
         if getattr(covariance, "ndim", 2) == 1:  # made by fit_points

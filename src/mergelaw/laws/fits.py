@@ -12,20 +12,21 @@ import numpy as np
 import pandas as pd
 
 from mergelaw.errors import MergelawError
-from mergelaw.laws.covariance import Part
-from mergelaw.laws.fit import Fit, fit
+from mergelaw.laws.diagnostics import FAILS
+from mergelaw.laws.fit import Fit, fit, fit_points, plain
 from mergelaw.laws.law import MERGING, MERGING_FIXED_N, VARIANCE, Law
 from mergelaw.laws.noise import GROUP, describe, of_one_circle
 from mergelaw.laws.notes import Note
 from mergelaw.laws.points import MACRO, points
 from mergelaw.laws.pooled import pool_domains
-from mergelaw.laws.result import EXPERTS, POOL
-from mergelaw.laws.solve import ROUNDED
+from mergelaw.laws.result import DOCUMENTS, EXPERTS, POOL
 from mergelaw.laws.summary import study_text
 from mergelaw.laws.surrogate import tau2_of
 
 # Distances from the floor (nats per token) for which the needed number of experts is reported.
 WITHIN = (0.05, 0.02, 0.01)
+# Variances of losses below this share of the loss, squared, are rounding errors.
+ROUNDED = 1e-12
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,8 @@ class StudyFit:
     Attributes:
         base, N: the base and its size (billions) if the law is for one base, else None.
         floors: by base, the pool's size M, the floor (k to infinity) and the fitted loss of all M
-            experts merged (nats per token), with 90% intervals except at single domains.
+            experts merged (nats per token), with 90% intervals except at single domains; empty if
+            the law fails.
     """
 
     method: str
@@ -76,7 +78,11 @@ class StudyFits:
         return {
             "units": {"ce": "nats per token", "N": "billions of non-embedding parameters"},
             "laws": {law.name: law.equation for law in (MERGING, MERGING_FIXED_N)},
-            "intervals": {"intervals": POOL, "experts_intervals": EXPERTS},
+            "intervals": {
+                "intervals": POOL,
+                "documents_intervals": DOCUMENTS,
+                "experts_intervals": EXPERTS,
+            },
             "fits": [item.to_dict() for item in self.fits],
             "pooled": list(self.pooled),
             "variances": [item.to_dict() for item in self.variances],
@@ -155,7 +161,7 @@ def fit_all(
         first = group.iloc[0]
         place = {"method": first["method"], "family": first["family"], "domain": first["domain"]}
         try:
-            fitted = _fit_variance(group) if law is VARIANCE else _fit(law, group)
+            fitted = _fit_variance(group) if law is VARIANCE else fit_points(law, group)
         except MergelawError as error:
             if law is not VARIANCE:
                 refused.append({**place, "base": base, "law": law.name, "reason": str(error)})
@@ -165,8 +171,8 @@ def fit_all(
         results = variances if law is VARIANCE else fits
         results.append(StudyFit(**place, base=base, N=size, fit=fitted, floors=floors))
 
-    groups = {key: _placed(group) for key, group in table.groupby(GROUP)}
-    shared = groups if joint is None else {k: _placed(g) for k, g in joint.groupby(GROUP)}
+    groups = dict(iter(table.groupby(GROUP)))
+    shared = groups if joint is None else dict(iter(joint.groupby(GROUP)))
     for key, group in groups.items():
         if key in shared:
             attempt(MERGING, shared[key], None)
@@ -177,11 +183,6 @@ def fit_all(
     return StudyFits(
         table, tuple(fits), tuple(variances), tuple(_pooled(fits)), tuple(refused), tuple(warnings)
     )
-
-
-def _placed(group: pd.DataFrame) -> pd.DataFrame:
-    """A group's points, numbered as the rows of its covariances."""
-    return group.assign(_place=range(len(group)))
 
 
 def _pooled(fits: Sequence[StudyFit]) -> Iterator[dict[str, Any]]:
@@ -196,32 +197,6 @@ def _pooled(fits: Sequence[StudyFit]) -> Iterator[dict[str, Any]]:
             yield {"method": method, "family": family, **pooled}
 
 
-def _fit(law: Law, group: pd.DataFrame) -> Fit:
-    """Fit a law to the points of a method, family and domain, or to those of one of its bases."""
-    parts = None
-    chosen = group["_place"].to_numpy()
-    if "documents" in group:
-        documents, design = (
-            np.vstack(group[name].to_list())[:, chosen] for name in ("documents", "design")
-        )
-        parts = [Part(documents, weigh=False)]
-        for _, one_base in group.groupby("base"):
-            # Different bases have independent design errors, each with its own freedom.
-            place = group.index.get_indexer(one_base.index)
-            matrix = np.zeros_like(design)
-            matrix[np.ix_(place, place)] = design[np.ix_(place, place)]
-            freedom = float(one_base["freedom"].iloc[0])
-            parts.append(Part(matrix, freedom if freedom > 0 else math.inf))
-    tables = []
-    if "without" in group:
-        rest = group[group["without"].notna()]
-        few = any(rest[name].nunique() < levels for name, levels in law.levels.items())
-        one_pool = len({*map(len, rest["without"])}) == 1
-        if one_pool and not few and len(rest) >= len(law.parameters):
-            tables = [rest.assign(ce=ce) for ce in np.transpose(rest["without"].to_list())]
-    return fit(law, group, covariance=parts, jackknife=tables)
-
-
 def _fit_variance(group: pd.DataFrame) -> Fit:
     """Fit the variance law to the loss's variances over the subsets of one base."""
     table = group[group["variance"] > (ROUNDED * group["ce"]) ** 2]
@@ -233,7 +208,9 @@ def _fit_variance(group: pd.DataFrame) -> Fit:
 
 def _floors(fitted: Fit, group: pd.DataFrame) -> Iterator[dict[str, Any]]:
     """Floors of each base, and numbers of experts that come close to them."""
-    # Intervals take refits, so only the losses that are read first have them.
+    if fitted.verdict["state"] == FAILS:
+        return
+    # Only the losses that are read first have intervals.
     with_intervals = group["domain"].iloc[0] in (MACRO, "")
     bases = group[["base", "N", "M"]].drop_duplicates().sort_values(["N", "base"])
     for name, N, M in bases.itertuples(index=False):
@@ -256,7 +233,7 @@ def _floors(fitted: Fit, group: pd.DataFrame) -> Iterator[dict[str, Any]]:
 
 def _interval(fitted: Fit, k: float, size: Mapping[str, Any]) -> list[float] | None:
     ends = fitted.predict_interval(k=k, **size)
-    return None if ends is None or not np.isfinite(ends).all() else [float(end) for end in ends]
+    return None if ends is None else [plain(float(end)) for end in ends]
 
 
 def _pools(rows: pd.DataFrame) -> dict[tuple[str, str, str], int]:

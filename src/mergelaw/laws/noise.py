@@ -17,7 +17,7 @@ from mergelaw.laws.points import CIRCLE, MACRO, POINT
 GROUP = ["method", "family", "domain"]
 PLACE = ["method", "family", "base", "domain"]
 # Columns that hold lists.
-WIDE = ("documents", "design", "without")
+WIDE = ("documents", "sampling", "without")
 # Maps (method, family, base, domain) to tau^2, the scale of the pair part.
 Tau2 = Mapping[tuple[str, str, str, str], float]
 # Covariance of one circle's estimates up to tau^2, by (k, k').
@@ -43,7 +43,7 @@ def describe(
     Returns:
         Warnings on unknown errors, after the table with the columns
 
-        - ``design``: rows F of a factor of the sampling covariance F F' of a base's points (nats);
+        - ``sampling``: rows F of a factor of a base's sampling covariance F F' (nats);
           zeros where there is none or it is unknown;
         - ``freedom``: degrees of freedom of its scale; NaN if it is exact;
         - ``documents``: rows of a factor of the covariance over documents like the evaluated ones,
@@ -72,7 +72,7 @@ def describe(
         keys = pd.MultiIndex.from_frame(group[[*PLACE, "k"]])
         columns = {
             "documents": [None] * len(group) if shared is None else list(_compressed(shared)),
-            "design": list(design),
+            "sampling": list(design),
             "freedom": freedom,
             "se": np.where(variance > 0, np.sqrt(variance), np.nan),
             "variance": spread.reindex(keys).to_numpy() + variance,
@@ -177,9 +177,7 @@ def _shape(merges: pd.DataFrame) -> Shape:
     return {(a, b): float(np.sum(excess[a] * excess[b])) for a in excess for b in excess}
 
 
-def _design(
-    circles: pd.DataFrame, shape: Shape, tau2: float | None
-) -> tuple[Array, float] | None:
+def _design(circles: pd.DataFrame, shape: Shape, tau2: float | None) -> tuple[Array, float] | None:
     """Sampling covariance of a base's points and its freedom, NaN if exact; None if unknown.
 
     A covariance estimated level by level from three circles has rank two and misleads as weights,

@@ -15,7 +15,9 @@ COLUMNS = [*POINT, *CIRCLE, "merge", "role", "ce", "finite"]
 # Columns that a points table may have besides N, k and ce (or loss).
 OPTIONAL = ["se", "M", "domain", "method", "family", "base"]
 # Further columns that `mergelaw fit` writes and reads.
-WRITTEN = ["subsets", "replicates", "documents", "design", "freedom", "variance", "without"]
+WRITTEN = ["subsets", "replicates", "documents", "sampling", "freedom", "variance", "without"]
+# A column of tables that earlier versions wrote, with covariances in another form.
+EARLIER = ["design"]
 # No model has so many billions of parameters, so N counts parameters.
 TOO_MANY_BILLIONS = 1e4
 # No base has so few parameters, so N, too large for billions, counts something else.
@@ -173,7 +175,7 @@ def _named(path: Path, table: pd.DataFrame) -> pd.DataFrame:
             f"{path}: lacks the column {', '.join(absent)}: it has {present}; add it"
         )
     allowed = ["N", "k", "ce", *OPTIONAL]
-    unknown = [str(name) for name in table if name not in (*allowed, *WRITTEN)]
+    unknown = [str(name) for name in table if name not in (*allowed, *WRITTEN, *EARLIER)]
     if unknown:
         raise MergelawError(
             f"{path}: unknown column {', '.join(unknown)}: drop it, or rename it to one of "
@@ -186,9 +188,9 @@ def _named(path: Path, table: pd.DataFrame) -> pd.DataFrame:
 
 def _written(table: pd.DataFrame) -> tuple[pd.DataFrame, list[Note]]:
     """A table that `mergelaw fit` wrote, or a part of one, ready to be fitted again."""
-    if {"documents", "design", "se"} <= set(table):
+    if {"documents", "sampling", "se"} <= set(table):
         return table.assign(se=table["se"].fillna(0)), []  # NaN: unknown
-    return table.drop(columns=[name for name in WRITTEN if name in table]), []
+    return table.drop(columns=[name for name in (*WRITTEN, *EARLIER) if name in table]), []
 
 
 def _read(path: Path) -> pd.DataFrame:

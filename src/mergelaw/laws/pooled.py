@@ -23,14 +23,14 @@ def pool_domains(fits: Mapping[str, Diagnostics]) -> dict[str, Any] | None:
     """Pool the joint fits of a method's domains.
 
     Returns:
-        ``parameters``: for each nonlinear parameter the mean over domains, its 90% ``interval``, and
-        the standard deviation ``between`` domains; ``domains``: all parameters of each domain,
+        ``parameters``: for each nonlinear parameter the mean over domains, its 90% ``interval``,
+        and the standard deviation ``between`` domains; ``domains``: all parameters of each domain,
         shrunk; ``out_of_sample``: root mean squared error (nats per token) of the largest k,
         forecast from the others with domains ``apart``, ``partial``ly pooled and all ``shared``.
-        None with fewer than three domains, or where one has no misfit.
+        None with fewer than two domains, or where one has no misfit.
     """
     drawn = {domain: fitted for domain, fitted in fits.items() if fitted.posterior is not None}
-    if len(drawn) < 3:
+    if len(drawn) < 2:
         return None
     theta, summary = _shrunk(list(drawn.values()))
     return {
@@ -49,25 +49,36 @@ def _shrunk(fits: list[Diagnostics]) -> tuple[dict[str, Array], dict[str, Any]]:
 
     law = fits[0].law
     apart = np.array([fitted.solution.state.theta for fitted in fits])
-    partial, shared, summary = apart.copy(), apart.copy(), {}
-    for j, name in enumerate(law.nonlinear):
-        draws = [_drawn(fitted)[:, len(law.linear) + j] for fitted in fits]
-        means = np.array([values.mean() for values in draws])
-        variances = np.array([values.var() for values in draws]) + LEAST**2
-        combined = combine_effects(means, variances, method_re="iterated")
-        between = max(float(combined.tau2), 0.0)
-        mean = float(combined.mean_effect_re)
-        weight = between / (between + variances)
-        partial[:, j] = weight * means + (1 - weight) * mean
-        shared[:, j] = float(combined.mean_effect_fe)
+    covariances = [
+        np.cov(_drawn(fitted)[:, len(law.linear) :].T).reshape(apart.shape[1], -1)
+        + LEAST**2 * np.eye(apart.shape[1])
+        for fitted in fits
+    ]
+    mean, shared, between = (np.empty(apart.shape[1]) for _ in range(3))
+    summary = {}
+    for j, (name, box) in enumerate(law.nonlinear.items()):
+        variances = np.array([covariance[j, j] for covariance in covariances])
+        with np.errstate(divide="ignore"):  # no heterogeneity at all
+            combined = combine_effects(apart[:, j], variances, method_re="iterated")
+        mean[j], shared[j] = combined.mean_effect_re, combined.mean_effect_fe
+        between[j] = max(float(combined.tau2), 0.0)
         reach = 1.645 * float(combined.sd_eff_w_re)
-        box = law.nonlinear[name]
         summary[name] = {
-            "mean": mean,
-            "interval": [max(mean - reach, box[0]), min(mean + reach, box[-1])],
-            "between": math.sqrt(between),
+            "mean": float(mean[j]),
+            "interval": [max(float(mean[j]) - reach, box[0]), min(float(mean[j]) + reach, box[-1])],
+            "between": math.sqrt(between[j]),
         }
-    return {"apart": apart, "partial": partial, "shared": shared}, summary
+    common = np.diag(between + LEAST**2)
+    # Errors of a domain's parameters hang together, so they are shrunk together.
+    partial = [
+        theta + covariance @ np.linalg.solve(covariance + common, mean - theta)
+        for theta, covariance in zip(apart, covariances, strict=True)
+    ]
+    return {
+        "apart": apart,
+        "partial": np.array(partial),
+        "shared": np.broadcast_to(shared, apart.shape),
+    }, summary
 
 
 def _drawn(fitted: Diagnostics) -> Array:

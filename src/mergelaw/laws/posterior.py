@@ -9,7 +9,6 @@ for each, and draws with a coefficient below 0 are dropped.
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 from scipy.special import gammaln, logsumexp
@@ -18,8 +17,10 @@ from mergelaw.laws.covariance import Errors
 from mergelaw.laws.law import Array, Law
 from mergelaw.laws.projection import columns_of
 
-# Proposals a round, rounds at most, and draws of a fit. Rounds end with this share of effective draws.
-PROPOSALS, ROUNDS, DRAWS, EFFECTIVE = 1024, 6, 4000, 0.4
+# Proposals a round, rounds at most, and draws of a fit.
+PROPOSALS, ROUNDS, DRAWS = 1024, 6, 4000
+# Rounds end with this share of effective draws.
+EFFECTIVE = 0.4
 # Effective draws for each dimension, from which the next round's proposal is made.
 ENOUGH = 20
 # Degrees of freedom of the proposal, so that its tails are wider than the posterior's.
@@ -27,7 +28,7 @@ TAIL = 5.0
 # Keeps normal equations solvable where columns are nearly the same.
 REGULAR, TINY = 1e-12, 1e-300
 # If fewer draws than this share have no coefficient below 0, coefficients of 0 stay 0.
-RARE = 0.02
+RARE = 0.002
 # Proposals are evaluated in pieces of so many numbers.
 NUMBERS = 3_000_000
 
@@ -170,7 +171,8 @@ def draw(
         evidence = float(log[0])
     else:
         freedom = max(len(loss) - len(law.parameters), 1)
-        start = space.pack(theta, max(misfit[1], errors.least), max(scatter[1], errors.typical / 10))
+        least = errors.typical / 10
+        start = space.pack(theta, max(misfit[1], errors.least), max(scatter[1], least))
         widths = list(np.clip(spread[space.open], 1e-4, 0.4))
         widths += [1 / math.sqrt(2 * freedom)] if misfit[0] is None else []
         widths += [1.0] if space.scatter is None else []

@@ -2,7 +2,7 @@
 
 import bisect
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -274,8 +274,11 @@ class Result:
         if reach is None:
             return None
         low, high = min(low, value), max(high, value)
-        low, high = value - math.hypot(value - low, reach[0]), value + math.hypot(
-            high - value, reach[0]
+        if low == high == box[0] and not reach[0]:  # no draw is above the bound
+            return None
+        low, high = (
+            value - math.hypot(value - low, reach[0]),
+            value + math.hypot(high - value, reach[0]),
         )
         return max(low, box[0]), min(high, box[-1])
 
@@ -317,7 +320,7 @@ class Result:
             return None
         arrays = np.broadcast_arrays(*(np.asarray(v, dtype=float) for v in variables.values()))
         flat = {name: array.ravel() for name, array in zip(variables, arrays, strict=True)}
-        draws = self.draws(new=new, **flat)
+        draws = self.draws(flat, new)
         low, high = _ends(draws, level)
         ends = self._widened(np.atleast_1d(centre).ravel(), low, high, [flat], level, population)
         if ends is None:
@@ -341,22 +344,27 @@ class Result:
         if not self.forms:
             return value, None
         both = {name: np.array([first[name], second[name]], dtype=float) for name in first}
-        draws = self.draws(**both)
+        draws = self.draws(both)
         low, high = _ends((draws[:, 0] - draws[:, 1])[:, None], level)
         places = [{name: array[:1] for name, array in both.items()}]
         places.append({name: array[1:] for name, array in both.items()})
         ends = self._widened(np.array([value]), low, high, places, level, population)
         return value, None if ends is None else (float(ends[0][0]), float(ends[1][0]))
 
-    def draws(self, new: bool = False, **variables: ArrayLike) -> Array:
+    def draws(
+        self,
+        variables: Mapping[str, ArrayLike],
+        new: bool = False,
+        forms: Sequence[Form] | None = None,
+    ) -> Array:
         """Draws of the expected loss (draws, points), each form as often as it is probable.
 
-        Any function of them has the interval between its quantiles. ``new`` as in
-        ``predict_interval``.
+        Any function of them has the interval between its quantiles. Variables by name, and ``new``,
+        are as in ``predict_interval``; ``forms`` replaces those of the fit.
         """
         arrays = {n: np.atleast_1d(np.asarray(v, dtype=float)) for n, v in variables.items()}
-        parts = []
-        for form in self.forms:
+        parts: list[Array] = []
+        for form in self.forms if forms is None else forms:
             count = len(form.posterior.parameters)
             some = np.linspace(0, count - 1, max(round(form.weight * count), 1)).astype(int)
             parameters = form.posterior.parameters[some]
@@ -442,14 +450,13 @@ class Result:
             if solution.problem.whiten is not None:
                 white = solution.problem.whiten(white)
             shifts = gradients @ (solution.influence @ white)
-            return float(ndtri((1 + level) / 2)) * np.linalg.norm(shifts, axis=1)
+            return np.asarray(float(ndtri((1 + level) / 2)) * np.linalg.norm(shifts, axis=1))
         # t times the delete-one standard error (Tukey 1958), t on M - 1
         pool = len(self.jackknife)
         if pool < 2:
             return None
         spread = np.sqrt((pool - 1) * np.mean((others - others.mean(axis=0)) ** 2, axis=0))
-        quantile: Array = float(stdtrit(pool - 1, (1 + level) / 2)) * spread
-        return quantile
+        return np.asarray(float(stdtrit(pool - 1, (1 + level) / 2)) * spread)
 
 
 def _ends(draws: Array, level: float) -> Any:

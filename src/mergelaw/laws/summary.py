@@ -11,7 +11,7 @@ from mergelaw.laws.points import MACRO
 def fit_text(fit: Mapping[str, Any], equation: str) -> str:
     """One fit, as values of ``Fit.to_dict``: parameters, quality, hold-out, rivals and warnings."""
     width = max(map(len, fit["parameters"]))
-    lines = [equation]
+    lines = [equation, f"  The law {verdict_text(fit['verdict'])}."]
     for name, value in fit["parameters"].items():
         ends = [
             interval(fit[kind][name])
@@ -19,6 +19,7 @@ def fit_text(fit: Mapping[str, Any], equation: str) -> str:
             if name in fit[kind]
         ]
         suffix = f"   90%: {'   experts like these: '.join(ends)}" if ends else ""
+        suffix += "   (on its bound: not used)" if name in fit["on_bound"] else ""
         lines.append(f"  {name:<{width}} = {value:<10.5g}{suffix}".rstrip())
     r2 = math.nan if fit["r2"] is None else fit["r2"]
     noise = "" if fit["misfit"] is None else f"  misfit {fit['misfit']:.2g}"
@@ -37,19 +38,44 @@ def fit_text(fit: Mapping[str, Any], equation: str) -> str:
     if len(fit["rivals"]) > 1 and fit["aicc"] is not None:
         ranking = ", ".join(f"{rival['law']} {rival['above']:+.1f}" for rival in rivals)
         lines.append(f"  AICc above the best: {ranking}")
+        forms = ", ".join(
+            f"{rival['law']} {_number(rival['weight'], '.0%')}"
+            for rival in fit["rivals"]
+            if rival["weight"]
+        )
+        errors = ", ".join(
+            f"{rival['law']} {_number(rival['loo'])} / {_number(rival['left_out'])}"
+            for rival in rivals
+        )
+        lines.append(f"  errors with one point / the largest k left out: {errors}")
+        lines.append(f"  share in forecasts: {forms}") if forms else None
     return "\n".join([*lines, *(f"  ! {text}" for text in (*fit["warnings"], *fit["doubts"]))])
 
 
+def verdict_text(verdict: Mapping[str, Any]) -> str:
+    """A verdict in words: "holds", or "is doubtful" or "fails" with its first reason."""
+    if not verdict["reasons"]:
+        return str(verdict["state"])
+    verb = {"doubtful": "is doubtful", "fails": "fails"}[verdict["state"]]
+    return f"{verb}: {verdict['reasons'][0]}"
+
+
+def _number(value: float | None, form: str = ".2g") -> str:
+    return "-" if value is None else format(value, form)
+
+
 def pooled_text(pooled: Mapping[str, Any]) -> str:
-    """A pooled fit in one line: the shared parameters, and the gain in AICc over separate fits."""
-    if not pooled["shared"]:
-        return "the domains share none of beta, gamma and b (AICc)"
-    none = next(way["above"] for way in pooled["ways"] if not way["shared"])
+    """A pooled fit in one line: means over domains, their spread, and errors out of sample."""
     values = ", ".join(
-        f"{name} = {value:.4g} (90%: {interval(pooled['intervals'][name], 4)})"
-        for name, value in pooled["parameters"].items()
+        f"{name} = {of['mean']:.4g} (90%: {interval(of['interval'], 4)}) +- {of['between']:.2g}"
+        for name, of in pooled["parameters"].items()
     )
-    return f"{len(pooled['domains'])} domains share {values}; AICc {none:.1f} lower than with none"
+    text = f"{len(pooled['domains'])} domains, mean and spread between domains: {values}"
+    scores = pooled["out_of_sample"]
+    if scores is None:
+        return text
+    errors = ", ".join(f"{error:.2g} {way}" for way, error in scores.items())
+    return f"{text}; the largest k is forecast to {errors} (nats, rms)"
 
 
 def study_text(laws: Mapping[str, Any]) -> str:
@@ -57,8 +83,8 @@ def study_text(laws: Mapping[str, Any]) -> str:
     kinds = laws["intervals"]
     lines = [
         "Losses in nats per token, N in billions of non-embedding parameters. Intervals are 90% "
-        f"profile-likelihood intervals of the mean over subsets of {kinds['intervals']}; where "
-        f"every subset was measured, jackknife intervals for {kinds['experts_intervals']} follow.",
+        f"intervals for the mean over subsets of {kinds['intervals']}; where every subset was "
+        f"measured, intervals for {kinds['experts_intervals']} follow.",
         "",
     ]
     for heading, texts in (("Missing", laws["missing"]), ("Warnings", laws["warnings"])):

@@ -3,12 +3,10 @@
 import math
 from typing import Any
 
-import numpy as np
 import pandas as pd
 
 from mergelaw.errors import MergelawError
-from mergelaw.laws.covariance import Part
-from mergelaw.laws.fit import Fit, fit
+from mergelaw.laws.fit import fit_points
 from mergelaw.laws.law import LAWS, MERGING, MERGING_FIXED_N, Law
 from mergelaw.laws.result import LEVEL
 from mergelaw.planning.answer import Ends
@@ -16,20 +14,6 @@ from mergelaw.planning.points import at_size, base_points, beyond_sizes, sampled
 
 # A rival is not excluded if its AICc is at most this much above the best.
 NOT_EXCLUDED = 10
-
-
-def fit_law(law: Law, points: pd.DataFrame, misfit: float | None = None) -> Fit:
-    """Fit a law to points of one method, family and domain, weighted by their sampling errors."""
-    if "design" not in points:
-        return fit(law, points, misfit=misfit)
-    design = np.vstack(points["design"].to_list())[:, points["_place"].to_numpy()]
-    parts = []
-    for base in points["base"].unique():
-        # Sampling errors of different bases are independent, each with its degrees of freedom.
-        here = (points["base"] == base).to_numpy()
-        freedom = float(points["freedom"][here].iloc[0])
-        parts.append(Part(design * np.outer(here, here), freedom if freedom > 0 else math.inf))
-    return fit(law, points, covariance=parts, misfit=misfit)
 
 
 class Curve:
@@ -78,7 +62,7 @@ class Curve:
                 self.table, law = curve, law or MERGING_FIXED_N
         law = law or MERGING
         self.joint = law is MERGING
-        self.fitted = fit_law(law, self.table, misfit)
+        self.fitted = fit_points(law, self.table, misfit)
         self.formula = law.equation.split("=", 1)[1].strip()
         values = self.fitted.parameters.items()
         self.parameters = ", ".join(f"{parameter} = {value:.4g}" for parameter, value in values)
@@ -136,7 +120,7 @@ class Curve:
         for rival in self.fitted.rivals:
             above, name = rival["above"], rival["law"]
             if name != self.fitted.law.name and above is not None and above <= NOT_EXCLUDED:
-                loss = float(fit_law(LAWS[name], self.table).predict(**self.variables(k)))
+                loss = float(fit_points(LAWS[name], self.table).predict(**self.variables(k)))
                 rivals.append((abs(loss - self.loss(k)), name.removesuffix("_fixed_N"), loss))
         if not rivals:
             compared = [rival for rival in self.fitted.rivals if rival["aicc"] is not None]

@@ -11,7 +11,7 @@ Along N, ``size``: the joint law of the measured sizes, at another one.
 Two or three points cannot show a scheme's error, so its interval comes from its record: the scheme
 is tried on the study's other bases with measured curves. Its errors there, as shares of the gain,
 set the width (t with as many degrees of freedom as bases). With fewer than two such bases the
-interval is a profile-likelihood interval from standard errors and a given misfit.
+interval comes from standard errors and a given misfit.
 """
 
 import math
@@ -23,10 +23,11 @@ import pandas as pd
 from scipy.special import stdtrit
 
 from mergelaw.errors import MergelawError
+from mergelaw.laws.fit import fit_points
 from mergelaw.laws.law import INVERSE_FIXED_N, MERGING, MERGING_FIXED_N, Array
 from mergelaw.laws.result import LEVEL
 from mergelaw.planning.answer import Answer
-from mergelaw.planning.curve import Curve, fit_law
+from mergelaw.planning.curve import Curve
 from mergelaw.planning.points import at_size, base_points, sampled_without_errors
 
 THREE_POINT, END_POINT, SIZE = "three-point", "end-point", "size"
@@ -139,7 +140,7 @@ def _record(
         # A base counts if it has more points than the scheme uses and its loss changes.
         if name == base or not set(needed) < set(curve["k"]) or not _gain(used):
             continue
-        errors = curve["ce"] - fit_law(LAWS[scheme], used).predict(k=curve["k"])
+        errors = curve["ce"] - fit_points(LAWS[scheme], used).predict(k=curve["k"])
         shares = np.where(curve["k"].isin(needed), 0.0, errors / _gain(used))
         record[name] = np.interp(sizes, curve["k"], shares, left=math.nan, right=math.nan)
     return record
@@ -162,10 +163,10 @@ def _basis(curve: Curve, misfit: float | None) -> str:
     if curve.fitted.freedom == 0:
         return "none: give --misfit, or measure the whole curve of two other bases"
     if misfit is not None:
-        return f"profile likelihood with the given misfit, {misfit:g} nats"
+        return f"integrated over laws, with the given misfit, {misfit:g} nats"
     if math.isinf(curve.fitted.freedom):
-        return "profile likelihood with the points' standard errors"
-    return f"profile likelihood with a misfit of {curve.fitted.misfit:.2g} nats, from residuals"
+        return "integrated over laws, with the points' standard errors"
+    return f"integrated over laws, with a misfit of {curve.fitted.misfit:.2g} nats"
 
 
 def _score(

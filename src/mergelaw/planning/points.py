@@ -36,11 +36,6 @@ def read(source: Path) -> tuple[pd.DataFrame, list[str]]:
                 "a table of points"
             )
     table, notes = read_points(source)
-    if "design" in table:
-        # A row of the design matrix has a column for each point of its method and domain.
-        table["_place"] = table.groupby(["method", "family", "domain"]).cumcount()
-        rows = table[["design", "_place"]].itertuples(index=False, name=None)
-        table["se"] = [math.sqrt(max(variances[place], 0.0)) for variances, place in rows]
     return table, list(map(str, notes))
 
 

@@ -152,7 +152,8 @@ def _floors(fits: pd.DataFrame) -> alt.TopLevelMixin:
                 marks.append(("tail", "law", method, N, p["A0"] * N ** -p["gamma"]))
         else:
             marks.append(("floor", "mean", method, fit["N"], p["L_inf"]))
-            marks.append(("floor", "reachable", method, fit["N"], fit["floors"][0]["reachable"]))
+            for floor in fit["floors"]:
+                marks.append(("floor", "reachable", method, fit["N"], floor["reachable"]))
             marks.append(("tail", "mean", method, fit["N"], p["A"]))
     table = pd.DataFrame(marks, columns=["quantity", "kind", "method", "N", "value"])
     # A logarithmic axis cannot show a tail of 0; the tables do.

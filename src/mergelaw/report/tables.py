@@ -12,6 +12,7 @@ from mergelaw.laws.fits import WITHIN
 from mergelaw.laws.law import LAWS, MERGING, VARIANCE, Law
 from mergelaw.laws.noise import WIDE
 from mergelaw.laws.points import MACRO
+from mergelaw.laws.summary import pooled_text
 
 PLACE = ["method", "family", "domain", "base", "N"]
 NONE = "–"
@@ -104,6 +105,8 @@ def floors(fits: pd.DataFrame) -> Table:
     """Asymptotic and reachable floors (nats per token), and the experts needed to come close."""
     records = []
     for fit in _ordered(fits):
+        if not fit["floors"]:  # the law fails
+            continue
         (floor,) = fit["floors"]
         cells = [
             Markup("{:.4f} <small>{}</small>").format(
@@ -168,16 +171,8 @@ def _ordered(fits: pd.DataFrame) -> list[dict[Any, Any]]:
 
 
 def shared(pooled: Mapping[str, Any]) -> str:
-    """A sentence on the parameters that a method's domains share."""
-    place = f"{pooled['method']}, {len(pooled['domains'])} domains"
-    if not pooled["parameters"]:
-        return f"{place}: the domains share no parameter"
-    alone = next(way["above"] for way in pooled["ways"] if not way["shared"])
-    values = ", ".join(
-        f"{name} = {value:.4g} (90%: {_interval(pooled['intervals'][name])})"
-        for name, value in pooled["parameters"].items()
-    )
-    return f"{place}: {values} in all; AICc is {alone:.1f} lower than if nothing is shared"
+    """A sentence on the parameters of a method's domains, pooled as far as the points say."""
+    return f"{pooled['method']}: {pooled_text(pooled)}"
 
 
 def rivals(fits: pd.DataFrame) -> Table | None:
@@ -229,8 +224,7 @@ def files(
     """Tables for the CSV files, by name, from laws.json, points.parquet and parameters.parquet."""
     bounds = []
     for fit in study["fits"]:
-        if fit["base"] is not None:
-            (floor,) = fit["floors"]
+        for floor in fit["floors"] if fit["base"] is not None else ():
             record = {name: fit[name] for name in PLACE} | {"M": floor["M"]}
             for name in ("asymptotic", "reachable"):
                 record[name] = floor[name]

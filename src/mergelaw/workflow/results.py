@@ -120,8 +120,7 @@ def summary_text(values: Mapping[str, Any]) -> str:
             lines.append(f"\n{values['laws'][law]}")
         where = f"{fit['method']}, {fit['base']}" if fit["base"] else fit["method"]
         numbers = "  ".join(f"{name} = {v:.4g}" for name, v in fit["parameters"].items())
-        if fit["base"]:
-            (floor,) = fit["floors"]
+        for floor in fit["floors"] if fit["base"] else ():
             numbers += f"  L({floor['M']}) = {floor['reachable']:.4g}"
         lines.append(f"  {where:<24}{numbers}  R^2 = {fit['r2']:.5f}  RMSE = {fit['rmse']:.2g}")
     for fit in values["refused"]:
