@@ -8,6 +8,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
+import pool
+from mergelaw.decide import best
 from mergelaw.errors import MergelawError
 from mergelaw.laws.fits import fit_study, write
 from mergelaw.laws.law import MERGING
@@ -175,3 +177,24 @@ def test_a_study_in_which_nothing_could_be_fitted_has_a_report_too(tmp_path):
     write_report(tmp_path / "laws", rows, tmp_path / "report", title="Two levels", facts={})
     page = (tmp_path / "report" / "report.html").read_text()
     assert "What could not be fitted" in page and "<svg" in page
+
+
+def test_the_report_opens_with_the_merge_to_ship_and_names_the_bad_expert(tmp_path):
+    rows = pool.rows()
+    write(fit_study(rows), tmp_path / "laws")
+    measured = pool.measured(rows)
+    write_report(
+        tmp_path / "laws", rows, tmp_path / "report", title="Pool", facts={}, measured=[measured]
+    )
+    page = (tmp_path / "report" / "report.html").read_text()
+    text = re.sub(r"\s+", " ", re.sub(r"<style>.*?</style>|<[^>]*>", " ", page, flags=re.DOTALL))
+    assert text.split("Pool")[2].strip().startswith(best(measured).sentence)
+    assert "Ship ties of dates, extract, german, maths, sql: " in text
+    assert "code: OUTLIER, leave it out: alone " in text
+    assert page.index("Ship ties") < page.index("OUTLIER") < page.index('class="law"')
+    for contradiction in ("cannot reach", "not reachable", "use all"):
+        assert contradiction not in text
+    merges = pd.read_csv(tmp_path / "report" / "tables" / "merges.csv")
+    assert len(merges) == 2 * 63 and merges["macro"].is_monotonic_increasing
+    experts = pd.read_csv(tmp_path / "report" / "tables" / "experts.csv")
+    assert list(experts.loc[experts["verdict"] == "outlier", "expert"]) == ["code"]

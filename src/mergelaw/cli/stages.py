@@ -155,10 +155,12 @@ def report(job: Job, folder: Path, state: Path) -> dict[str, Any]:
     """Write the report: one HTML page with its figures and tables."""
     from mergelaw.evaluation import read_rows
     from mergelaw.report import write_report
-    from mergelaw.workflow.results import facts_of
+    from mergelaw.workflow.results import facts_of, measured_in
 
-    laws, rows = job.one("laws"), read_rows(list(job.all("evals").values()))
-    write_report(laws, rows, folder, title=job.recipe["title"], facts=facts_of(laws))
+    laws, shards = job.one("laws"), list(job.all("evals").values())
+    title, facts, rows = job.recipe["title"], facts_of(laws), read_rows(shards)
+    every, _ = measured_in(shards)
+    write_report(laws, rows, folder, title=title, facts=facts, measured=every)
     return {}
 
 
@@ -185,6 +187,7 @@ def partial(
     from mergelaw.laws import fits
     from mergelaw.report import write_report
     from mergelaw.workflow.folder import use
+    from mergelaw.workflow.results import measured_in
     from mergelaw.workflow.study import Study
 
     study = Study(config.load(configuration))
@@ -200,6 +203,8 @@ def partial(
     common = study.laws.recipe.get("common_experts")
     fits.write(fits.fit_study(rows, documents, common), folder / "laws", missing)
     facts = {"measured so far": f"{len(measured)} of {len(shards)} shards"}
-    write_report(folder / "laws", rows, folder, title=study.config.name, facts=facts)
+    every, _ = measured_in(measured)
+    title = study.config.name
+    write_report(folder / "laws", rows, folder, title=title, facts=facts, measured=every)
     print(f"{len(missing)} of {len(shards)} shards are missing: {', '.join(missing[:6])}")
     print(f"report on the rest: {folder / 'report.html'}")

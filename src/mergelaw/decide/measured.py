@@ -15,8 +15,6 @@ import pandas as pd
 from numpy.typing import NDArray
 from scipy import stats
 
-from mergelaw.errors import MergelawError
-
 Array = NDArray[np.float64]
 Read = Callable[[Sequence[str]], pd.DataFrame]
 LEVEL = 0.9  # of all intervals
@@ -240,14 +238,11 @@ class Measured:
 
 
 def by_base(rows: pd.DataFrame, read: Read) -> tuple[list[Measured], list[str]]:
-    """Measured models by base, smallest base first, and warnings on what is left out.
+    """Measured models by base, smallest base first, and warnings on bases and merges left out.
 
     Args:
         rows: evaluation rows, as in cells.parquet.
         read: the rows of models, by their identities, with the columns per document.
-
-    Raises:
-        MergelawError: no base has measured merges.
     """
     every, warnings = [], []
     order = rows.assign(rank=rows["role"].map(ROLES.index)).sort_values("rank", kind="stable")
@@ -263,8 +258,6 @@ def by_base(rows: pd.DataFrame, read: Read) -> tuple[list[Measured], list[str]]:
             if broken:
                 warnings.append(f"{base}: {broken} models have a loss that is not finite; left out")
             every.append(measured)
-    if not every:
-        raise MergelawError(f"{'; '.join(warnings) or 'no evaluation rows'}; run the study first")
     return every, warnings
 
 

@@ -1,7 +1,7 @@
 """The report: one HTML page, with its figures and tables as files beside it."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,17 +9,25 @@ import jinja2
 import pandas as pd
 from markupsafe import Markup
 
+from mergelaw.decide import Measured
 from mergelaw.errors import MergelawError
 from mergelaw.laws.diagnostics import LADDER
 from mergelaw.laws.fits import WITHIN
 from mergelaw.laws.law import MERGING, MERGING_FIXED_N
 from mergelaw.laws.points import MACRO
 from mergelaw.report import tables
+from mergelaw.report.decision import decisions
 from mergelaw.report.figures import draw, figures
 
 
 def write_report(
-    laws: Path, rows: pd.DataFrame, output: Path, *, title: str, facts: Mapping[str, Any]
+    laws: Path,
+    rows: pd.DataFrame,
+    output: Path,
+    *,
+    title: str,
+    facts: Mapping[str, Any],
+    measured: Sequence[Measured] = (),
 ) -> None:
     """Write report.html, which needs no other file and runs no script.
 
@@ -30,6 +38,7 @@ def write_report(
             missing.
         title: the page's heading.
         facts: labels and values for the page's last section, in this order.
+        measured: models by base, for the page's opening: which merge to ship.
 
     Raises:
         MergelawError: the folder has no fits.
@@ -46,6 +55,11 @@ def write_report(
     for name, table in tables.files(study, points, parameters).items():
         table.to_csv(output / "tables" / f"{name}.csv", index=False)
 
+    opening = decisions(measured)
+    for name in ("merges", "experts") if opening else ():
+        table = pd.concat([decision.files()[name] for decision in opening], ignore_index=True)
+        table.to_csv(output / "tables" / f"{name}.csv", index=False)
+
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("mergelaw.report"),
         autoescape=True,
@@ -57,6 +71,7 @@ def write_report(
     page = environment.get_template("report.html.j2").render(
         title=title,
         facts=facts,
+        decisions=opening,
         measured=tables.measured(rows, points),
         bases=tables.bases(rows),
         chapters=[_chapter(name, study, points, rows, output / "figures") for name in families],

@@ -58,12 +58,19 @@ def measured(study: Study) -> tuple[list[Measured], list[str]]:
         raise MergelawError(
             f"{study.results}: nothing of {study.config.name} is measured yet; run the study first"
         )
-    every, warnings = by_base(
-        read_rows(shards), lambda models: read_rows(shards, documents=True, merges=models)
-    )
+    every, warnings = measured_in(shards)
+    if not every:
+        raise MergelawError(f"{'; '.join(warnings)}; run the study first")
     if missing:
         warnings.append(f"{missing} of {len(study.measurements)} shards are not measured yet")
     return every, warnings
+
+
+def measured_in(shards: Sequence[Path]) -> tuple[list[Measured], list[str]]:
+    """Models in the tables of evaluations, by base, and warnings on what is left out."""
+    return by_base(
+        read_rows(shards), lambda models: read_rows(shards, documents=True, merges=models)
+    )
 
 
 def rows_of_merge(
