@@ -1,7 +1,7 @@
 """Results of a study: laws of the macro-average, times, and artifacts that no study needs."""
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
