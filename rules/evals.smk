@@ -7,6 +7,7 @@ rule evaluate_merges:
         task_vectors=evals.input("task_vectors"),
         corpora=evals.input("corpora"),
         overlap=evals.input("overlap"),
+        coefficients=evals.input("coefficients"),
     output:
         update(evals.output),
     log:

@@ -20,6 +20,7 @@ STAGES: dict[str, int] = {
     "expert": 2,
     "task_vector": 3,
     "design": 1,
+    "learn": 1,
     "evaluate": 2,
     "fit": 5,
     "report": 4,

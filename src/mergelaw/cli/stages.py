@@ -127,6 +127,16 @@ def checked_rows(job: Job) -> list[Any]:
 
 
 @stage
+def learn(job: Job, folder: Path, state: Path) -> dict[str, Any]:
+    """Learn the coefficients of a merge from calibration documents."""
+    from mergelaw.decide import calibration
+
+    prepare_torch(job.threads)
+    vectors, corpora = job.all("task_vectors"), job.all("corpora")
+    return calibration.write(job.recipe, job.one("base"), vectors, corpora, folder)
+
+
+@stage
 def evaluate(job: Job, folder: Path, state: Path) -> dict[str, Any]:
     """Measure the cross-entropy of a shard of merges."""
     from mergelaw.evaluation import shard
@@ -134,7 +144,10 @@ def evaluate(job: Job, folder: Path, state: Path) -> dict[str, Any]:
     prepare_torch(job.threads)
     start, vectors, corpora = job.one("base"), job.all("task_vectors"), job.all("corpora")
     rows, store, name = checked_rows(job), Path(job.sources["cells"]), job.output.name
-    return shard.evaluate(job.recipe, rows, start, vectors, corpora, store, name, folder)
+    coefficients = job.optional("coefficients")
+    return shard.evaluate(
+        job.recipe, rows, start, vectors, corpora, store, name, folder, coefficients
+    )
 
 
 @stage
@@ -174,7 +187,7 @@ def merge(job: Job, folder: Path, state: Path) -> dict[str, Any]:
     start, vectors = job.one("base"), job.all("task_vectors")
     rows = read_rows([job.one("evaluation")], documents=True)
     write_card(job.recipe, start, vectors, rows, folder)
-    return export(job.recipe, start, vectors, folder, job.output)
+    return export(job.recipe, start, vectors, folder, job.output, job.optional("coefficients"))
 
 
 @stages.command()

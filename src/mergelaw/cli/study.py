@@ -40,7 +40,9 @@ def config_check(file: StudyFile = DEFAULT) -> None:
     low, high = min(designs) - 1, max(designs) - 1
     merges = f"{low}" if low == high else f"{low} to {high}"
     bases, seeds = len(designs), len(config.training_seeds)
-    measured = (sum(designs) - bases) * len(config.methods) + bases * len(config.baselines)
+    learned = len(study.learned_evals) // (bases * len(config.training_seeds))
+    rules = len(config.methods) - learned
+    measured = (sum(designs) - bases) * rules + bases * (len(config.baselines) + learned)
     cells = (measured * seeds + bases) * len(config.domains)
     trained = sum(artifact.trains for artifact in artifacts)
     print(
@@ -247,6 +249,11 @@ def merge(
     for name, dependency in artifact.named_inputs():
         if name == "evaluation":
             continue
+        if not study.made(dependency) and dependency.path not in study.known:
+            raise MergelawError(
+                f"{file}: the coefficients of these experts are not learned; name the merge in "
+                "`merges` and run the study again"
+            )
         if not study.made(dependency):
             raise MergelawError(
                 f"{study.results / dependency.path}: is not made yet; run "
@@ -255,11 +262,14 @@ def merge(
         places[name] = study.results / dependency.path
     vectors = {name: places[f"task_vectors:{name}"] for name in artifact.names("task_vectors")}
 
-    rows = rows_of_merge(study, artifact.recipe, places["base"], vectors)
+    rows = rows_of_merge(
+        study, artifact.recipe, places["base"], vectors, places.get("coefficients")
+    )
 
     def work(folder: Path, state: Path) -> dict[str, Any]:
         write_card(artifact.recipe, places["base"], vectors, rows, folder)
-        return export(artifact.recipe, places["base"], vectors, folder, output)
+        coefficients = places.get("coefficients")
+        return export(artifact.recipe, places["base"], vectors, folder, output, coefficients)
 
     keys = {name: dependency.key for name, dependency in artifact.named_inputs()}
     is_new = store.make(output, "merge", artifact.recipe, places, work, wanted=keys)

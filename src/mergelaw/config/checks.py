@@ -10,6 +10,7 @@ from mergelaw.config.study import Config
 from mergelaw.errors import nearest
 from mergelaw.evaluation.design import MAX_EXHAUSTIVE, exhaustive_levels
 from mergelaw.evaluation.recipe import BASELINES
+from mergelaw.merging.methods.learned import FEWEST, Learned
 
 
 def problems(config: Config) -> Iterator[str]:
@@ -32,6 +33,11 @@ def problems(config: Config) -> Iterator[str]:
             yield f"domains.{name}.train_documents: a synthetic source has no end; give a number"
     for name in config.bases:
         yield from _sampling_problems(config, name)
+    if all(isinstance(method, Learned) for method in config.methods.values()):
+        yield "methods: laws need a rule besides `learned`; add one, such as `average: {}`"
+    for name, method in config.methods.items():
+        if isinstance(method, Learned):
+            yield from _calibration_problems(config, name)
     for name in config.merges:
         yield from _merge_problems(config, name)
 
@@ -105,11 +111,29 @@ def _sampling_problems(config: Config, base: str) -> Iterator[str]:
         )
 
 
+def _calibration_problems(config: Config, method: str) -> Iterator[str]:
+    """Problems of the documents that a method learns coefficients from."""
+    counts = {name: config.splits_of(name).calibration_documents for name in config.domains}
+    if not any(counts.values()):
+        yield (
+            f"methods.{method}: no domain has calibration documents to learn from; set "
+            "corpus.calibration_documents"
+        )
+    for name, count in counts.items():
+        if 0 < count < FEWEST:
+            yield (
+                f"methods.{method}: domain {name!r} has calibration_documents: {count}, of which a "
+                f"third is held out; give at least {FEWEST}, or 0 to leave it out"
+            )
+
+
 def _merge_problems(config: Config, name: str) -> Iterator[str]:
     merge, where = config.merges[name], f"merges.{name}"
     yield from _unknown(f"{where}.base", "base", [merge.base], config.bases)
     yield from _unknown(f"{where}.method", "method", [merge.method], config.methods)
     yield from _unknown(f"{where}.experts", "expert", merge.experts, config.pool(merge.base))
+    if merge.weights is not None and isinstance(config.methods.get(merge.method), Learned):
+        yield f"{where}.weights: method {merge.method!r} learns them; remove the weights"
     if merge.weights is not None and len(merge.weights) != len(merge.experts):
         yield f"{where}.weights: {len(merge.weights)} for {len(merge.experts)} experts; give all"
     if merge.seed is not None and merge.seed not in config.training_seeds:

@@ -9,21 +9,28 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mergelaw.data.tokenize import Window
-from mergelaw.decide.learned import Array, Kind
+from mergelaw.data.documents import read_split
+from mergelaw.data.tokenize import Window, encode
+from mergelaw.decide.learned import Array, Kind, Learned, block, learn
+from mergelaw.errors import MergelawError
 from mergelaw.evaluation.cross_entropy import batches, nll, token_losses
+from mergelaw.evaluation.shard import load_model, memory_for_vectors
 from mergelaw.merging.engine import Merger
+from mergelaw.merging.methods import method_of
+from mergelaw.merging.methods.learned import COEFFICIENTS, FEWEST
+from mergelaw.merging.task_vector import TaskVector
+from mergelaw.models.causal_lm import load_tokenizer
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 BACKWARD = 3  # forward passes that a gradient costs
 HELD_OUT = 3  # one of so many documents is held out, of three of similar length the second
-FEWEST = 4  # documents of a domain
 
 
 class Documents:
@@ -147,3 +154,83 @@ class Calibration(ExitStack):
     def _count(self, passes: int, kind: Kind) -> None:
         documents = self._documents
         self.passes += passes * documents[kind].tokens / documents["all"].tokens
+
+
+def write(
+    recipe: Mapping[str, Any],
+    base: Path,
+    vectors: Mapping[str, Path],
+    corpora: Mapping[str, Path],
+    folder: Path,
+) -> dict[str, Any]:
+    """Learn coefficients and write ``coefficients.parquet`` and ``searches.parquet``.
+
+    ``recipe`` holds the method, the experts in canonical order and the evaluation's settings; the
+    folders are the base, task vectors by expert and calibration documents by domain. Returns facts
+    for the lineage. Raises MergelawError for a domain with too few documents.
+    """
+    import pandas as pd
+
+    settings, experts, tokenizer = recipe["evaluation"], recipe["experts"], load_tokenizer(base)
+    domains = {name: _windows(tokenizer, name, path, settings) for name, path in corpora.items()}
+    model = load_model(base, settings["dtype"])
+    pool = {expert: TaskVector(vectors[expert]) for expert in experts}
+    method, room = method_of(recipe["method"]), memory_for_vectors(model.device)
+    with (
+        Merger(model, base, pool, method, room) as merger,
+        Calibration(model, merger, experts, domains, settings["batch_tokens"]) as objective,
+    ):
+        statistics = [vector.statistics()["tensors"] for vector in pool.values()]
+        norms = np.array([[s[name]["norm"] for name in objective.tensors] for s in statistics])
+        by, gradients = recipe["method"]["by"], recipe["method"]["gradients"]
+        learned = learn(objective, objective.tensors, norms, by, gradients)
+        nothing = objective.loss(np.zeros(norms.shape), "held")
+    rows = [
+        (expert, name, block(name), learned.coefficients[i, t], norms[i, t])
+        for i, expert in enumerate(experts)
+        for t, name in enumerate(objective.tensors)
+    ]
+    columns = ["expert", "tensor", "block", "coefficient", "norm"]
+    pd.DataFrame(rows, columns=columns).to_parquet(folder / COEFFICIENTS, index=False)
+    trials = [
+        (search.by, search.parts.count, step, loss)
+        for search in learned.searches
+        for step, loss in enumerate(search.losses)
+    ]
+    columns = ["by", "coefficients", "step", "held_out_loss"]
+    pd.DataFrame(trials, columns=columns).to_parquet(folder / "searches.parquet", index=False)
+    return _facts(learned, nothing) | {
+        "forward_passes": round(objective.passes, 1),
+        "documents": {name: len(documents) for name, documents in domains.items()},
+    }
+
+
+def _windows(
+    tokenizer: Any, domain: str, folder: Path, settings: Mapping[str, Any]
+) -> list[list[Window]]:
+    """The windows of each of a domain's calibration documents."""
+    documents, where = read_split(folder), f"calibration documents of {domain}"
+    if len(documents) < FEWEST:
+        raise MergelawError(
+            f"{where}: {len(documents)}, but a third is held out; give at least {FEWEST} "
+            "(calibration_documents)"
+        )
+    limits = settings["max_tokens"], settings["long_documents"]
+    encoded = encode(tokenizer, documents, *limits, where, settings["protocol"])
+    by_document: dict[int, list[Window]] = {}
+    for window in encoded.windows:
+        by_document.setdefault(window.document, []).append(window)
+    return list(by_document.values())
+
+
+def _facts(learned: Learned, nothing: float) -> dict[str, Any]:
+    """The choice and its held-out losses, for the lineage."""
+    chosen, average = learned.chosen, learned.searches[0].losses[0]
+    losses = {"base": nothing, "average": average}
+    losses |= {search.by: min(search.losses) for search in learned.searches}
+    return {
+        "by": chosen.by,
+        "coefficients": chosen.parts.count,
+        "steps": chosen.steps,
+        "held_out_losses": {name: round(loss, 6) for name, loss in losses.items()},
+    }

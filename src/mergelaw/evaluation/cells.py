@@ -26,6 +26,7 @@ from typing import IO, Any
 from mergelaw.artifacts.files import sync, unique
 from mergelaw.artifacts.keys import digest
 from mergelaw.evaluation.table import read_rows
+from mergelaw.merging.engine import Weights
 
 # Part of every cell's identity. If the same merge on the same documents would now give another
 # number, raise it together with the stage `evaluate` in keys.py. A raised stage alone writes its
@@ -46,15 +47,16 @@ def identities(
     method: Mapping[str, Any] | None,
     evaluation: Mapping[str, Any],
     sets: Mapping[str, str],
-    weights: Sequence[float] | None = None,
+    weights: Weights | None = None,
 ) -> tuple[str, dict[str, str]]:
     """Identity of a merge, and of its cells by domain: 16 and 32 hexadecimal digits.
 
-    ``vectors`` are digests in the order of the pool, ``weights`` theirs (None: equal ones).
+    ``vectors`` are digests in the order of the pool, ``weights`` theirs (None: equal ones), or
+    those of each tensor.
     ``sets`` are digests of the evaluation sets by domain. ``method`` and ``evaluation`` are
     recipes; the base itself has no method.
     """
-    shares = [1.0] * len(vectors) if weights is None else [*weights]
+    shares = [1.0] * len(vectors) if weights is None else weights
     merge = {"base": base, "vectors": [*vectors], "weights": shares, "method": method}
     cell = {"version": CELL_VERSION, "evaluation": evaluation, **merge}
     return digest(merge)[:16], {name: digest(cell | {"set": sets[name]})[:32] for name in sets}

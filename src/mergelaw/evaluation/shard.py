@@ -17,6 +17,7 @@ from mergelaw.evaluation import cells, cross_entropy
 from mergelaw.evaluation.table import write_table
 from mergelaw.merging.engine import Merger
 from mergelaw.merging.methods import method_of
+from mergelaw.merging.methods.learned import read_coefficients
 from mergelaw.merging.task_vector import TaskVector, digest_of
 from mergelaw.models import causal_lm
 from mergelaw.models.checkpoint import Tensors
@@ -35,17 +36,18 @@ def evaluate(
     folder: Path,
     name: str,
     output: Path,
+    coefficients: Path | None = None,
 ) -> dict[str, Any]:
     """Measure the cells that the store lacks and write the shard's table.
 
     ``recipe`` holds method, evaluation settings, domains (with ``held_out``) and labels,
     ``subsets`` rows (k, replicate, place, experts) of the design, with the experts' weights as a
-    fifth value for a merge that the configuration names. The folders are the base, task
-    vectors by expert, corpora by domain, the cell store (``folder``) and the table (``output``).
-    ``name`` begins the file name of this process. Returns counts of cells and tokens, and seconds,
-    for the lineage.
+    fifth value for a merge that the configuration names. The folders are the base, task vectors by
+    expert, corpora by domain, the cell store (``folder``), the table (``output``), and learned
+    ``coefficients``, which take the place of weights. ``name`` begins the file name of this
+    process. Returns counts of cells and tokens, and seconds, for the lineage.
     """
-    entries = cells_of(recipe, subsets, base, vectors, corpora)
+    entries = cells_of(recipe, subsets, base, vectors, corpora, coefficients)
     sets = encode(recipe["evaluation"], base, corpora)
     facts: dict[str, Any] = {"cells": len(entries), "measured": 0}
     with cells.Store(folder, name, expected(entries, sets)) as store:
@@ -64,6 +66,7 @@ def cells_of(
     base: Path,
     vectors: Mapping[str, Path],
     corpora: Mapping[str, Path],
+    coefficients: Path | None = None,
 ) -> list[dict[str, Any]]:
     """The shard's cells: place in the design, domain, identities and digests."""
     base_digest = lineage.read(base)["digest"]
@@ -73,11 +76,15 @@ def cells_of(
     for k, replicate, place, experts, *free in subsets:
         members = [digests[expert] for expert in experts]
         method = recipe["method"] if experts else None
+        weights = free[0] if free else None
+        if coefficients is not None and experts:
+            weights = read_coefficients(coefficients, experts)
         merge, by_domain = cells.identities(
-            base_digest, members, method, recipe["evaluation"], sets, *free
+            base_digest, members, method, recipe["evaluation"], sets, weights
         )
         row = {"k": k, "replicate": replicate, "place": place, "experts": list(experts)}
         row |= {"weights": free[0] if free else [1.0] * len(experts), "written": bool(free)}
+        row |= {"merged_by": weights or [1.0] * len(experts)}
         row |= {"merge": merge, "base_digest": base_digest, "vector_digests": members}
         entries += [
             row | {"domain": domain, "cell": cell, "set": sets[domain]}
@@ -174,7 +181,7 @@ def _measure_merge(
     import torch
 
     started = time.perf_counter()
-    merger.merge(entries[0]["experts"], entries[0]["weights"])
+    merger.merge(entries[0]["experts"], entries[0]["merged_by"])
     on_gpu = model.device.type == "cuda"
     if on_gpu:
         torch.cuda.synchronize()

@@ -18,6 +18,7 @@ from mergelaw.workflow.study import Study
 
 WIDTH = {"float32": 4, "bfloat16": 2}  # bytes
 PROCESS = 3e9  # bytes of host memory: Python, torch, transformers, a cluster job's two Snakemakes
+LEARNING_PASSES = 60  # forward passes over the calibration documents, at most about so many
 BUCKET = 500_000_000  # gradients that ZeRO reduces at a time
 STATES = 10  # training states that OpenRLHF saves in a training
 BYTES_PER_TOKEN = 4  # of text
@@ -88,6 +89,8 @@ def work_of(study: Study, artifact: Artifact, documents: Documents = UNKNOWN) ->
         return Work(f"{name}: writing a merge", moved=moved, kept=stored, host=host)
     if artifact.stage == "evaluate":
         return evaluation(artifact, size, stored, vector, documents)
+    if artifact.stage == "learn":
+        return learning(artifact, size, stored, vector, documents)
     if artifact.trains:
         return training(artifact, size, stored, documents)
     return Work(f"{name}: fetching a model", moved=stored, kept=stored)
@@ -177,6 +180,27 @@ def sharded(work: Work, size: Size, recipe: Training) -> Work:
         parallel=True,
         remedy="set openrlhf.zero_stage, adam_offload or lora, gradient_checkpointing: true, or a "
         "smaller micro_batch_size",
+    )
+
+
+def learning(
+    artifact: Artifact, size: Size, stored: float, vector: float, documents: Documents
+) -> Work:
+    """Cost of learning coefficients: an evaluation's, with activations kept for gradients."""
+    work = evaluation(artifact, size, stored, vector, documents)
+    recipe = Evaluation.model_validate(artifact.recipe["evaluation"])
+    length = min(recipe.max_tokens / 2, documents.tokens)
+    tokens = LEARNING_PASSES * documents.count(artifact) * length
+    batch = max(recipe.batch_tokens, recipe.max_tokens)
+    members = len(artifact.names("task_vectors"))
+    return replace(
+        work,
+        what=f"bases.{artifact.base}: learning coefficients",
+        tokens=tokens,
+        flops=size.forward_flops(tokens, length),
+        streamed=LEARNING_PASSES * (stored + members * vector),
+        kept=0,
+        each=work.each + size.activations(batch, recipe.dtype, False),
     )
 
 

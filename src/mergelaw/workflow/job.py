@@ -43,6 +43,10 @@ class Job:
         """The only input of a role."""
         return Path(self.inputs[role])
 
+    def optional(self, role: str) -> Path | None:
+        """The only input of a role; None for a role without inputs."""
+        return self.one(role) if role in self.inputs else None
+
     def all(self, role: str) -> dict[str, Path]:
         """The inputs of a role by name; empty for a role without inputs."""
         return {name: Path(path) for name, path in self.inputs.get(role, {}).items()}

@@ -23,6 +23,7 @@ TITLES = {
     "expert": "experts",
     "task_vector": "task vectors",
     "design": "designs",
+    "learn": "coefficients",
     "evaluate": "evaluations",
     "fit": "law fits",
     "report": "report",

@@ -16,6 +16,7 @@ from mergelaw.errors import MergelawError
 from mergelaw.evaluation import read_rows
 from mergelaw.evaluation.cells import identities
 from mergelaw.laws.points import MACRO
+from mergelaw.merging.methods.learned import read_coefficients
 from mergelaw.merging.task_vector import digest_of
 from mergelaw.workflow.folder import use
 from mergelaw.workflow.progress import TITLES
@@ -74,12 +75,19 @@ def measured_in(shards: Sequence[Path]) -> tuple[list[Measured], list[str]]:
 
 
 def rows_of_merge(
-    study: Study, recipe: Mapping[str, Any], base: Path, vectors: Mapping[str, Path]
+    study: Study,
+    recipe: Mapping[str, Any],
+    base: Path,
+    vectors: Mapping[str, Path],
+    coefficients: Path | None = None,
 ) -> pd.DataFrame | None:
     """Rows of a merge and its base, with the columns per document; None if it is not measured."""
-    digests = [digest_of(vectors[expert]) for expert in recipe["experts"]]
+    experts, weights = recipe["experts"], recipe["weights"]
+    if coefficients is not None:
+        weights = read_coefficients(coefficients, experts)
+    digests = [digest_of(vectors[expert]) for expert in experts]
     start = lineage.read(base)["digest"]
-    wanted, _ = identities(start, digests, recipe["method"], {}, {}, recipe["weights"])
+    wanted, _ = identities(start, digests, recipe["method"], {}, {}, weights)
     itself, _ = identities(start, [], None, {}, {})
     shards = [study.results / a.path for a in study.measurements if study.made(a)]
     rows = read_rows(shards, documents=True, merges=[wanted, itself]) if shards else None

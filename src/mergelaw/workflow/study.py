@@ -20,6 +20,7 @@ from mergelaw.errors import MergelawError
 from mergelaw.evaluation.design import Subset, Weighted, sample
 from mergelaw.evaluation.recipe import BASELINES
 from mergelaw.merging.methods.average import Average
+from mergelaw.merging.methods.learned import Learned
 from mergelaw.models.checkpoint import files, read_config
 from mergelaw.models.recipe import Checkpoint
 from mergelaw.models.size import Size, size_of_architecture, size_of_nominal
@@ -198,7 +199,11 @@ class Study:
     @cached_property
     def evals(self) -> dict[tuple[str, str, int, int], Artifact]:
         """Shards of evaluations by (base, method, training seed, shard)."""
-        methods = {n: m.model_dump(by_alias=True) for n, m in self.config.methods.items()}
+        methods = {
+            name: method.model_dump(by_alias=True)
+            for name, method in self.config.methods.items()
+            if not isinstance(method, Learned)
+        }
         single = Average().model_dump(by_alias=True)
         evals = {}
         for base in self.config.bases:
@@ -251,6 +256,7 @@ class Study:
                 "base": self.bases[base],
                 "task_vectors": {e: self.task_vectors[base, e, seed] for e in members},
                 "corpora": self.corpora["eval"],
+                **self._learned(base, method, seed, rows[-1].experts),
             },
             checks={"overlap": self.overlap},
             rows=rows,
@@ -270,21 +276,76 @@ class Study:
     @cached_property
     def merge_evals(self) -> dict[str, Artifact]:
         """Evaluations of the merges to write, by name. No law is fitted to them."""
-        evals, base_itself = {}, Subset(0, -1, -1, ())
-        for name, merge in self.config.merges.items():
-            experts, weights, seed = self._members(merge)
-            shares = tuple(weights or [1.0] * len(experts))
-            row = Weighted(len(experts), -1, -1, tuple(experts), shares)
-            recipe = self.config.methods[merge.method].model_dump(by_alias=True)
-            evals[name] = self._evaluation(
-                merge.base, merge.method, seed, f"merge-{name}", recipe, [base_itself, row]
+        return {
+            name: self._measurement(
+                merge.base, merge.method, f"merge-{name}", *self._members(merge)
             )
-        return evals
+            for name, merge in self.config.merges.items()
+        }
 
-    @property
+    def _measurement(
+        self,
+        base: str,
+        method: str,
+        name: str,
+        experts: Sequence[str],
+        weights: Sequence[float] | None,
+        seed: int,
+    ) -> Artifact:
+        """Evaluation of a merge outside of the design, and of the base itself."""
+        shares = tuple(weights or [1.0] * len(experts))
+        row = Weighted(len(experts), -1, -1, tuple(experts), shares)
+        rows: list[Subset | Weighted] = [Subset(0, -1, -1, ()), row]
+        recipe = self.config.methods[method].model_dump(by_alias=True)
+        return self._evaluation(base, method, seed, name, recipe, rows)
+
+    @cached_property
+    def learned_evals(self) -> list[Artifact]:
+        """Evaluations of merges with learned coefficients, of each base's whole pool."""
+        return [
+            self._measurement(base, name, f"s{seed}-000", self.config.pool(base), None, seed)
+            for base in self.config.bases
+            for name, method in self.config.methods.items()
+            if isinstance(method, Learned)
+            for seed in self.config.training_seeds
+        ]
+
+    def _learned(
+        self, base: str, method: str, seed: int, experts: Sequence[str]
+    ) -> dict[str, Artifact]:
+        """The coefficients, by their role as an input, of a merge whose method learns them."""
+        recipe = self.config.methods.get(method)
+        if not isinstance(recipe, Learned):
+            return {}
+        coefficients = Artifact(
+            "learn",
+            f"learned/{base}/{method}-s{seed}",
+            {
+                "method": recipe.model_dump(by_alias=True),
+                "experts": list(experts),
+                "evaluation": self.config.evaluation.model_dump(),
+            },
+            base=base,
+            method=method,
+            seed=seed,
+            inputs={
+                "base": self.bases[base],
+                "task_vectors": {e: self.task_vectors[base, e, seed] for e in experts},
+                "corpora": self.corpora["calibration"],
+            },
+            checks={"overlap": self.calibration_overlap},
+        )
+        return {"coefficients": coefficients}
+
+    @cached_property
     def measurements(self) -> list[Artifact]:
-        """All evaluations: of the design and of the merges to write."""
-        return [*self.evals.values(), *self.merge_evals.values()]
+        """All evaluations: of the design, of learned merges and of the merges to write."""
+        return [*self.evals.values(), *self.learned_evals, *self.merge_evals.values()]
+
+    @cached_property
+    def coefficients(self) -> list[Artifact]:
+        """Learned coefficients of all merges that are measured."""
+        return [one for artifact in self.measurements for one in artifact.of_role("coefficients")]
 
     def _members(self, merge: Merge) -> tuple[list[str], list[float] | None, int]:
         """Experts in the pool's order, their weights, and the training seed of a merge to write."""
@@ -325,6 +386,7 @@ class Study:
                     "base": self.bases[merge.base],
                     "task_vectors": vectors,
                     "evaluation": self.merge_evals[name],
+                    **self._learned(merge.base, merge.method, seed, experts),
                 },
             )
         return merges
@@ -376,6 +438,10 @@ class Study:
         yield from self.experts.values()
         yield from self.task_vectors.values()
         yield from self.designs.values()
+        if self.coefficients:
+            yield from self.corpora["calibration"].values()
+            yield self.calibration_overlap
+            yield from self.coefficients
         yield from self.measurements
         yield self.laws
         yield self.report

@@ -7,6 +7,7 @@ al. 2024), AdaMerging (Yang et al. 2024), Expert Merging (2509.25712).
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
@@ -15,6 +16,21 @@ from mergelaw.merging.methods.base import Method
 
 if TYPE_CHECKING:
     from mergelaw.merging.kernels import Rule
+
+FEWEST = 4  # calibration documents of a domain, of which a third is held out
+COEFFICIENTS = "coefficients.parquet"  # columns: expert, tensor, block, coefficient, norm
+
+
+def read_coefficients(folder: Path, experts: Sequence[str]) -> dict[str, list[float]]:
+    """Learned weights by tensor, in the order of ``experts``."""
+    import pandas as pd
+
+    table = pd.read_parquet(folder / COEFFICIENTS)
+    columns = [table[table["expert"] == expert].set_index("tensor") for expert in experts]
+    return {
+        str(name): [float(column.loc[name, "coefficient"]) for column in columns]
+        for name in columns[0].index
+    }
 
 
 class Learned(Method):
