@@ -316,6 +316,27 @@ def test_a_wrong_value_is_named_with_its_place(place, value, words):
     assert words in problem(**{place: value})
 
 
+def test_a_learned_merge_takes_no_weights():
+    learned = {"average": {}, "learned": {}}
+    merge = {"base": "27k", "method": "learned", "experts": ["algebra", "code"], "weights": [1, 2]}
+    text = problem(methods=learned, merges={"m": merge})
+    assert "merges.m.weights: method 'learned' learns them; remove" in text
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"corpus__calibration_documents": 0}, "methods.learned: no domain has calibration"),
+        ({"corpus__calibration_documents": 3}, "calibration_documents: 3, of which a third is"),
+        ({"methods": {"learned": {}}}, "methods: laws need a rule besides `learned`"),
+        ({"methods": {"learned": {"by": "layer"}}}, "methods.learned.by: "),
+        ({"methods": {"learned": {"gradients": 0}}}, "methods.learned.gradients: "),
+    ],
+)
+def test_a_learned_merge_needs_documents_to_learn_from(changes, words):
+    assert words in problem(**{"methods": {"average": {}, "learned": {}}} | changes)
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
@@ -634,7 +655,8 @@ def test_check_says_what_would_be_measured():
     assert result.returncode == 0 and result.stderr == ""
     assert "4 bases, 9 experts, 9 domains, 4 methods" in result.stdout
     assert (
-        "40 models to train, 73 merges per base and method, 10,548 cells" in result.stdout
+        "40 models to train, 73 merges per base and method, 4 learned merges, 10,584 cells"
+        in result.stdout
         and result.stdout.count("\n") == 1
     )
 

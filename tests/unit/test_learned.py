@@ -77,7 +77,9 @@ def test_the_gradient_is_that_of_finite_differences(tmp_path, memory, tied):
             way, eps = generator.normal(size=shape), 3e-3
             ends = [objective.gradient(place + s * eps * way, "fit")[0] for s in (1, -1)]
             slope = (ends[0] - ends[1]) / (2 * eps)
-            assert slope == pytest.approx((gradient * way).sum(), rel=2e-3, abs=2e-5)
+            # Losses are sums of fp32 values, and the difference of two close ones.
+            tolerance = 3e-4 * np.linalg.norm(gradient) * np.linalg.norm(way)
+            assert slope == pytest.approx((gradient * way).sum(), abs=tolerance)
 
 
 def test_resident_and_streamed_gradients_are_equal(base, pool):

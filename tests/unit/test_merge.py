@@ -198,6 +198,46 @@ def test_a_written_merge_is_the_resident_one_rounded_once(base, pool, recipe, we
         assert bits(tensor) == bits(values[name].to(torch.bfloat16))
 
 
+def by_tensor(base, experts):
+    """Other weights for every tensor but the last, which the merge leaves alone."""
+    generator = torch.Generator().manual_seed(3)
+    with Tensors(base) as tensors:
+        names = tensors.names()
+    return {name: torch.randn(experts, generator=generator).tolist() for name in names[:-1]}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_weights_by_tensor_are_those_of_each_tensor_however_it_is_merged(
+    base, pool, dtype, tmp_path
+):
+    weights, recipe = by_tensor(base, len(pool)), {"method": "learned"}
+    whole = merged(base, pool, recipe, list(pool), weights, ROOMY, dtype)
+    assert merged(base, pool, recipe, list(pool), weights, NONE, dtype) == whole
+    with Tensors(base) as tensors:
+        for name in tensors.names():
+            total = torch.full_like(tensors[name].float(), -0.0).view(-1)
+            for vector, weight in zip(pool.values(), weights.get(name, []), strict=False):
+                total += vector[name] * torch.tensor(weight)
+            wanted = (tensors[name].float().view(-1) + total).to(DTYPES[dtype])
+            assert whole[name] == bits(wanted), name
+    if dtype == "bfloat16":
+        merge.write_merge(base, pool, method_of(recipe), weights, tmp_path)
+        assert {n: bits(t) for n, t in read_tensors(tmp_path).items()}.items() <= whole.items()
+
+
+def test_gradients_become_inner_products_in_slices(base, pool, monkeypatch):
+    monkeypatch.setattr(merge, "SLICE", 3 * 512)
+    name = "model.embed_tokens.weight"
+    for memory in (ROOMY, NONE):
+        model = load(base)
+        with Merger(model, base, pool, method_of({"method": "learned"}), memory) as merger:
+            gradient = torch.randn(merger.parameters[name].shape)
+            found = merger.products(list(pool), name, gradient)
+        flat = gradient.view(-1).double()
+        wanted = [float(flat @ vector[name].double()) for vector in pool.values()]
+        assert found.tolist() == pytest.approx(wanted, rel=1e-4)
+
+
 def test_a_written_merge_is_a_checkpoint(base, pool, tmp_path):
     from transformers import AutoTokenizer
 
@@ -515,6 +555,22 @@ def test_a_written_merge_that_overflows_its_dtype_is_refused(tmp_path):
             None,
             tmp_path / "out",
         )
+
+
+def test_weights_by_tensor_are_filters_of_mergekit(base, pool):
+    weights = by_tensor(base, 2)
+    experts = {"a": "models/a", "b": "models/b"}
+    recipe = mergekit_recipe("base", experts, method_of({"method": "learned"}), weights, "float32")
+    assert recipe["merge_method"] == "task_arithmetic"
+    assert recipe["parameters"] == {"normalize": False}
+
+    def value(place, name):  # as mergekit evaluates it: the first filter that is in the name
+        conditions = recipe["models"][place]["parameters"]["weight"]
+        return next(c["value"] for c in conditions if c.get("filter", "") in name)
+
+    with Tensors(base) as tensors:
+        for name in tensors.names():
+            assert [value(0, name), value(1, name)] == weights.get(name, [0.0, 0.0])
 
 
 def test_a_recipe_for_mergekit_says_which_expert_is_an_adapter():

@@ -6,6 +6,7 @@ import pytest
 
 from mergelaw.config import parse
 from mergelaw.errors import MergelawError
+from mergelaw.merging.methods.learned import Learned
 from mergelaw.workflow.study import Study
 
 TRAINING = {"steps": 3, "learning_rate": 1e-3}
@@ -56,6 +57,31 @@ def changed(before: Study, after: Study) -> set[str]:
 
 MEASURED = {"evals/tiny/average/s0-000", "laws/study", "reports/study"}
 CHECKS = {"checks/overlap", "checks/calibration-overlap"}
+
+
+def test_learned_coefficients_are_an_artifact_that_no_law_knows(tmp_path):
+    plain = study(tmp_path)
+    learned = Study(
+        plain.config.model_copy(
+            update={"methods": {**plain.config.methods, "learned": Learned(by="block")}}
+        )
+    )
+    (one,) = learned.coefficients
+    assert one.folder == "learned/tiny/learned-s0" and one.inputs["corpora"].keys() == {
+        "split",
+        "apart",
+    }
+    assert one.checks["overlap"] is learned.calibration_overlap
+    (evaluation,) = learned.learned_evals
+    assert evaluation.inputs["coefficients"].path == one.path
+    assert [row.k for row in evaluation.rows] == [0, 2]
+    assert learned.laws.path == plain.laws.path and learned.report.path != plain.report.path
+    order = list(learned.by_path)
+    assert order.index(one.path) < order.index(evaluation.path)
+    assert set(plain.known) - {plain.report.path} <= set(learned.known)
+    other = learned.config.methods | {"learned": Learned(by="scale")}
+    (changed,) = Study(learned.config.model_copy(update={"methods": other})).coefficients
+    assert changed.path != one.path
 
 
 def test_splits_are_artifacts_and_calibration_is_made_on_request(tmp_path):

@@ -27,6 +27,7 @@ ENTRIES = {
     "expert": ["mergelaw.models.finetune", "mergelaw.models.openrlhf"],
     "task_vector": ["mergelaw.merging.task_vector"],
     "design": ["mergelaw.evaluation.design"],
+    "learn": ["mergelaw.decide.calibration"],
     "evaluate": ["mergelaw.evaluation.shard"],
     "fit": ["mergelaw.laws.fits"],
     "report": ["mergelaw.report.page"],

@@ -40,15 +40,15 @@ def config_check(file: StudyFile = DEFAULT) -> None:
     low, high = min(designs) - 1, max(designs) - 1
     merges = f"{low}" if low == high else f"{low} to {high}"
     bases, seeds = len(designs), len(config.training_seeds)
-    learned = len(study.learned_evals) // (bases * len(config.training_seeds))
-    rules = len(config.methods) - learned
-    measured = (sum(designs) - bases) * rules + bases * (len(config.baselines) + learned)
-    cells = (measured * seeds + bases) * len(config.domains)
+    learned = len(study.learned_evals)
+    rules = len(config.methods) - learned // (bases * seeds)
+    measured = (sum(designs) - bases) * rules + bases * len(config.baselines)
+    cells = (measured * seeds + learned + bases) * len(config.domains)
     trained = sum(artifact.trains for artifact in artifacts)
     print(
         f"{file}: {bases} bases, {len(config.pool())} experts, {len(config.domains)} domains, "
-        f"{len(config.methods)} methods; {trained} models to train, {merges} merges per base and "
-        f"method, {cells:,} cells, {len(artifacts)} jobs"
+        f"{rules} methods; {trained} models to train, {merges} merges per base and method, "
+        f"{f'{learned} learned merges, ' if learned else ''}{cells:,} cells, {len(artifacts)} jobs"
     )
 
 

@@ -171,6 +171,11 @@ def write(
     """
     import pandas as pd
 
+    if not corpora:
+        raise MergelawError(
+            "learn: no domain has calibration documents; give the domains' sources more documents, "
+            "or set calibration_documents"
+        )
     settings, experts, tokenizer = recipe["evaluation"], recipe["experts"], load_tokenizer(base)
     domains = {name: _windows(tokenizer, name, path, settings) for name, path in corpora.items()}
     model = load_model(base, settings["dtype"])

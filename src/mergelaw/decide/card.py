@@ -11,6 +11,7 @@ import pandas as pd
 from mergelaw.artifacts import lineage
 from mergelaw.decide.measured import Array, by_base
 from mergelaw.merging.methods import method_of
+from mergelaw.merging.methods.learned import COEFFICIENTS
 from mergelaw.models.hub import read_card
 
 UNKNOWN = "not stated"
@@ -38,6 +39,8 @@ def write_card(
     parts = {"base": _part(base)} | {name: _part(path) for name, path in experts.items()}
     weights = recipe["weights"] or [1.0] * len(experts)
     shares = {"base": ""} | {n: f"{w:g}" for n, w in zip(experts, weights, strict=True)}
+    if recipe["method"]["method"] == "learned":
+        shares |= dict.fromkeys(experts, f"learned by part: {COEFFICIENTS}")
     licences = {part["licence"] for part in parts.values()}
     head = {
         "library_name": "transformers",

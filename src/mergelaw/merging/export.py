@@ -8,7 +8,7 @@ from typing import Any
 from mergelaw.artifacts import lineage
 from mergelaw.merging.engine import Weights, write_merge
 from mergelaw.merging.methods import Method, method_of
-from mergelaw.merging.methods.learned import read_coefficients
+from mergelaw.merging.methods.learned import COEFFICIENTS, read_coefficients
 from mergelaw.merging.task_vector import TaskVector
 from mergelaw.models.checkpoint import Tensors, is_adapter
 
@@ -41,6 +41,7 @@ def export(
     weights: Weights | None = recipe["weights"]
     if coefficients is not None:
         weights = read_coefficients(coefficients, names)
+        (folder / COEFFICIENTS).write_bytes((coefficients / COEFFICIENTS).read_bytes())
     write_merge(base, {n: TaskVector(vectors[n]) for n in names}, method, weights, folder)
     paths = {n: vectors[n] / lineage.read(vectors[n])["inputs"]["expert"]["path"] for n in names}
     adapters = [name for name, path in paths.items() if is_adapter(path)]
