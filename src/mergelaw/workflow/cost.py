@@ -87,10 +87,8 @@ def work_of(study: Study, artifact: Artifact, documents: Documents = UNKNOWN) ->
         moved = 2 * stored + len(artifact.names("task_vectors")) * vector
         host = PROCESS + 24 * size.largest
         return Work(f"{name}: writing a merge", moved=moved, kept=stored, host=host)
-    if artifact.stage == "evaluate":
+    if artifact.stage in ("evaluate", "learn"):
         return evaluation(artifact, size, stored, vector, documents)
-    if artifact.stage == "learn":
-        return learning(artifact, size, stored, vector, documents)
     if artifact.trains:
         return training(artifact, size, stored, documents)
     return Work(f"{name}: fetching a model", moved=stored, kept=stored)
@@ -183,38 +181,21 @@ def sharded(work: Work, size: Size, recipe: Training) -> Work:
     )
 
 
-def learning(
-    artifact: Artifact, size: Size, stored: float, vector: float, documents: Documents
-) -> Work:
-    """Cost of learning coefficients: an evaluation's, with activations kept for gradients."""
-    work = evaluation(artifact, size, stored, vector, documents)
-    recipe = Evaluation.model_validate(artifact.recipe["evaluation"])
-    length = min(recipe.max_tokens / 2, documents.tokens)
-    tokens = LEARNING_PASSES * documents.count(artifact) * length
-    batch = max(recipe.batch_tokens, recipe.max_tokens)
-    members = len(artifact.names("task_vectors"))
-    return replace(
-        work,
-        what=f"bases.{artifact.base}: learning coefficients",
-        tokens=tokens,
-        flops=size.forward_flops(tokens, length),
-        streamed=LEARNING_PASSES * (stored + members * vector),
-        kept=0,
-        each=work.each + size.activations(batch, recipe.dtype, False),
-    )
-
-
 def evaluation(
     artifact: Artifact, size: Size, stored: float, vector: float, documents: Documents
 ) -> Work:
-    """Cost of merging and evaluating a shard: one resident model, its layers spread over the GPUs.
+    """Cost of merging and evaluating: one resident model, its layers spread over the GPUs.
+
+    Learning coefficients costs as much as so many evaluations, and keeps activations for gradients.
 
     Besides its share of the weights a GPU holds one layer's activations, the logits, the slices of
     a merge and, while loading, a second copy of the largest tensor. The GPUs work one after
     another. Documents of unknown length are assumed to have half the maximum length.
     """
     recipe = Evaluation.model_validate(artifact.recipe["evaluation"])
-    members, merges = len(artifact.names("task_vectors")), len(artifact.rows)
+    learns, members = artifact.stage == "learn", len(artifact.names("task_vectors"))
+    sizes = [members] * LEARNING_PASSES if learns else [row[0] for row in artifact.rows]
+    merges = len(sizes)
     longest, width = recipe.max_tokens, WIDTH[recipe.dtype]
     count, length = documents.of(artifact)
     length = longest / 2 if length == math.inf else min(longest, length)
@@ -222,15 +203,17 @@ def evaluation(
     widest = 4 * size.hidden + 4 * size.intermediate + size.vocab
     working = width * max(recipe.batch_tokens, longest) * widest
     working += 12 * LOGITS + 4 * GPU_SLICE * (members + 4)
+    if learns:
+        working += size.activations(max(recipe.batch_tokens, longest), recipe.dtype)
     return Work(
-        f"bases.{artifact.base}: evaluating a merge",
+        f"bases.{artifact.base}: {'learning coefficients' if learns else 'evaluating a merge'}",
         tokens=tokens,
         flops=size.forward_flops(tokens, length),
         dtype=recipe.dtype,
         moved=stored + members * vector,
-        streamed=merges * stored + sum(row[0] for row in artifact.rows) * vector,
+        streamed=merges * stored + sum(sizes) * vector,
         vectors=4 * size.total * (members + 3),  # as merging.engine decides
-        kept=2 * merges * (len(artifact.names("corpora")) * ROW + 24 * count),
+        kept=0 if learns else 2 * merges * (len(artifact.names("corpora")) * ROW + 24 * count),
         host=PROCESS + width * size.total,
         counts=tuple(range(1, size.layers + 1)),
         shared=width * size.total,
