@@ -119,7 +119,7 @@ def test_a_learned_merge_of_some_experts_is_written_as_it_was_measured(pool):
         "merge", "study.yaml", "--method", "learned", "--expert", "algebra", "--expert",
         "geometry", "--output", "unlearned",
     )  # fmt: skip
-    assert run.status != 0 and "not learned; name the merge in `merges`" in run.output
+    assert run.status != 0 and "not made yet; name the merge in `merges`" in run.output
     assert not (pool.folder / "unlearned").exists()
 
 

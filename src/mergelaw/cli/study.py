@@ -249,26 +249,20 @@ def merge(
     for name, dependency in artifact.named_inputs():
         if name == "evaluation":
             continue
-        if not study.made(dependency) and dependency.path not in study.known:
-            raise MergelawError(
-                f"{file}: the coefficients of these experts are not learned; name the merge in "
-                "`merges` and run the study again"
-            )
         if not study.made(dependency):
+            also = "" if dependency.path in study.known else "name the merge in `merges`, then "
             raise MergelawError(
-                f"{study.results / dependency.path}: is not made yet; run "
+                f"{study.results / dependency.path}: is not made yet; {also}run "
                 f"`snakemake --profile profiles/local --configfile {file}` first"
             )
         places[name] = study.results / dependency.path
     vectors = {name: places[f"task_vectors:{name}"] for name in artifact.names("task_vectors")}
 
-    rows = rows_of_merge(
-        study, artifact.recipe, places["base"], vectors, places.get("coefficients")
-    )
+    coefficients = places.get("coefficients")
+    rows = rows_of_merge(study, artifact.recipe, places["base"], vectors, coefficients)
 
     def work(folder: Path, state: Path) -> dict[str, Any]:
         write_card(artifact.recipe, places["base"], vectors, rows, folder)
-        coefficients = places.get("coefficients")
         return export(artifact.recipe, places["base"], vectors, folder, output, coefficients)
 
     keys = {name: dependency.key for name, dependency in artifact.named_inputs()}

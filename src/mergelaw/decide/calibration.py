@@ -47,7 +47,7 @@ class Documents:
         return float((nll(model, self.batches, len(self.scored)) / self.scored).mean())
 
     def backward(self, model: Any) -> float:
-        """The same loss; batch by batch its gradient is added to the parameters'."""
+        """Loss as above; adds its gradient to the parameters', batch by batch."""
         import torch
 
         weights, total = 1 / (self.scored * len(self.scored)), 0.0

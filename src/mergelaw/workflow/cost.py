@@ -203,8 +203,7 @@ def evaluation(
     widest = 4 * size.hidden + 4 * size.intermediate + size.vocab
     working = width * max(recipe.batch_tokens, longest) * widest
     working += 12 * LOGITS + 4 * GPU_SLICE * (members + 4)
-    if learns:
-        working += size.activations(max(recipe.batch_tokens, longest), recipe.dtype)
+    kept = size.activations(max(recipe.batch_tokens, longest), recipe.dtype) if learns else 0
     return Work(
         f"bases.{artifact.base}: {'learning coefficients' if learns else 'evaluating a merge'}",
         tokens=tokens,
@@ -217,6 +216,7 @@ def evaluation(
         host=PROCESS + width * size.total,
         counts=tuple(range(1, size.layers + 1)),
         shared=width * size.total,
-        each=max(working, 2 * width * size.largest) + width * size.non_embedding / size.layers,
+        each=max(working + kept, 2 * width * size.largest)
+        + width * size.non_embedding / size.layers,
         remedy="set evaluation.dtype: bfloat16 or a smaller batch_tokens",
     )
