@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 
 import pool
-from mergelaw.decide import experts
+from mergelaw.decide import best, by_base, experts, flagged
 from mergelaw.errors import MergelawError
 
 GOOD = pool.EXPERTS[:-1]
@@ -112,3 +112,24 @@ def test_many_models_are_read_in_parts(table, monkeypatch):
     for name, verdict in verdicts(table).items():
         assert verdict.adds.value == pytest.approx(whole[name].adds.value)
         assert verdict.adds.error == pytest.approx(whole[name].adds.error)
+
+
+def test_an_expert_without_any_finite_merge_is_named_and_the_others_are_judged_without_it(table):
+    table = table.copy()
+    broken = table["experts"].map(lambda members: "code" in members)
+    table.loc[broken, "ce"], table.loc[broken, "finite"] = np.nan, False
+    (one,), warnings = by_base(table, lambda models: table[table["merge"].isin(models)])
+    every = {verdict.expert: verdict for verdict in experts(one)}
+    assert every["code"].word == "broken" and every["sql"].word == "helps"
+    assert flagged(one) == ["code: BROKEN, leave it out: no merge with it has a finite loss"]
+    assert "64 models" in warnings[0] and "all" not in best(one).sentence
+
+
+def test_training_seeds_are_told_apart(table):
+    """A second seed is another merge; its own expert alone is its reference."""
+    second = table[table["role"] == "merge"].assign(seed=1)
+    second = second.assign(merge=second["merge"] + "-1", ce=second["ce"] - 0.01)
+    answer = best(pool.measured(pd.concat([table, second])))
+    assert answer.sentence.startswith("Ship ties of dates, extract, german, maths, sql (seed 1): ")
+    assert {model.seed for model in answer.alone.values()} == {1}
+    assert "--seed 1" in answer.command("study.yaml", True)

@@ -136,3 +136,31 @@ def test_the_command_writes_the_best_merge_with_its_measured_losses_on_the_card(
     documents = pd.concat(map(pd.read_parquet, pool.results.glob("corpora/*/eval@*/*.parquet")))
     assert len(documents) == 96
     assert not any(text in card for text in documents["response"] if len(text) > 12)
+
+
+def test_the_bad_expert_is_named_in_the_summary_and_by_experts(pool):
+    log = (pool.folder / "run.log").read_text()
+    assert len(re.findall(r"^tiny: code: OUTLIER, leave it out: alone ", log, re.MULTILINE)) == 1
+    verdicts = json.loads(pool.mergelaw("experts", "study.yaml", "--json").output)["tiny"]
+    assert [v["expert"] for v in verdicts if v["word"] == "outlier"] == ["code"]
+    (report,) = pool.artifacts("reports").values()
+    page = (report / "report.html").read_text()
+    (sentence,) = re.findall(r"^tiny: (Ship .*)$", log, re.MULTILINE)
+    assert page.index(sentence) < page.index("OUTLIER") < page.index('class="law"')
+
+
+def test_the_gate_passes_the_written_merge_and_stops_a_worse_one(pool):
+    """The folder of a merge is the measured merge; a merge with the bad expert is none."""
+    (answer,) = json.loads(pool.mergelaw("best", "study.yaml", "--top", "500", "--json").output)
+    (folder,) = pool.artifacts("merges").values()
+    (heavy,) = (one for one in answer["ranking"] if len(set(one["weights"])) > 1)
+    same = pool.mergelaw("compare", heavy["merge"], str(folder), "study.yaml")
+    assert same.status == 0 and "no regression on 6 domains" in same.output
+    best, worst = answer["ranking"][0]["merge"], answer["ranking"][-1]["merge"]
+    worse = pool.mergelaw("compare", best, worst, "study.yaml", "--json")
+    assert worse.status == 1 and json.loads(worse.output)["regression"]
+    (pool.folder / "guard.yaml").write_text("allow: 99")
+    allowed = pool.mergelaw("compare", best, worst, "study.yaml", "--against", "guard.yaml")
+    assert allowed.status == 0, allowed.output
+    wrong = pool.mergelaw("compare", best, "nothing", "study.yaml")
+    assert wrong.errors() and "no measured merge or folder" in wrong.errors()[0]

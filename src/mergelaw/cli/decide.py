@@ -82,7 +82,7 @@ def experts(
         print(json.dumps(answers, indent=1, ensure_ascii=False, allow_nan=False))
         return
     for one, verdicts in results:
-        flagged = [f"{one.base}: {v.sentence}" for v in verdicts if v.word in ("outlier", "harms")]
+        flagged = [f"{one.base}: {v.sentence}" for v in verdicts if v.flagged]
         heads = ["expert", "verdict", "alone", "with it", "without", "when it joins", "left out"]
         print(
             "\n".join([*flagged, *columns([one.base, *heads[1:]], map(expert_row, verdicts)), ""])

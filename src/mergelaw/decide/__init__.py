@@ -1,7 +1,17 @@
 """Decisions on measured merges: the best one, a verdict on each expert, comparisons of two."""
 
 from mergelaw.decide.best import Best, Objective, best
-from mergelaw.decide.experts import Verdict, experts
+from mergelaw.decide.experts import Verdict, experts, flagged
 from mergelaw.decide.measured import Difference, Measured, by_base
 
-__all__ = ["Best", "Difference", "Measured", "Objective", "Verdict", "best", "by_base", "experts"]
+__all__ = [
+    "Best",
+    "Difference",
+    "Measured",
+    "Objective",
+    "Verdict",
+    "best",
+    "by_base",
+    "experts",
+    "flagged",
+]

@@ -20,7 +20,7 @@ RESAMPLES = 1000  # of the documents, for the optimism of the selection
 
 @dataclass(frozen=True)
 class Objective:
-    """What the best merge minimises, and what it must respect.
+    """Objective of the best merge, and limits that it must keep.
 
     Attributes:
         kind: ``macro``, the (weighted) mean loss over domains; ``worst``, the loss above the
@@ -146,7 +146,7 @@ class Best:
 
     @property
     def doubt(self) -> str:
-        """How clear the choice is, and the optimism of the selection."""
+        """Clearness of the choice, and optimism of the selection, in words."""
         count, tied = len(self.ranking), self.tied
         if count == 1:
             return "It is the only measured merge within the limits."

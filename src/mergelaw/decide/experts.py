@@ -27,7 +27,7 @@ class Verdict:
 
     Attributes:
         expert: its name.
-        word: outlier, harms, helps, redundant or unclear.
+        word: broken, outlier, harms, helps, redundant or unclear.
         alone: its loss, if measured.
         others: the least and the largest loss of the other experts alone.
         with_it, without_it: mean loss of merges of two or more experts with and without it, over
@@ -72,7 +72,12 @@ class Verdict:
             parts.append(f"leaving it out of the merge of all by {self.left_out.text()}")
         if self.word == "redundant" and self.alike:
             parts.append(f"most like {self.alike[0]} (cosine of gains {self.alike[1]:.2f})")
-        return f"{self.expert}: {WORDS[self.word]}: {'; '.join(parts)}"
+        return f"{self.expert}: {WORDS[self.word]}" + "".join(parts and [f": {'; '.join(parts)}"])
+
+    @property
+    def flagged(self) -> bool:
+        """True for an expert that is better left out."""
+        return self.word in ("broken", "outlier", "harms")
 
     def to_dict(self) -> dict[str, Any]:
         """The verdict as JSON values."""
@@ -81,6 +86,7 @@ class Verdict:
 
 
 WORDS = {
+    "broken": "BROKEN, leave it out: no merge with it has a finite loss",
     "outlier": "OUTLIER, leave it out",
     "harms": "better left out of the merge of all",
     "helps": "helps",
@@ -116,7 +122,7 @@ def experts(measured: Measured, method: str | None = None) -> list[Verdict]:
         wanted |= {(expert, name): c for name, c in _contrasts(measured, rules, expert) if c}
     differences = dict(zip(wanted, contrasts(measured, list(wanted.values())), strict=True))
     alone = measured.alone(merges[0].seed)
-    alike = _alike(measured, alone)
+    alike, finite = _alike(measured, alone), {e for merge in merges for e in merge.experts}
     verdicts: dict[str, Verdict] = {}
     for expert in pool:
         changes = wanted.get((expert, "adds"))
@@ -131,7 +137,7 @@ def experts(measured: Measured, method: str | None = None) -> list[Verdict]:
         like = alike.get(expert)
         verdicts[expert] = Verdict(
             expert,
-            _word(far, effect, left, like),
+            _word(far, effect, left, like) if expert in finite else "broken",
             loss,
             others,
             _value(differences.get((expert, "with"))),
@@ -145,11 +151,18 @@ def experts(measured: Measured, method: str | None = None) -> list[Verdict]:
     return list((verdicts | _without_outliers(measured, verdicts, method)).values())
 
 
+def flagged(measured: Measured) -> list[str]:
+    """Sentences on experts that are better left out; empty for a pool of one."""
+    if len(measured.pool) < 2:
+        return []
+    return [verdict.sentence for verdict in experts(measured) if verdict.flagged]
+
+
 def _without_outliers(
     measured: Measured, verdicts: Mapping[str, Verdict], method: str | None
 ) -> dict[str, Verdict]:
     """Verdicts on the others, from the merges without outliers; empty without an outlier."""
-    outliers = {name for name, verdict in verdicts.items() if verdict.word == "outlier"}
+    outliers = {n for n, verdict in verdicts.items() if verdict.word in ("outlier", "broken")}
     models = {i: m for i, m in measured.models.items() if not outliers & {*m.experts}}
     rest = replace(measured, models=models)
     if not outliers or len(rest.pool) < 2:

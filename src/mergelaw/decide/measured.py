@@ -182,8 +182,9 @@ class Measured:
 
     @cached_property
     def pool(self) -> list[str]:
-        """Experts in any measured merge."""
-        return list(dict.fromkeys(expert for merge in self.merges for expert in merge.experts))
+        """Experts in any measured merge, whatever its loss."""
+        merges = (m for m in self.models.values() if m.role in ("merge", "written"))
+        return list(dict.fromkeys(expert for merge in merges for expert in merge.experts))
 
     @cached_property
     def baselines(self) -> dict[str, Model]:

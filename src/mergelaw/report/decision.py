@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import pandas as pd
 
@@ -39,7 +40,7 @@ class Decision:
     @property
     def flagged(self) -> list[str]:
         """Sentences on experts to leave out."""
-        return [v.sentence for v in self.verdicts if v.word in ("outlier", "harms")]
+        return [v.sentence for v in self.verdicts if v.flagged]
 
     @property
     def ranking(self) -> Table:
@@ -142,8 +143,8 @@ class Decision:
         return {"merges": pd.DataFrame(ranking), "experts": pd.DataFrame(verdicts)}
 
 
-def decisions(measured: Sequence[Measured]) -> list[Decision]:
-    """Decisions on all bases that have measured merges."""
+def decisions(measured: Sequence[Measured], folder: Path) -> list[Decision]:
+    """Decisions by base, and their tables merges.csv and experts.csv in the folder."""
     every = []
     for one in measured:
         try:
@@ -151,6 +152,9 @@ def decisions(measured: Sequence[Measured]) -> list[Decision]:
         except MergelawError:  # a pool of one expert
             verdicts = []
         every.append(Decision(best(one), verdicts))
+    for name in ("merges", "experts") if every else ():
+        table = pd.concat([decision.files()[name] for decision in every], ignore_index=True)
+        table.to_csv(folder / f"{name}.csv", index=False)
     return every
 
 

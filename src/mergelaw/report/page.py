@@ -55,11 +55,7 @@ def write_report(
     for name, table in tables.files(study, points, parameters).items():
         table.to_csv(output / "tables" / f"{name}.csv", index=False)
 
-    opening = decisions(measured)
-    for name in ("merges", "experts") if opening else ():
-        table = pd.concat([decision.files()[name] for decision in opening], ignore_index=True)
-        table.to_csv(output / "tables" / f"{name}.csv", index=False)
-
+    opening = decisions(measured, output / "tables")
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("mergelaw.report"),
         autoescape=True,

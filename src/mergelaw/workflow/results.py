@@ -11,7 +11,7 @@ import pandas as pd
 from mergelaw.artifacts import lineage
 from mergelaw.artifacts.lineage import LINEAGE
 from mergelaw.config import load
-from mergelaw.decide import Measured, best, by_base
+from mergelaw.decide import Measured, best, by_base, flagged
 from mergelaw.errors import MergelawError
 from mergelaw.evaluation import read_rows
 from mergelaw.evaluation.cells import identities
@@ -49,7 +49,7 @@ def facts_of(laws: Path) -> dict[str, str]:
 
 
 def measured(study: Study) -> tuple[list[Measured], list[str]]:
-    """What a study has measured so far, by base, and warnings on what is missing.
+    """Models that a study has measured so far, by base, and warnings on what is missing.
 
     Raises MergelawError if no base has measured merges.
     """
@@ -89,7 +89,7 @@ def rows_of_merge(
     start = lineage.read(base)["digest"]
     wanted, _ = identities(start, digests, recipe["method"], {}, {}, weights)
     itself, _ = identities(start, [], None, {}, {})
-    shards = [study.results / a.path for a in study.measurements if study.made(a)]
+    shards = use(study, filter(study.made, study.measurements))
     rows = read_rows(shards, documents=True, merges=[wanted, itself]) if shards else None
     if rows is None or wanted not in set(rows["merge"]):
         return None
@@ -112,6 +112,7 @@ def summary(study: Study) -> dict[str, Any]:
     every, warnings = measured(study)
     return {
         "best": {one.base: best(one).sentence for one in every},
+        "flagged": {one.base: flagged(one) for one in every},
         "warnings": warnings,
         "laws": fits["laws"],
         "fits": [fit for fit in fits["fits"] if fit["domain"] == MACRO],
@@ -125,6 +126,7 @@ def summary(study: Study) -> dict[str, Any]:
 def summary_text(values: Mapping[str, Any]) -> str:
     """A :func:`summary` as text: the best merges, joint laws, laws of one base, times, paths."""
     lines = [f"{base}: {sentence}" for base, sentence in values["best"].items()]
+    lines += [f"{base}: {text}" for base, texts in values["flagged"].items() for text in texts]
     lines += [f"warning: {warning}" for warning in values["warnings"]]
     lines += ["`mergelaw best` ranks all measured merges and says how to write the first", ""]
     lines += ["macro-average cross-entropy in nats per token; N in billions, without embeddings"]
