@@ -24,7 +24,7 @@ def test_the_readmes_study_runs_by_its_commands(tmp_path):
         models.write_expert(base, place / "models" / expert, 0.05, seed)
     lines = re.findall(r"^(?:mergelaw|snakemake) .*ours\.yaml.*$", README, re.MULTILINE)
     asked = re.findall(r"`(mergelaw plan [^`]*ours\.yaml[^`]*)`", README)
-    assert len(lines) == 3 and len(asked) == 1
+    assert len(lines) == 4 and len(asked) == 1
     for line in [*lines, *asked]:
         run = subprocess.run(
             line, shell=True, cwd=place, env=environment(), capture_output=True, text=True
