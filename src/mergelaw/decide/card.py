@@ -11,6 +11,7 @@ import pandas as pd
 from mergelaw.artifacts import lineage
 from mergelaw.decide.measured import Array, by_base
 from mergelaw.merging.methods import method_of
+from mergelaw.merging.methods.learned import Learned
 from mergelaw.merging.methods.learned import COEFFICIENTS
 from mergelaw.models.hub import read_card
 
@@ -49,6 +50,8 @@ def write_card(
         "license": licences.pop() if len(licences) == 1 and UNKNOWN not in licences else None,
     }
     method = method_of(recipe["method"])
+    if isinstance(method, Learned):
+        shares |= dict.fromkeys(experts, "learned, in coefficients.parquet")
     settings = method.model_dump(by_alias=True)
     rule = settings.pop("method")
     lines = [
