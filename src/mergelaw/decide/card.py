@@ -11,8 +11,7 @@ import pandas as pd
 from mergelaw.artifacts import lineage
 from mergelaw.decide.measured import Array, by_base
 from mergelaw.merging.methods import method_of
-from mergelaw.merging.methods.learned import Learned
-from mergelaw.merging.methods.learned import COEFFICIENTS
+from mergelaw.merging.methods.learned import COEFFICIENTS, Learned
 from mergelaw.models.hub import read_card
 
 UNKNOWN = "not stated"
