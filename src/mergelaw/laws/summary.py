@@ -115,7 +115,7 @@ def _floor_lines(floor: Mapping[str, Any]) -> tuple[str, str]:
     steps = []
     for step in floor["k_within"]:
         needed = "no number" if step["k"] is None else f"{step['k']}"
-        beyond = "" if step["reachable"] else ", not reachable with this pool"
+        beyond = "" if step["reachable"] else ", more than this pool has"
         steps.append(f"{step['nats']:g} nats: {needed}{beyond}")
     losses = []
     for kind in ("asymptotic", "reachable"):
@@ -123,9 +123,8 @@ def _floor_lines(floor: Mapping[str, Any]) -> tuple[str, str]:
         suffix = "" if ends is None else f" (90%: {interval(ends)})"
         losses.append(f"{floor[kind]:.5g}{suffix}")
     return (
-        f"  {floor['base']}: floor {losses[0]}, reachable with these {floor['M']} experts "
-        f"{losses[1]}",
-        f"    experts to come within {'; '.join(steps)}",
+        f"  {floor['base']}: floor {losses[0]}, L({floor['M']}) with all experts {losses[1]}",
+        f"    experts whose mean comes within {'; '.join(steps)}",
     )
 
 

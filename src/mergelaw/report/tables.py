@@ -102,7 +102,7 @@ def short_ladders(points: pd.DataFrame) -> dict[str, str]:
 
 
 def floors(fits: pd.DataFrame) -> Table:
-    """Asymptotic and reachable floors (nats per token), and the experts needed to come close."""
+    """Floors and L(M) (nats per token), and the experts whose mean comes close to the floor."""
     records = []
     for fit in _ordered(fits):
         if not fit["floors"]:  # the law fails
@@ -120,7 +120,7 @@ def floors(fits: pd.DataFrame) -> Table:
         ]
         records.append([fit["method"], fit["base"], f"{floor['M']}", *cells, " / ".join(steps)])
     within = f"experts within {' / '.join(f'{nats:g}' for nats in WITHIN)}"
-    headings = ["method", "base", "M", "asymptotic floor, L_inf", "reachable floor, L(M)", within]
+    headings = ["method", "base", "M", "asymptotic floor, L_inf", "all experts, L(M)", within]
     return Table(headings, records)
 
 
