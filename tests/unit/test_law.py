@@ -354,7 +354,7 @@ def test_what_is_written_is_strict_json_and_reads_back(tmp_path):
     assert (floor["asymptotic_interval"] is None) == (laws["fits"][0]["domain"] != MACRO)
     assert len(pd.read_parquet(tmp_path / "laws/points.parquet")) == 54
     summary = (tmp_path / "laws/summary.txt").read_text()
-    assert "b4/average/0" in summary and "reachable" in summary
+    assert "b4/average/0" in summary and "with all experts" in summary
 
 
 # ---- what a fit reports
