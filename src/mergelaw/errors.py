@@ -18,6 +18,13 @@ def system_message(error: OSError) -> str:
     return f"{error.filename or 'file system'}: {reason}; fix it and rerun"
 
 
+def out_of_memory(error: BaseException) -> bool:
+    """True for an error of Python, torch or the system that says that there is no memory left."""
+    kinds, text = ("MemoryError", "OutOfMemoryError"), str(error).lower()
+    words = ("allocate memory", "not enough memory", "out of memory", "os error 12")
+    return type(error).__name__ in kinds or any(word in text for word in words)
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """Hint for an unknown name: the most similar known name, or a list of the known names."""
     known = list(known)

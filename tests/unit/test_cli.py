@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from contextlib import ExitStack
 
 import pytest
 
@@ -82,3 +83,40 @@ def test_stages_are_hidden_and_the_rest_is_grouped():
     assert json.dumps(run("--version").stdout.split()) == json.dumps(
         ["mergelaw", mergelaw.__version__]
     )
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"),
+        type("OutOfMemoryError", (RuntimeError,), {})(
+            "CUDA out of memory. Tried to allocate 2 GiB"
+        ),
+        OSError(12, "Cannot allocate memory"),
+    ],
+    ids=repr,
+)
+def test_memory_that_runs_out_is_said_as_that(tmp_path, monkeypatch, capsys, error):
+    """By whatever library, and not as a tokenizer or a checkpoint that is missing."""
+    import transformers
+
+    from mergelaw.cli import app
+    from mergelaw.models import causal_lm, checkpoint
+
+    def fails(*_, **__):
+        raise error
+
+    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", fails)
+    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", fails)
+    for load in (causal_lm.load_tokenizer, lambda folder: causal_lm.load(folder, "float32")):
+        with pytest.raises(type(error)):
+            load(tmp_path)
+    monkeypatch.setattr("safetensors.safe_open", fails)
+    if isinstance(error, OSError):
+        with pytest.raises(OSError, match="allocate"):
+            checkpoint.open_mapped(tmp_path / "model.safetensors", ExitStack())
+    monkeypatch.setattr(app, "app", fails)
+    with pytest.raises(SystemExit):
+        app.main()
+    assert capsys.readouterr().err.startswith("mergelaw: error: out of memory; give the job more")

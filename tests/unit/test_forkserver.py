@@ -1,10 +1,13 @@
 """A command run by a fork is the same command: streams, folder, environment, exit status, end."""
 
 import os
+import select
 import shutil
 import signal
+import socket
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -145,3 +148,25 @@ def test_a_fork_outlives_the_server(tmp_path, killed):
     assert (tmp_path / "some" / "lineage.json").exists()
     assert process.wait(10) == (-signal.SIGKILL if killed else 0)
     assert not Path(address).parent.exists()
+
+
+def test_a_server_that_is_killed_before_it_reads_a_command_is_not_needed(tmp_path):
+    address = str(tmp_path / "socket")
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(address)
+        listener.listen()
+        command = [*MERGELAW, "--version"]
+        run = subprocess.Popen(command, env=environment(address), stdout=subprocess.PIPE)
+        select.select([listener], [], [], 60)
+        time.sleep(0.5)  # the command is sent, and waits
+    output, _ = run.communicate(timeout=60)
+    assert run.returncode == 0 and output.startswith(b"mergelaw ")
+
+
+def test_a_long_folder_for_temporary_files_is_no_obstacle(tmp_path, monkeypatch):
+    folder = tmp_path / ("long" * 20) / ("longer" * 20)
+    folder.mkdir(parents=True)
+    monkeypatch.setattr(tempfile, "tempdir", str(folder))
+    process, address = started()
+    subprocess.run([*MERGELAW, "--version"], env=environment(address), check=True)
+    ended(process, address)

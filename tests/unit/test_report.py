@@ -198,3 +198,29 @@ def test_the_report_opens_with_the_merge_to_ship_and_names_the_bad_expert(tmp_pa
     assert len(merges) == 2 * 63 and merges["macro"].is_monotonic_increasing
     experts = pd.read_csv(tmp_path / "report" / "tables" / "experts.csv")
     assert list(experts.loc[experts["verdict"] == "outlier", "expert"]) == ["code"]
+
+
+@pytest.mark.parametrize("lost", ["a merge", "single experts", "a method", "a domain", "all"])
+def test_losses_that_are_no_numbers_leave_a_report_or_one_line(tmp_path, lost):
+    table = pool.rows(experts=pool.EXPERTS[:3], domains=pool.EXPERTS[:3], documents=6)
+    merges = table["role"] == "merge"
+    gone = {
+        "a merge": table["merge"] == table["merge"].iloc[-1],
+        "single experts": merges & (table["k"] == 1),
+        "a method": merges & (table["method"] == "ties"),
+        "a domain": table["domain"] == pool.EXPERTS[0],
+        "all": merges,
+    }[lost]
+    table.loc[gone, ["nll", "ce"]] = math.nan
+    table.loc[gone, "finite"] = False
+    table = table.assign(bits_per_byte=table["nll"] / table["bytes"], long_documents=0)
+    table = table.assign(dropped_tokens=0, N_nominal=math.nan)
+    rows = table.drop(columns=["document_nll", "document_tokens"])
+    if lost == "all":
+        with pytest.raises(MergelawError, match="no merge has a finite loss: check the experts"):
+            fit_study(rows, [table])
+        return
+    (tmp_path / "laws").mkdir()
+    write(fit_study(rows, [table]), tmp_path / "laws")
+    write_report(tmp_path / "laws", rows, tmp_path, title="lost", facts={})
+    assert "not finite" in (tmp_path / "report.html").read_text() or lost == "a domain"

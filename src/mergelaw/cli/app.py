@@ -10,7 +10,7 @@ import mergelaw
 from mergelaw.cli import decide, planning, study
 from mergelaw.cli.process import collect_less, quiet
 from mergelaw.cli.stages import stages
-from mergelaw.errors import MergelawError, system_message
+from mergelaw.errors import MergelawError, out_of_memory, system_message
 
 app = typer.Typer(
     help="Measure the scaling law of model merging, and decide with it.",
@@ -65,8 +65,10 @@ def main() -> None:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
-    except OSError as error:
-        if error.errno is None:
+    except Exception as error:
+        if out_of_memory(error):
+            fail("out of memory; give the job more of it, or fewer jobs at a time")
+        if not isinstance(error, OSError) or error.errno is None:
             raise
         fail(system_message(error))
 

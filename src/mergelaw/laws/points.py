@@ -44,7 +44,7 @@ def points(rows: pd.DataFrame) -> tuple[pd.DataFrame, list[Note]]:
         (distinct merges) and replicates (circles); and warnings on dropped points.
 
     Raises:
-        MergelawError: a column is missing, or no row is a merge.
+        MergelawError: a column is missing, no row is a merge, or no point has finite losses.
     """
     absent = [column for column in COLUMNS if column not in rows.columns]
     if absent:
@@ -63,6 +63,11 @@ def points(rows: pd.DataFrame) -> tuple[pd.DataFrame, list[Note]]:
     means["subsets"] = by_point["merge"].nunique()
     # A mean over the finite losses only would be biased, so drop the whole point.
     whole = by_point["finite"].all()
+    if not whole.any():
+        raise MergelawError(
+            "no merge has a finite loss: check the experts, and whether the methods scale their "
+            "changes too far"
+        )
     dropped: pd.DataFrame = means.loc[~whole].reset_index()
     table: pd.DataFrame = means.loc[whole].reset_index()
 

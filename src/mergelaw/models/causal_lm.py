@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from mergelaw.data.tokenize import Window
-from mergelaw.errors import MergelawError
+from mergelaw.errors import MergelawError, out_of_memory
 from mergelaw.models.checkpoint import COMPANIONS, WRAPPERS, read_config
 
 
@@ -33,6 +33,8 @@ def load(folder: Path, dtype: str, device_map: Any = None) -> Any:
             output_loading_info=True,
         )
     except (ValueError, KeyError, OSError, RuntimeError) as error:
+        if out_of_memory(error):
+            raise
         architecture = read_config(folder)["model_type"]
         raise MergelawError(
             f"{folder}: transformers cannot load this {architecture} model "
@@ -53,6 +55,8 @@ def load_tokenizer(folder: Path) -> Any:
     try:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # a damaged or foreign tokenizer raises anything
+        if out_of_memory(error):
+            raise
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise MergelawError(
             f"{folder}: transformers cannot load its tokenizer ({reason}); copy the tokenizer's "

@@ -9,7 +9,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mergelaw.errors import MergelawError
+from mergelaw.errors import MergelawError, out_of_memory
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -164,6 +164,8 @@ class Tensors:
             tensor: Tensor = file.get_tensor(stored)
             return tensor
         except (SafetensorError, AttributeError, TypeError, ValueError, RuntimeError) as error:
+            if out_of_memory(error):
+                raise
             reason = str(error).splitlines()[0]
             raise MergelawError(
                 f"{self.folder}: tensor {name!r} cannot be read ({reason}); copy it again"
@@ -213,6 +215,8 @@ def open_mapped(path: Path, stack: ExitStack) -> Any:
     try:
         return stack.enter_context(safe_open(path, framework="pt"))
     except (SafetensorError, OSError, ValueError) as error:
+        if out_of_memory(error):
+            raise
         reason = str(error).splitlines()[0]
         raise MergelawError(f"{path}: corrupt or half-copied ({reason}); copy it again") from None
 

@@ -63,14 +63,14 @@ def figures(
     losses = _losses(fits, points, rows)
     macro = losses[losses["domain"] == MACRO]
     few = losses[losses["kind"].isin(["mean", "law", "baseline"])]
-    drawn: dict[str, alt.TopLevelMixin] = {
-        "methods": _against_k(few[few["domain"] == MACRO], "label", "method"),
-        "curves": _curves(macro),
-    }
+    drawn: dict[str, alt.TopLevelMixin] = {}
+    if (points["domain"] == MACRO).any():  # not if a domain has no finite loss
+        drawn["methods"] = _against_k(few[few["domain"] == MACRO], "label", "method")
+        drawn["curves"] = _curves(macro)
     if len(fits) and (fits["base"].notna() & (fits["domain"] == MACRO)).any():
         drawn["floors"] = _floors(fits[fits["domain"] == MACRO])
     for method in sorted(set(points["method"])):
-        table = few[(few["method"] == method) & (few["domain"] != MACRO)]
+        table = few[(few["method"] == method) & (few["domain"] != MACRO)].dropna(subset="ce")
         drawn[f"domains_{method}"] = _against_k(table, "domain", "label", columns=3)
     return drawn
 

@@ -65,7 +65,8 @@ def measured(rows: pd.DataFrame, points: pd.DataFrame) -> dict[str, str]:
     pool = sorted(set(merges["experts"].explode()))
     domains = sorted(rows["domain"].unique())
     held_out = rows.loc[rows["held_out"].astype(bool), "domain"].nunique()
-    counts = sorted(set(points.loc[points["domain"] == MACRO, "subsets"]))
+    macro = points["domain"] == MACRO  # without points if a domain has no finite loss
+    counts = sorted(set(points.loc[macro if macro.any() else ~macro, "subsets"]))
     circles = int(points["replicates"].max())
     return {
         "Methods": ", ".join(sorted(points["method"].unique())),

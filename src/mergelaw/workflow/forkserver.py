@@ -29,8 +29,10 @@ FORKS = get_context("fork")
 
 def start() -> subprocess.Popen[bytes]:
     """Start a server for the commands of this process. It ends with this process."""
-    # A socket's address has at most 108 bytes, so it is not in the results folder.
-    os.environ[ADDRESS] = address = f"{tempfile.mkdtemp(prefix='mergelaw-')}/socket"
+    # A socket's address has at most 108 bytes, so it is not in the results folder, nor in a TMPDIR
+    # with a long path.
+    near = tempfile.gettempdir() if len(os.fsencode(tempfile.gettempdir())) < 80 else "/tmp"
+    os.environ[ADDRESS] = address = f"{tempfile.mkdtemp(prefix='mergelaw-', dir=near)}/socket"
     program = "from mergelaw.cli import serve; serve()"
     # Ctrl-C in the terminal ends the commands, which end their forks.
     server = subprocess.Popen(
@@ -53,7 +55,10 @@ def run(words: list[str]) -> int | None:
             connection.sendall(job.encode() + b"\n")
         except OSError:  # the server is still importing, or has ended
             return None
-        answer = connection.makefile().readline()
+        try:
+            answer = connection.makefile().readline()
+        except ConnectionResetError:  # the server was killed before it read the job
+            return None
     status = int(answer or -signal.SIGKILL)
     if status >= 0:
         return status

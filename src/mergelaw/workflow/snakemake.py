@@ -11,8 +11,10 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Callable
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, NoReturn
 
 from snakemake.io import ancient
@@ -105,8 +107,11 @@ class Pipeline:
                 openrlhf.interpreter()
             self._lock = lock_results(self.study.results)
             for artifact in self.study.known.values():
-                if not self.study.made(artifact):
+                mark = Path(self.tracked(artifact))
+                if not mark.exists():
                     write_job(self.study.results, artifact)
+                elif mark.stat().st_mtime > time.time():  # written or copied under another clock
+                    os.utime(mark)  # Snakemake refuses an output that is older than its inputs
             here = self.workflow.local_exec and not self._deploys()
             if here and sys.platform == "linux":  # jobs run with this Python
                 self._forks = forkserver.start()
