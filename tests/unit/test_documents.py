@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -787,3 +788,63 @@ def test_files_that_changed_after_their_key_was_made_are_noticed(tmp_path):
         with pytest.raises(MergelawError, match="changed since the run began; rerun"):
             write_split(settings, "train", identity, tmp_path / "second")
         assert not (tmp_path / "second").exists()
+
+
+# Files that expand
+
+
+def repeated(path: Path, text: str, times: int, kind: str) -> Path:
+    """A Parquet file that holds a text once and repeats it."""
+    index = pa.array([0] * times, pa.int32())
+    column = pa.DictionaryArray.from_arrays(index, pa.array([text]))
+    table = {"prompt": index, "response": column}
+    offsets = pa.array(range(times + 1), pa.int32())
+    if kind == "turns":
+        turns = pa.StructArray.from_arrays([column, column], ["role", "content"])
+        table = {"messages": pa.ListArray.from_arrays(offsets, turns)}
+    if kind == "map":
+        keys = pa.array(["a"] * times)
+        table = {"messages": pa.MapArray.from_arrays(offsets, keys, column)}
+    pq.write_table(pa.table(table), path, compression="zstd", store_schema=False)
+    return path
+
+
+@pytest.mark.parametrize("kind", ["text", "turns", "map", "rows", ".gz", ".zst", ".bz2"])
+def test_a_few_bytes_that_expand_to_many_are_refused(tmp_path, kind):
+    """Before they are in memory."""
+    path = tmp_path / "bomb.parquet"
+    if kind in ("text", "turns", "map"):
+        repeated(path, "x" * (1 << 20), 20_000, kind)
+    elif kind == "rows":
+        rows = pa.nulls(1 << 20, pa.string())
+        with pq.ParquetWriter(path, pa.schema([("text", pa.string())])) as writer:
+            for _ in range(65):
+                writer.write_table(pa.table({"text": rows}))
+    else:
+        path = tmp_path / f"bomb.jsonl{kind}"
+        with pa.output_stream(str(path), compression=sources.COMPRESSED[kind]) as stream:
+            for _ in range(65):
+                stream.write(bytes(1 << 20))
+    program = (
+        "import resource, sys; from mergelaw.data.recipe import Source\n"
+        "from mergelaw.data import sources; from mergelaw.errors import MergelawError\n"
+        "sources.ROOM = 1 << 26\n"
+        "try: print(len(list(sources.kept_records(Source(files=[sys.argv[1]])))))\n"
+        "except MergelawError as error: print(error)\n"
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
+    )
+    command = [sys.executable, "-c", program, str(path)]
+    run = subprocess.run(command, capture_output=True, text=True, check=True)
+    said, memory = run.stdout.split("\n")[:2]
+    assert said.startswith(f"{path}: expands from ") and "; remove what" in said
+    assert int(memory) < 800_000  # kilobytes
+
+
+@pytest.mark.parametrize("kind", ["text", "turns", "map"])
+def test_what_is_repeated_within_reason_is_read(tmp_path, kind):
+    path = repeated(tmp_path / "a.parquet", "word", 3000, kind)
+    found = list(sources.kept_records(Source(files=[str(path)])))
+    assert len(found) == 3000
+    turn = {"role": "word", "content": "word"}
+    last = {"text": {"prompt": 0, "response": "word"}, "turns": {"messages": [turn]}}
+    assert found[-1][1] == last.get(kind, {"messages": [("a", "word")]})

@@ -157,7 +157,38 @@ def _open(path: Path) -> IO[bytes]:
         return path.open("rb")
     import pyarrow as pa
 
-    return io.BufferedReader(pa.input_stream(str(path), compression=codec))
+    return io.BufferedReader(_Limited(path, pa.input_stream(str(path), compression=codec)))
+
+
+# Records may take a gigabyte, or a thousand times their file's bytes. Text compresses by less,
+# and a few bytes could otherwise fill any memory.
+ROOM, TIMES = 1 << 30, 1000
+
+
+def _check_size(path: Path, size: int) -> None:
+    """Raise MergelawError if a file's records take ``size`` bytes, more than it can hold."""
+    if size > max(ROOM, TIMES * path.stat().st_size):
+        raise MergelawError(
+            f"{path}: expands from {path.stat().st_size:,} bytes to more than {size:,}; remove what"
+            " is repeated in it, or give it without compression"
+        )
+
+
+class _Limited(io.RawIOBase):
+    """A decompressed file that is no larger than ``_check_size`` allows."""
+
+    def __init__(self, path: Path, stream: Any):
+        self._path, self._stream, self._size = path, stream, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        content = self._stream.read(len(buffer))
+        self._size += len(content)
+        _check_size(self._path, self._size)
+        buffer[: len(content)] = content
+        return len(content)
 
 
 def _json_records(path: Path) -> Records:
@@ -234,10 +265,20 @@ def _parquet_records(path: Path) -> Records:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    number = 0
+    number = size = 0
     try:
         with pq.ParquetFile(path) as table:
+            groups = range(table.num_row_groups)
+            stored = sum(table.metadata.row_group(n).total_byte_size for n in groups)
+            _check_size(path, max(stored, 8 * table.metadata.num_rows))  # a record takes 8 at least
+            columns = map(table.schema.column, range(len(table.schema)))
+            plain = [c for c in columns if c.logical_type.type in ("STRING", "NONE")]
+            texts = [c.path for c in plain if c.physical_type == "BYTE_ARRAY"]
+        # A value that a file holds once is held once, until it is known how often it is repeated.
+        with pq.ParquetFile(path, read_dictionary=texts) as table:
             for batch in table.iter_batches(batch_size=1024):
+                size += sum(map(_expanded, batch.columns))
+                _check_size(path, size)
                 for record in batch.to_pylist():
                     number += 1
                     yield f"row {number}", record
@@ -249,6 +290,25 @@ def _parquet_records(path: Path) -> Records:
             f"{path}, after row {number}: not a readable Parquet file: {first_line(error)};"
             " write it again"
         ) from error
+
+
+def _expanded(array: Any) -> int:
+    """Bytes of an Arrow array with each value written out."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    kind = array.type
+    if pa.types.is_dictionary(kind):
+        lengths = pc.binary_length(array.dictionary).cast("int64")
+        return pc.sum(lengths.take(array.indices)).as_py() or 0
+    if pa.types.is_struct(kind):
+        return sum(_expanded(array.field(number)) for number in range(kind.num_fields))
+    if pa.types.is_list(kind) or pa.types.is_large_list(kind):
+        return _expanded(array.flatten())
+    if pa.types.is_map(kind):
+        start, stop = array.offsets[0].as_py(), array.offsets[-1].as_py()
+        return sum(_expanded(side.slice(start, stop - start)) for side in (array.keys, array.items))
+    return int(array.nbytes)
 
 
 READERS: dict[str, Callable[[Path], Records]] = {
