@@ -29,25 +29,14 @@ ROLES = ("system", "developer", "user", "assistant", "tool")
 # Names of the speakers in ShareGPT's and Gemma's formats.
 SPEAKERS = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "model": "assistant"}
 CHATS = ("messages", "conversations", "conversation")
-PAIRS = (
-    ("prompt", "response"),
-    ("prompt", "completion"),
-    ("prompt", "answer"),
-    ("prompt", "output"),
-    ("instruction", "output"),
-    ("instruction", "response"),
-    ("instruction", "completion"),
-    ("problem", "solution"),
-    ("question", "answer"),
-    ("question", "response"),
-    ("query", "response"),
-    ("query", "answer"),
-    ("inputs", "targets"),
-    ("user", "assistant"),
-    ("message_1", "message_2"),  # CAMEL's
-    ("input", "output"),
+# Columns of a prompt and its response; message_1 and message_2 are CAMEL's.
+FORMS = (
+    "prompt/response, prompt/completion, prompt/answer, prompt/output, instruction/output,"
+    " instruction/response, instruction/completion, problem/solution, question/answer,"
+    " question/response, query/response, query/answer, inputs/targets, user/assistant,"
+    " message_1/message_2, input/output"
 )
-SYSTEMS = ("system", "system_prompt")
+BEFORE = ("system", "system_prompt", "history")
 CONTEXTS = ("context", "input")
 # Columns that a chat template writes somewhere, but no document holds.
 LOST = ("tools", "functions", "documents")
@@ -81,17 +70,21 @@ def document_of(record: Mapping[str, Any], columns: Mapping[Any, str] | None = N
         record = {name: _chosen(record, column) for name, column in columns.items()}
     # Parquet and datasets fill the columns that a record lacks with nulls.
     record = {column: value for column, value in record.items() if value is not None}
-    extra = [name for name in (*SYSTEMS, "history", *CONTEXTS, *LOST) if not _empty(record, name)]
-    if lost := sorted({*extra} & {*LOST}):
-        raise ValueError(f"its column {lost[0]!r} would be lost; name those to use in 'columns'")
+    blank = {column for column, value in record.items() if not value or not str(value).strip()}
+    extra = [name for name in (*BEFORE, *CONTEXTS, *LOST) if name in {*record} - blank]
     found: dict[str, Document] = {}
+
+    def add(form: str, turns: list[Message]) -> None:
+        unused = LOST if "/" in form else (*LOST, *CONTEXTS)
+        if lost := [name for name in extra if name in unused]:
+            raise ValueError(f"{lost[0]!r} beside {form!r} would be lost; name one in 'columns'")
+        found[form] = _identified(*_last_answer(_before(record, extra, turns) + turns))
+
     for column in CHATS:
         if column in record:
-            if kept := sorted({*extra} & {*CONTEXTS}):
-                raise ValueError(f"both {column!r} and {kept[0]!r}; name one in 'columns'")
-            turns = _turns(record[column], column)
-            found[column] = _identified(*_last_answer(_before(record, extra, turns) + turns))
-    for prompt, response in PAIRS:
+            add(column, _turns(record[column], column))
+    for form in FORMS.split(", "):
+        prompt, response = form.split("/")
         # Beside another prompt, the column `input` is its context.
         if prompt in record and response in record and not (prompt == "input" and found):
             turns = _turns(record[prompt], prompt, role="user")
@@ -101,29 +94,23 @@ def document_of(record: Mapping[str, Any], columns: Mapping[Any, str] | None = N
             answer = _turns(record[response], response, role="assistant")
             if not any(turn["role"] == "assistant" for turn in answer):
                 raise ValueError(f"{response!r} holds no assistant turn")
-            turns = _before(record, extra, turns) + turns
-            found[f"{prompt}/{response}"] = _identified(*_last_answer(turns + answer))
+            add(form, turns + answer)
     # A `text` beside these is the same once more, formatted, as in Alpaca's records.
     if "text" in record and not any(one.response in str(record["text"]) for one in found.values()):
         if found or extra:
             raise ValueError(f"'text' beside {[*found, *extra][0]!r}; name one in 'columns'")
         return _identified(None, _text(record["text"], "text"))
-    if len({one.document for one in found.values()}) > 1:
+    if not found:
+        raise ValueError(
+            f"no response among its columns {reprlib.repr(sorted(record))}; a record needs {FORMS},"
+            f" {', '.join(CHATS)} or text; name other columns in 'columns'"
+        )
+    document, *others = found.values()
+    if any(other.document != document.document for other in others):
         raise ValueError(
             f"{' and '.join(found)} are different documents; name one of them in 'columns'"
         )
-    for document in found.values():
-        return document
-    forms = ", ".join("/".join(pair) for pair in PAIRS)
-    raise ValueError(
-        f"no response among its columns {reprlib.repr(sorted(record))}; a record needs {forms},"
-        f" {', '.join(CHATS)} or text; name other columns in 'columns'"
-    )
-
-
-def _empty(record: Mapping[str, Any], name: str) -> bool:
-    value = record.get(name)
-    return not (value.strip() if isinstance(value, str) else value) and value != 0
+    return document
 
 
 def _chosen(record: Mapping[str, Any], column: str) -> Any:
@@ -135,16 +122,17 @@ def _chosen(record: Mapping[str, Any], column: str) -> Any:
 
 def _before(record: Mapping[str, Any], extra: Sequence[str], turns: list[Message]) -> list[Message]:
     """The turns before a record's ``turns``: its system prompt and history."""
-    first: list[Message] = []
-    for name in extra:
-        if name in SYSTEMS:
-            first.append({"role": "system", "content": _text(record[name], name)})
+    first = [
+        {"role": "system", "content": _text(record[name], name)}
+        for name in extra
+        if name in BEFORE[:2]
+    ]
     if first and first[0] in turns:
         first = []
-    if sum(turn["role"] == "system" for turn in [*first, *turns]) > 1 and first:
+    if first and sum(turn["role"] == "system" for turn in [*first, *turns]) > 1:
         raise ValueError("it has two system prompts; name the columns to use in 'columns'")
     history = record["history"] if "history" in extra else []
-    if not (isinstance(history, list) and isinstance(next(iter(history), None), list)):
+    if not history or not isinstance(history, list) or not isinstance(history[0], list):
         return first + (_turns(history, "history") if history else [])
     for pair in history:
         if not isinstance(pair, list) or len(pair) != 2:
@@ -183,27 +171,20 @@ def _turns(value: Any, column: str, role: str | None = None) -> list[Message]:
                 f" use one of {', '.join([*ROLES, *SPEAKERS])}"
             )
         content = turn.pop("content", turn.pop("value", None))
-        turns.append({"role": turn_role, "content": _content(content, turn), **_keys(turn)})
-    return turns
+        turns.append({"role": turn_role, "content": _content(content, turn), **turn})
+    try:
+        return list(json.loads(canonical_json(turns)))  # a copy, as JSON keeps it
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{column!r} holds what JSON cannot: {error}") from None
 
 
 def _content(content: Any, turn: Mapping[str, Any]) -> str:
     """The text of a turn: text, parts of text, or nothing beside calls of tools."""
-    if isinstance(content, list) and all(
-        isinstance(part, dict)
-        and {key for key in part if part[key] is not None} == {"type", "text"}
-        for part in content
-    ):
-        content = "".join(_text(part["text"], "content") for part in content)
+    if isinstance(content, list) and all(isinstance(part, dict) for part in content):
+        parts = [{key: part[key] for key in part if part[key] is not None} for part in content]
+        if all(part.keys() == {"type", "text"} for part in parts):
+            content = "".join(_text(part["text"], "content") for part in parts)
     return "" if not content and turn.get("tool_calls") else _text(content, "content")
-
-
-def _keys(turn: Mapping[str, Any]) -> dict[str, Any]:
-    """The other keys of a turn, for the chat template."""
-    try:
-        return dict(json.loads(canonical_json(turn)))
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"a message holds what JSON cannot: {error}") from None
 
 
 def _last_answer(turns: list[Message]) -> tuple[list[Message], str]:

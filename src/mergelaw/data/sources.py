@@ -210,13 +210,19 @@ def _jsonl_records(path: Path) -> Records:
                 yield f"line {number}", _parsed(line, path, line=number)
 
 
-def _parsed(content: bytes, path: Path, line: int) -> Any:
-    """The value of JSON text that begins at ``line`` of a file."""
+def _decoded(content: bytes, path: Path, line: int) -> str:
     try:
-        return json.loads(content.decode("utf-8-sig"))
+        return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line += content.count(b"\n", 0, error.start)
         raise MergelawError(f"{path}, line {line}: not UTF-8; convert the file to UTF-8") from error
+
+
+def _parsed(content: bytes, path: Path, line: int) -> Any:
+    """The value of JSON text that begins at ``line`` of a file."""
+    text = _decoded(content, path, line)
+    try:
+        return json.loads(text)
     except json.JSONDecodeError as error:
         line += error.lineno - 1
         raise MergelawError(
@@ -254,11 +260,7 @@ def _text_records(path: Path) -> Records:
     """A file of plain text as one record."""
     with _open(path) as file:
         content = file.read()
-    try:
-        yield "the text", {"text": content.decode("utf-8-sig")}
-    except UnicodeDecodeError as error:
-        line = 1 + content.count(b"\n", 0, error.start)
-        raise MergelawError(f"{path}, line {line}: not UTF-8; convert the file to UTF-8") from error
+    yield "the text", {"text": _decoded(content, path, line=1)}
 
 
 def _parquet_records(path: Path) -> Records:

@@ -13,6 +13,7 @@ import reprlib
 import sys
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime, tzinfo
 from typing import Any, Self
@@ -137,8 +138,9 @@ class _Chat:
             self._check_turn(turn, place, marked)
         for key in sorted({key for turn in prompt for key in turn} - {"role", "content"}):
             rest = [{name: turn[name] for name in turn if name != key} for turn in turns]
-            if render(rest) == self.text:
-                self.changes.add(f"ignores {key!r} of turns")
+            with suppress(MergelawError):  # a template that refuses turns without a key uses it
+                if render(rest) == self.text:
+                    self.changes.add(f"ignores {key!r} of turns")
         plain = self._unmarked(marked)
         if plain != self.text:  # the template looks at contents, so marks changed the prompt too
             if _letters(plain) == _letters(self.text):
