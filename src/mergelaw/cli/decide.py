@@ -217,9 +217,9 @@ def numbers(option: str, text: str | None) -> dict[str, float]:
 
 def best_text(best: "Best", file: str, top: int, several_bases: bool) -> str:
     """A ranking as text for a terminal."""
-    measured, label = best.measured, best.objective.label
+    measured, label = best.measured, best.label
     kept = best.kept(best.model)
-    lines = [f"{measured.base}: {best.sentence}", best.doubt]
+    lines = [f"{measured.base}: {best.sentence}", f"rule: {best.model.recipe}", best.doubt]
     if not math.isnan(kept):
         lines.append(
             f"It keeps {100 * kept:.0f}% of what the experts gain alone: the sum of (base - merge) "

@@ -197,6 +197,7 @@ def partial(
 ) -> None:
     """Fit and report what has been measured so far, and say what is missing."""
     from mergelaw import config
+    from mergelaw.decide import best
     from mergelaw.evaluation import read_cells
     from mergelaw.laws import fits
     from mergelaw.report import write_report
@@ -224,5 +225,7 @@ def partial(
         write_report(laws, rows, scratch, title=title, facts=facts, measured=every)
         shutil.rmtree(folder, ignore_errors=True)
         scratch.rename(folder)
+    for one in every:
+        print(f"{one.base}, of what is measured: {best(one).sentence}")
     print(f"{len(missing)} of {len(shards)} shards are missing: {', '.join(missing[:6])}")
     print(f"report on the rest: {folder / 'report.html'}")

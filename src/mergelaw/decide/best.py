@@ -1,5 +1,6 @@
 """The best measured merge of a base: a ranking for an objective, and what separates the first."""
 
+import json
 import math
 import shlex
 from collections.abc import Mapping, Sequence
@@ -69,11 +70,6 @@ class Objective:
         one[above.argmax()] = 1.0
         return {model.identity: one, base.identity: -one}
 
-    @property
-    def label(self) -> str:
-        """The objective's name in tables."""
-        return "weighted" if self.weights else self.kind
-
 
 @dataclass(frozen=True)
 class Best:
@@ -105,6 +101,14 @@ class Best:
     def model(self) -> Model:
         """The best merge."""
         return self.ranking[0]
+
+    @property
+    def label(self) -> str:
+        """The objective's name in tables."""
+        if self.objective.weights:
+            return "weighted"
+        held_in = self.objective.kind == "macro" and not self.measured.counted.all()
+        return "held-in macro" if held_in else self.objective.kind
 
     @property
     def base_value(self) -> float:
@@ -238,6 +242,7 @@ class Best:
                 "merge": model.identity,
                 "name": self.measured.name(model),
                 "method": model.method,
+                "recipe": json.loads(model.recipe),
                 "seed": model.seed,
                 "experts": model.experts,
                 "weights": model.weights,
@@ -251,7 +256,7 @@ class Best:
             "base": self.measured.base,
             "sentence": self.sentence,
             "doubt": self.doubt,
-            "objective": self.objective.label,
+            "objective": self.label,
             "base_value": self.base_value,
             "merges": len(self.ranking),
             "not_distinguishable": [model.identity for model in self.tied],

@@ -59,7 +59,8 @@ class Decision:
             )
             if place == TOP:
                 break
-        return Table(["", "merge", "macro", "behind the first", "gains kept"], rows, strong=1)
+        heads = ["", "merge", best.label, "behind the first", "gains kept"]
+        return Table(heads, rows, strong=1)
 
     @property
     def domains(self) -> Table:
@@ -116,6 +117,7 @@ class Decision:
                 "place": place,
                 "merge": model.identity,
                 "method": model.method,
+                "recipe": model.recipe,
                 "seed": model.seed,
                 "experts": " ".join(model.experts),
                 "weights": " ".join(f"{weight:g}" for weight in model.weights),
