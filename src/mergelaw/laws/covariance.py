@@ -90,18 +90,23 @@ class Errors:
 
     def grams(self, rotated: Array, misfit: Array, scatter: Array) -> Grams:
         """Inner products of rotated columns (draws or 1, points, columns) under each V^-1."""
-        variances = self.known + np.maximum(misfit, self.least / 100)[:, None] ** 2
-        log_det = np.log(variances).sum(axis=1)
+        added = np.maximum(misfit, self.least / 100)[:, None] ** 2
+        # Without known errors all points weigh the same, and one sum serves all misfits.
+        even = not self.known.any()
+        weights = np.ones((1, len(self.known))) if even else 1 / (self.known + added)
+        rest = 1 / added if even else np.ones_like(added)
+        log_det = -np.log(weights).sum(axis=1) - np.log(rest[:, 0]) * len(self.known)
         if not len(self.starts):
-            return Grams(_inner(rotated, variances), log_det)
+            return Grams(_inner(rotated, weights) * rest[:, :, None], log_det)
         # Within bases and between them apart: a difference of two large sums would be rounding.
-        ones = self.ones / variances
+        ones = self.ones * weights
         sums = np.add.reduceat(self.ones * ones, self.starts, axis=1)[:, :, None]
         means = np.add.reduceat(rotated * ones[:, :, None], self.starts, axis=1) / sums
         sizes = np.diff(np.append(self.starts, len(self.ones)))
         within = rotated - self.ones[:, None] * np.repeat(means, sizes, axis=1)
-        grown = 1 + scatter[:, None] ** 2 * sums[:, :, 0]
-        products = _inner(within, variances) + _inner(means, grown / sums[:, :, 0])
+        sums = sums[:, :, 0] * rest
+        grown = 1 + scatter[:, None] ** 2 * sums
+        products = _inner(within, weights) * rest[:, :, None] + _inner(means, sums / grown)
         log_det = log_det + np.log(grown).sum(axis=1)
         return Grams(products, log_det)
 
@@ -156,9 +161,9 @@ class Errors:
         return float(grams.log_det[0] + grams.products[0, -1, -1])
 
 
-def _inner(rows: Array, variances: Array) -> Array:
-    """Inner products of rows (draws or 1, points, columns) with variances (draws, points)."""
-    products: Array = np.swapaxes(rows / variances[:, :, None], 1, 2) @ rows
+def _inner(rows: Array, weights: Array) -> Array:
+    """Inner products of rows (draws or 1, points, columns), weights (draws or 1, points)."""
+    products: Array = np.swapaxes(rows * weights[:, :, None], 1, 2) @ rows
     return products
 
 

@@ -20,7 +20,9 @@ from mergelaw.laws.projection import columns_of
 # Proposals a round, rounds at most, and draws of a fit.
 PROPOSALS, ROUNDS, DRAWS = 1024, 6, 4000
 # Rounds end with this share of effective draws.
-EFFECTIVE = 0.4
+EFFECTIVE = 0.3
+# Proposals times points are about this many, if there are many points.
+WORK = 600_000
 # Effective draws for each dimension, from which the next round's proposal is made.
 ENOUGH = 20
 # Degrees of freedom of the proposal, so that its tails are wider than the posterior's.
@@ -96,6 +98,28 @@ class _Space:
         values += [math.log(misfit)] if self.misfit is None else []
         return np.array(values + ([math.log(scatter)] if self.scatter is None else []))
 
+    def widths(self, freedom: float) -> Array:
+        """Rough standard deviations of a vector, for the first proposal."""
+        widths = [0.2] * len(self.open)
+        widths += [1 / math.sqrt(2 * freedom)] if self.misfit is None else []
+        bases = len(self.errors.starts)
+        widths += [min(1.0, 2 / math.sqrt(2 * bases))] if self.scatter is None else []
+        return np.array(widths)
+
+    def spread(self, theta: Array, influence: Array) -> Array:
+        """Root of the nonlinear parameters' covariance in the vector, none wider than the box."""
+        slopes = []
+        for j in self.open:
+            box = self.boxes[j]
+            step = int(np.clip(np.searchsorted(box, theta[j]) - 1, 0, len(box) - 2))
+            slopes.append(1 / ((box[step + 1] - box[step]) * (len(box) - 1)))
+        factor = influence[self.open] * np.array(slopes)[:, None]
+        lengths = np.linalg.norm(factor, axis=1)
+        wanted = np.where(lengths > 0, np.clip(lengths, 1e-6, 0.4), 0.2)
+        factor = factor * (wanted / np.where(lengths > 0, lengths, 1))[:, None]
+        covariance = factor @ factor.T + np.diag(np.where(lengths > 0, 1e-3, 1) * wanted**2)
+        return np.linalg.cholesky(covariance)
+
     def density(self, points: Array) -> tuple[Array, Array, Array]:
         """Log posterior at vectors, with the coefficients' means and covariance roots there."""
         count, linear = len(points), len(self.law.linear)
@@ -148,7 +172,7 @@ def draw(
     *,
     theta: Array,
     coefficients: Array,
-    spread: Array,
+    influence: Array,
     misfit: tuple[float | None, float],
     scatter: tuple[float | None, float],
 ) -> Posterior | None:
@@ -158,8 +182,8 @@ def draw(
 
     Args:
         theta, coefficients: the minimum.
-        spread: a rough standard deviation of the nonlinear parameters, in shares of their boxes'
-            steps.
+        influence: (nonlinear parameters, points), a factor of their covariance, linearised; rows
+            of zeros where it is unknown.
         misfit, scatter: the value to keep (None integrates over it), and the likeliest value.
     """
     space = _Space(law, variables, loss, errors, misfit[0], scatter[0])
@@ -173,10 +197,9 @@ def draw(
         freedom = max(len(loss) - len(law.parameters), 1)
         least = errors.typical / 10
         start = space.pack(theta, max(misfit[1], errors.least), max(scatter[1], least))
-        widths = list(np.clip(spread[space.open], 1e-4, 0.4))
-        widths += [1 / math.sqrt(2 * freedom)] if misfit[0] is None else []
-        widths += [1.0] if space.scatter is None else []
-        points, weights, means, roots, evidence = _sampled(space, start, np.array(widths), random)
+        root = np.diag(space.widths(freedom))
+        root[: len(space.open), : len(space.open)] = space.spread(theta, influence)
+        points, weights, means, roots, evidence = _sampled(space, start, root, random)
     posterior = _with_coefficients(space, points, weights, means, roots, evidence, random)
     used = np.flatnonzero(coefficients)
     if (posterior is not None and len(posterior.misfit) > RARE * DRAWS) or len(used) == linear:
@@ -193,7 +216,7 @@ def draw(
         errors,
         theta=theta,
         coefficients=coefficients[used],
-        spread=spread,
+        influence=influence,
         misfit=misfit,
         scatter=scatter,
     )
@@ -205,13 +228,14 @@ def draw(
 
 
 def _sampled(
-    space: _Space, centre: Array, widths: Array, random: np.random.Generator
+    space: _Space, centre: Array, root: Array, random: np.random.Generator
 ) -> tuple[Array, Array, Array, Array, float]:
     """Importance sample: vectors, log weights, coefficients' means and roots, and evidence."""
-    root = np.diag(widths)
+    proposals = int(np.clip(WORK / len(space.loss), PROPOSALS / 2, PROPOSALS))
+    floor = 1e-4 * np.diag(root) ** 2
     for _ in range(ROUNDS):
-        normal = random.standard_normal((PROPOSALS, space.size))
-        stretch = np.sqrt(TAIL / random.chisquare(TAIL, PROPOSALS))[:, None]
+        normal = random.standard_normal((proposals, space.size))
+        stretch = np.sqrt(TAIL / random.chisquare(TAIL, proposals))[:, None]
         points = centre + (normal * stretch) @ root.T
         squares = np.sum((normal * stretch) ** 2, axis=1)
         log_proposal = -0.5 * (TAIL + space.size) * np.log1p(squares / TAIL)
@@ -221,10 +245,10 @@ def _sampled(
         log, means, roots = space.density(points)
         weights = log - log_proposal
         total = logsumexp(weights)
-        evidence = float(total - math.log(PROPOSALS))
+        evidence = float(total - math.log(proposals))
         shares = np.exp(weights - total)
         effective = 1 / float(shares @ shares)
-        if effective > EFFECTIVE * PROPOSALS:
+        if effective > EFFECTIVE * proposals:
             break
         # Weights are flattened until enough vectors matter.
         for flatter in 0.5 ** np.arange(30):
@@ -234,7 +258,7 @@ def _sampled(
                 break
         centre = shares @ points
         spread = (points - centre).T @ ((points - centre) * shares[:, None])
-        root = np.linalg.cholesky(spread * 1.2 + 1e-12 * np.diag(widths**2))
+        root = np.linalg.cholesky(spread * 1.2 + np.diag(floor))
     return points, weights, means, roots, evidence
 
 

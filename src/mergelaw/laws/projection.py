@@ -18,8 +18,8 @@ from mergelaw.laws.law import Array, Law
 
 # Descents start at this many grid points besides the local minima.
 BEST_STARTS = 4
-# The grid is searched with about this many of the points.
-POINTS_OF_GRID = 2000
+# The grid is searched with at most this many of the points.
+POINTS_OF_GRID = 300
 # Columns are well posed if the part of each orthogonal to the others is longer than this.
 WELL_POSED = 1e-8
 # Keeps normal equations solvable where two columns of the basis are the same.
@@ -178,6 +178,12 @@ class Problem:
             return self.project(np.empty(0))
         if near is not None:
             return self.descend(self.project(near))
+        if len(self.loss) > POINTS_OF_GRID and self.whiten is None:
+            some = np.random.default_rng(0).choice(len(self.loss), POINTS_OF_GRID, replace=False)
+            some = np.sort(some)
+            part = {name: values[some] for name, values in self.variables.items()}
+            near = Problem(self.law, part, self.loss[some] * self.size).minimum().theta
+            return self.descend(self.project(near))
         axes = list(self.law.nonlinear.values())
         grid = np.array(list(itertools.product(*axes)))
         squares = self._squares(grid)
@@ -201,12 +207,7 @@ class Problem:
 
     def _squares(self, grid: Array) -> Array:
         """Approximate residual squares at each theta of a grid, by normal equations."""
-        every = max(len(self.loss) // POINTS_OF_GRID, 1)
-        if self.whiten is None:
-            some = {name: values[::every] for name, values in self.variables.items()}
-            columns, loss = columns_of(self.law, some, grid), self.loss[::every]
-        else:
-            columns, loss = self.columns(grid), self.loss
+        columns, loss = self.columns(grid), self.loss
         lengths = np.linalg.norm(columns, axis=1, keepdims=True)
         unit = columns / np.where(lengths > 0, lengths, 1)
         normal = np.swapaxes(unit, 1, 2) @ unit + RIDGE * np.eye(unit.shape[2])

@@ -169,10 +169,8 @@ class Result:
         solution, problem = self.solution, self.solution.problem
         if solution.freedom == 0:
             return None
-        linear = len(self.law.linear)
-        errors = solution.deviations[linear:]
-        steps = [np.ptp(box) / max(len(box) - 1, 1) or 1.0 for box in self.law.nonlinear.values()]
-        spread = np.where(errors > 0, errors / np.array(steps), 0.2)
+        unit = solution.misfit if problem.whiten is None else 1.0
+        influence = solution.influence[len(self.law.linear) :] * unit
         return draw(
             self.law,
             problem.variables,
@@ -180,7 +178,7 @@ class Result:
             solution.errors,
             theta=solution.state.theta,
             coefficients=solution.state.coefficients,
-            spread=spread,
+            influence=influence,
             misfit=(solution.given[0], solution.misfit),
             scatter=(solution.given[1], solution.scatter),
         )
