@@ -23,13 +23,13 @@ import numpy as np
 import pandas as pd
 from scipy.stats import norm, spearmanr, t
 
+import surrogate
 from circles import design_variance, finite_pool
 from ladders import along_k, along_N
 from mergelaw import config
 from mergelaw.artifacts import lineage
 from mergelaw.evaluation import read_rows
 from mergelaw.evaluation.design import pattern, rotations
-from mergelaw.laws import surrogate
 from mergelaw.laws.points import MACRO, points
 from mergelaw.planning import choose, forecast, read
 from mergelaw.planning.forecast import END_POINT, THREE_POINT

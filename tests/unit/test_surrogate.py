@@ -8,10 +8,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+import surrogate
 from circles import design_variance, finite_pool
 from mergelaw.errors import MergelawError
 from mergelaw.evaluation.design import pattern, rotations, sample
-from mergelaw.laws import surrogate
 
 
 def landscape(M, seed, curvature=0.05):

@@ -4,7 +4,7 @@ import json
 import math
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +13,15 @@ import pandas as pd
 
 from mergelaw.errors import MergelawError
 from mergelaw.laws.diagnostics import FAILS
+from mergelaw.laws.experts import outlying
 from mergelaw.laws.fit import Fit, fit, fit_points, plain
 from mergelaw.laws.law import MERGING, MERGING_FIXED_N, VARIANCE, Law
-from mergelaw.laws.noise import GROUP, describe, of_one_circle
+from mergelaw.laws.noise import GROUP, describe, with_macro
 from mergelaw.laws.notes import Note
 from mergelaw.laws.points import MACRO, points
 from mergelaw.laws.pooled import pool_domains
 from mergelaw.laws.result import DOCUMENTS, EXPERTS, POOL
 from mergelaw.laws.summary import study_text
-from mergelaw.laws.surrogate import tau2_of
 
 # Distances from the floor (nats per token) for which the needed number of experts is reported.
 WITHIN = (0.05, 0.02, 0.01)
@@ -64,6 +64,7 @@ class StudyFits:
         pooled: per method and family the joint law of all domains with shared parameters.
         refused: fits that cannot be made: method, family, domain, base, law and reason.
         warnings: warnings on the points.
+        outlying: experts unlike the others (``experts.outlying``), with macro fits without them.
     """
 
     points: pd.DataFrame
@@ -72,6 +73,7 @@ class StudyFits:
     pooled: tuple[dict[str, Any], ...]
     refused: tuple[dict[str, Any], ...]
     warnings: tuple[str, ...]
+    outlying: tuple[dict[str, Any], ...] = ()
 
     def to_dict(self, missing: Sequence[str] = ()) -> dict[str, Any]:
         """The content of laws.json; ``missing``: shards of the design that could not be read."""
@@ -85,6 +87,7 @@ class StudyFits:
             },
             "fits": [item.to_dict() for item in self.fits],
             "pooled": list(self.pooled),
+            "outlying": list(map(plain, self.outlying)),
             "variances": [item.to_dict() for item in self.variances],
             "refused": list(self.refused),
             "warnings": list(map(str, self.warnings)),
@@ -99,11 +102,11 @@ def fit_study(
 ) -> StudyFits:
     """Fit laws to the points of evaluation rows, weighted by their errors.
 
-    Where a base has one circle, a surrogate that passed its check estimates the circle's error.
+    Where a base has one circle, its merges' pairs of experts give the circle's error. An expert
+    that is unlike the others is named, and the laws of the rest are fitted beside.
 
     Args:
-        rows: evaluation rows, as ``points`` takes them, with the column ``experts``; and, for the
-            surrogate, ``weights`` and ``recipe``.
+        rows: evaluation rows, as ``points`` takes them, with the column ``experts``.
         documents: the same rows, in any pieces, with the documents' losses (``noise.describe``).
         common: the experts that all bases have. Laws over several sizes are fitted to merges of
             these alone; None: all bases have the same experts.
@@ -112,7 +115,10 @@ def fit_study(
         MergelawError: the rows lack a column or hold no merge.
     """
     if common is None:
-        return fit_all(*_described(rows, documents))
+        study = fit_all(*_described(rows, documents))
+        unlike = tuple(_outlying(rows, study.fits))
+        notes = [Note("outlying_expert", _outlying_text(one)) for one in unlike]
+        return replace(study, outlying=unlike, warnings=(*study.warnings, *notes))
     documents = list(documents)
     shared, *pieces = (
         table[[set(common).issuperset(experts) for experts in table["experts"]]]
@@ -130,6 +136,44 @@ def fit_study(
     return fit_all(table, [*warnings, note], joint)
 
 
+def _outlying(rows: pd.DataFrame, fits: Sequence[StudyFit]) -> Iterator[dict[str, Any]]:
+    """Experts unlike the others, with the macro fits with and without each."""
+    merges = with_macro(rows)
+    for found in outlying(merges[merges["domain"] == MACRO]):
+        rest = rows[[found["expert"] not in experts for experts in rows["experts"]]]
+        try:
+            study = fit_all(_described(rest, ())[0].query("domain == @MACRO"))
+        except MergelawError:
+            continue
+        without = {(one.method, one.family, one.base): one.fit for one in study.fits}
+        yield found | {
+            "fits": [
+                {
+                    "method": one.method,
+                    "base": one.base,
+                    "law": one.fit.law.name,
+                    **{
+                        name: {"parameters": fit.parameters, "verdict": fit.verdict}
+                        for name, fit in (("with", one.fit), ("without", other))
+                    },
+                }
+                for one in fits
+                if one.domain == MACRO and one.base in (found["base"], None)
+                if (other := without.get((one.method, one.family, one.base))) is not None
+            ]
+        }
+
+
+def _outlying_text(found: Mapping[str, Any]) -> str:
+    low, high = found["interval"]
+    verb = "raises" if found["effect"] > 0 else "lowers"
+    return (
+        f"expert {found['expert']} is unlike the others on {found['base']}: it {verb} the macro "
+        f"loss of a merge of k by {abs(found['effect']):.3g} / k nats (90%: {low:.3g} to "
+        f"{high:.3g}, / k); laws.json has the laws without it"
+    )
+
+
 def _described(
     rows: pd.DataFrame, documents: Iterable[pd.DataFrame]
 ) -> tuple[pd.DataFrame, list[Note]]:
@@ -138,8 +182,7 @@ def _described(
     pools = _pools(rows)
     place = table[["method", "family", "base"]].itertuples(index=False, name=None)
     table = table.assign(M=[pools[key] for key in place])
-    tau2 = tau2_of(of_one_circle(rows)) if {"recipe", "weights"} <= set(rows) else {}
-    table, unknown = describe(table, rows, documents, tau2)
+    table, unknown = describe(table, rows, documents)
     return table, [*warnings, *unknown]
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from mergelaw.laws.experts import pair_scale
 from mergelaw.laws.law import Array
 from mergelaw.laws.notes import Note
 from mergelaw.laws.points import CIRCLE, MACRO, POINT
@@ -18,8 +19,6 @@ GROUP = ["method", "family", "domain"]
 PLACE = ["method", "family", "base", "domain"]
 # Columns that hold lists.
 WIDE = ("documents", "sampling", "without")
-# Maps (method, family, base, domain) to tau^2, the scale of the pair part.
-Tau2 = Mapping[tuple[str, str, str, str], float]
 # Covariance of one circle's estimates up to tau^2, by (k, k').
 Shape = dict[tuple[int, int], float]
 # By point and circle: [sum over subsets of the documents' NLL, number of subsets, tokens].
@@ -30,7 +29,6 @@ def describe(
     table: pd.DataFrame,
     rows: pd.DataFrame,
     documents: Iterable[pd.DataFrame] = (),
-    tau2: Tau2 | None = None,
 ) -> tuple[pd.DataFrame, list[Note]]:
     """Add the points' measurement errors to their table.
 
@@ -38,7 +36,6 @@ def describe(
         table: points, as ``points.points`` returns them.
         rows: the evaluation rows under them.
         documents: the same rows, in any pieces, with the columns document_nll and document_tokens.
-        tau2: scale of the pair part for bases with one circle; without it, their error is unknown.
 
     Returns:
         Warnings on unknown errors, after the table with the columns
@@ -53,7 +50,7 @@ def describe(
         - ``without``: the loss without each expert of the pool in turn; None unless all subsets
           are measured.
     """
-    merges = _merges(rows)
+    merges = with_macro(rows)
     means = merges.pivot_table(index=[*PLACE, "k"], columns="replicate", values="ce")
     shapes = {key: _shape(group) for key, group in merges.groupby(["family", "base"])}
     jackknife = _jackknife(merges)
@@ -64,7 +61,7 @@ def describe(
     single: dict[str, set[str]] = {}
     parts = []
     for _, group in table.groupby(GROUP, sort=False):
-        design, freedom, unknown = _group_design(group, means, shapes, tau2 or {})
+        design, freedom, unknown = _group_design(group, means, shapes, merges)
         if unknown:
             single.setdefault(str(group["method"].iloc[0]), set()).update(unknown)
         shared = _documents(sums, group, *map(str, group[GROUP].iloc[0]))
@@ -93,7 +90,7 @@ def _group_design(
     group: pd.DataFrame,
     means: pd.DataFrame,
     shapes: Mapping[Any, Shape],
-    tau2: Tau2,
+    merges: pd.DataFrame,
 ) -> tuple[Array, Array, list[str]]:
     """Factor of the sampling covariance, its freedom, and bases where both are unknown."""
     method, family, domain = map(str, group[GROUP].iloc[0])
@@ -103,7 +100,10 @@ def _group_design(
         rows = np.flatnonzero(group["base"] == base)
         place = (method, family, base, domain)
         circles = pd.DataFrame(means.xs(place)).reindex(group["k"].iloc[rows])
-        part = _design(circles, shapes[family, base], tau2.get(place))
+        tau2 = None
+        if len(set(circles.columns) - {-1}) == 1:
+            tau2 = pair_scale(merges[(merges[PLACE] == place).all(axis=1)])
+        part = _design(circles, shapes[family, base], tau2)
         if part is None:
             unknown.append(base)
         else:
@@ -129,17 +129,7 @@ def _compressed(factor: Array) -> Array:
     return compressed
 
 
-def of_one_circle(rows: pd.DataFrame) -> pd.DataFrame:
-    """Rows of methods and bases with one circle; only a surrogate can estimate its error."""
-    place = ["method", "family", "base"]
-    drawn = rows[(rows["role"] == "merge") & (rows["replicate"] >= 0)]
-    circles = drawn.groupby(place)["replicate"].nunique()
-    return rows.join((circles == 1).rename("_single"), on=place).query("_single == True")[
-        list(rows.columns)
-    ]
-
-
-def _merges(rows: pd.DataFrame) -> pd.DataFrame:
+def with_macro(rows: pd.DataFrame) -> pd.DataFrame:
     """Rows of merges, with rows of their macro losses where every domain has a loss."""
     merges = rows[rows["role"] == "merge"].copy()
     merges["experts"] = merges["experts"].map(tuple)

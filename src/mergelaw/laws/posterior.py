@@ -231,7 +231,7 @@ def _sampled(
     space: _Space, centre: Array, root: Array, random: np.random.Generator
 ) -> tuple[Array, Array, Array, Array, float]:
     """Importance sample: vectors, log weights, coefficients' means and roots, and evidence."""
-    proposals = int(np.clip(WORK / len(space.loss), PROPOSALS / 2, PROPOSALS))
+    proposals = int(np.clip(WORK / len(space.loss), PROPOSALS / 8, PROPOSALS))
     floor = 1e-4 * np.diag(root) ** 2
     for _ in range(ROUNDS):
         normal = random.standard_normal((proposals, space.size))
