@@ -162,3 +162,13 @@ def test_free_weights_are_named_and_written(table):
     assert "--weight 2.0 --weight 1.0 --weight 1.0 --weight 1.0 --weight 0.5" in (
         answer.command("study.yaml", False)
     )
+
+
+def test_where_other_weights_win_the_best_merge_with_equal_weights_is_named_too(table):
+    learned = table[table["merge"] == "merge-ties-" + "+".join(pool.EXPERTS)].copy()
+    learned["merge"], learned["role"], learned["method"] = "learned", "written", "learned"
+    learned["ce"] -= 0.5
+    answer = best(pool.measured(pd.concat([table, learned])))
+    second = answer.values[1]
+    assert answer.sentence.startswith("Ship learned of all 6 experts: ")
+    assert f"with equal weights, ties of {', '.join(GOOD)}: {second:.4f})" in answer.sentence

@@ -33,7 +33,7 @@ def test_the_outlier_is_named_with_what_was_measured(table):
     assert code.alone == pytest.approx(alone["code"])
     assert code.others == pytest.approx((min(alone[e] for e in GOOD), max(alone[e] for e in GOOD)))
     assert code.sentence.startswith(
-        f"code: OUTLIER, leave it out: alone {alone['code']:.4f} where others have "
+        f"code: OUTLIER, leave it out of equally weighted merges: alone {alone['code']:.4f} where others have "
     )
 
 

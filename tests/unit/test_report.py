@@ -190,7 +190,7 @@ def test_the_report_opens_with_the_merge_to_ship_and_names_the_bad_expert(tmp_pa
     text = re.sub(r"\s+", " ", re.sub(r"<style>.*?</style>|<[^>]*>", " ", page, flags=re.DOTALL))
     assert text.split("Pool")[2].strip().startswith(best(measured).sentence)
     assert "Ship ties of dates, extract, german, maths, sql: " in text
-    assert "code: OUTLIER, leave it out: alone " in text
+    assert "code: OUTLIER, leave it out of equally weighted merges: alone " in text
     assert page.index("Ship ties") < page.index("OUTLIER") < page.index('class="law"')
     for contradiction in ("cannot reach", "not reachable", "use all"):
         assert contradiction not in text

@@ -80,6 +80,8 @@ def test_a_run_ends_with_the_merge_to_ship(pool):
     rows = measured(pool)
     merges = rows[rows["role"].isin(["merge", "written"])].groupby("merge")["ce"].mean()
     assert f": {merges.min():.4f} (base" in sentence
+    design = rows[rows["role"] == "merge"].groupby("merge")["ce"].mean()
+    assert f"; with equal weights, ties of {', '.join(GOOD)}: {design.min():.4f})" in sentence
     answers = json.loads(pool.mergelaw("best", "study.yaml", "--json").output)
     assert answers[0]["sentence"] == sentence
 
@@ -140,7 +142,16 @@ def test_the_command_writes_the_best_merge_with_its_measured_losses_on_the_card(
 
 def test_the_bad_expert_is_named_in_the_summary_and_by_experts(pool):
     log = (pool.folder / "run.log").read_text()
-    assert len(re.findall(r"^tiny: code: OUTLIER, leave it out: alone ", log, re.MULTILINE)) == 1
+    assert (
+        len(
+            re.findall(
+                r"^tiny: code: OUTLIER, leave it out of equally weighted merges: alone ",
+                log,
+                re.MULTILINE,
+            )
+        )
+        == 1
+    )
     verdicts = json.loads(pool.mergelaw("experts", "study.yaml", "--json").output)["tiny"]
     assert [v["expert"] for v in verdicts if v["word"] == "outlier"] == ["code"]
     (report,) = pool.artifacts("reports").values()

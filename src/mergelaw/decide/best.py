@@ -145,6 +145,11 @@ class Best:
             for expert, cost in self.costs.items()
             if few and cost.value > 0 and cost.clear
         ]
+        # Free or learned weights may use an expert that equal weights are better without.
+        equal = next((m for m in self.ranking if m.role == "merge"), self.model)
+        if equal is not self.model:
+            value = self.values[self.ranking.index(equal)]
+            base.append(f"with equal weights, {measured.name(equal)}: {value:.4f}")
         notes = base + ([f"without {' and '.join(left_out)}"] if left_out else [])
         return f"Ship {name}: {loss}" + (f" ({'; '.join(notes)})" if notes else "")
 

@@ -87,7 +87,7 @@ class Verdict:
 
 WORDS = {
     "broken": "BROKEN, leave it out: no merge with it has a finite loss",
-    "outlier": "OUTLIER, leave it out",
+    "outlier": "OUTLIER, leave it out of equally weighted merges",
     "harms": "better left out of the merge of all",
     "helps": "helps",
     "redundant": "redundant",
