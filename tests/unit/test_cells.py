@@ -29,6 +29,8 @@ def cell(number: int, nll=None, **changes) -> dict:
         "non_embedding": 10,
         "merge_seconds": 0.1,
         "eval_seconds": 0.2,
+        "device": "cpu",
+        "threads": 1,
         "text": "é\n",
     }
     return whole | changes
@@ -231,6 +233,8 @@ with Store(pathlib.Path(sys.argv[1]), "other") as other, other.claim("ab" * 8, T
         {"parameters": 10**400},
         {"non_embedding": -1},
         {"merge_seconds": math.nan},
+        {"device": None},
+        {"threads": "1"},
     ],
     ids=str,
 )

@@ -123,7 +123,7 @@ def read(artifact: Path) -> dict[str, Any]:
         whole = text == json_text(lineage) and lineage.pop("checksum") == checksum(lineage)
     except (FileNotFoundError, NotADirectoryError):
         raise MergelawError(f"{artifact}: no artifact (no {LINEAGE}); make it first") from None
-    except (ValueError, KeyError, TypeError, RecursionError):
+    except (IsADirectoryError, ValueError, KeyError, TypeError, RecursionError):
         raise damaged from None
     if schema != SCHEMA:
         raise MergelawError(

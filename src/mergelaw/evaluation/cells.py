@@ -34,7 +34,15 @@ from mergelaw.merging.engine import Weights
 CELL_VERSION = 1
 
 INDEX = ".index"  # suffix of an index: a line for each cell, with its identity and bytes
-COUNTS = ("tokens", "bytes", "long_documents", "dropped_tokens", "parameters", "non_embedding")
+COUNTS = (
+    "tokens",
+    "bytes",
+    "long_documents",
+    "dropped_tokens",
+    "parameters",
+    "non_embedding",
+    "threads",
+)
 ORIGIN = ("merge", "base_digest", "set")  # digests that cells before 0.3 do not carry
 ROUNDING = -1e-3  # nats; a document's loss is zero at least, but for rounding
 
@@ -76,7 +84,10 @@ def is_sound(cell: Any) -> bool:
         counts, seconds = cell["document_tokens"], [cell["merge_seconds"], cell["eval_seconds"]]
         numbers = [*counts, *seconds, *(cell[name] for name in COUNTS)]
         return (
-            len(nll) == len(counts)
+            isinstance(cell["cell"], str)
+            and isinstance(cell["device"], str)
+            and all(type(number) in (int, float) for number in numbers)
+            and len(nll) == len(counts)
             and sum(counts) == cell["tokens"] > 0
             and all(math.isfinite(number) and number >= 0 for number in numbers)
             and min(cell["bytes"], cell["parameters"], cell["non_embedding"]) > 0
@@ -189,7 +200,7 @@ class Store(ExitStack):
         if self.wanted is not None and identity and identity not in self.wanted:
             return ""  # most lines of a large store belong to other shards
         cell = parse(line)
-        if cell is None or cell["cell"] != identity:
+        if cell is None or not identity or cell["cell"] != identity:
             return "damaged cell"
         expected = self.wanted[identity] if self.wanted else {}
         for name in sorted(name for name in expected if cell.get(name) != expected[name]):

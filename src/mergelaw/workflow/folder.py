@@ -83,12 +83,10 @@ def verify(root: Path) -> tuple[int, list[str]]:
     Returns the number of artifacts and the problems. Raises MergelawError for another layout.
     """
     check_layout(root)
-    artifacts, wrong = [], []
-    for path in sorted(store.walk(root)):
+    artifacts, wrong = artifacts_in(root), []
+    for path in sorted({*store.walk(root)} - {*artifacts}):
         if path.is_symlink():
             wrong.append(f"{path}: is a link; replace it by a copy of what it leads to")
-        elif (path / LINEAGE).exists():
-            artifacts.append(path)
         elif keys.digits(path.name) and path.is_dir() and lineage.entries(path):
             wrong.append(f"{path}: has no {LINEAGE}; finish the copy, or delete the folder")
     count, problems = lineage.verify(artifacts)
@@ -134,5 +132,5 @@ def measure_again(study: Study, count: int) -> Iterator[str]:
 
 def artifacts_in(root: Path) -> list[Path]:
     """Folders of all artifacts in a results folder, links and other results folders left out."""
-    folders = (path for path in store.walk(root) if not path.is_symlink())
-    return sorted(path for path in folders if (path / LINEAGE).exists())
+    folders = (path for path in store.walk(root) if keys.digits(path.name))
+    return sorted(p for p in folders if not p.is_symlink() and (p / LINEAGE).exists())

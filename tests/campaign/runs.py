@@ -1,4 +1,4 @@
-"""Hours of faults over whole runs, counted: python tests/workflow/soak.py --rounds 50 --seed 0
+"""Hours of faults over whole runs, counted: python tests/campaign/runs.py --rounds 50 --seed 0
 
 Each round starts a small study from nothing and disturbs it until it is done: its processes are
 killed, ended, stopped and continued at random moments, alone or all together, a second run starts
@@ -20,7 +20,7 @@ import time
 from collections import Counter
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.extend(str(Path(__file__).parents[1] / name) for name in ("", "workflow"))
 
 from studies import KINDS, Place, kill, make_trained, same_measurements
 
