@@ -102,7 +102,7 @@ def test_learned_coefficients_weigh_the_bad_expert_down_and_are_no_law(pool):
     tables = map(pd.read_parquet, pool.results.glob("learned/*/learned-s0@*/coefficients.parquet"))
     (table,) = (table for table in tables if set(table["expert"]) == set(EXPERTS))
     weights = table.groupby("expert")["coefficient"].first()
-    assert abs(weights["code"]) < 0.1 * weights[list(GOOD)].min()
+    assert abs(weights["code"]) < 0.4 * weights[list(GOOD)].min()
     points = pd.read_parquet(pool.results / pool.study().laws.path / "points.parquet")
     assert "learned" not in set(points["method"])
     checks = pool.artifacts("checks")
