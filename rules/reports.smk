@@ -5,6 +5,7 @@ rule write_report:
     input:
         laws=reports.input("laws"),
         evals=reports.input("evals"),
+        coefficients=reports.input("coefficients"),
     output:
         update(reports.output),
     log:

@@ -93,6 +93,16 @@ def test_resident_and_streamed_gradients_are_equal(base, pool):
     assert np.allclose(found[0][1], found[1][1], rtol=1e-5, atol=1e-7)
 
 
+def test_bfloat16_gradients_point_the_same_way(base, pool):
+    gradients = []
+    for dtype in ("float32", "bfloat16"):
+        with calibration(base, pool, dtype=dtype) as objective:
+            place = np.full((3, len(objective.tensors)), 0.4)
+            gradients.append(objective.gradient(place, "all")[1].ravel())
+    full, half = gradients
+    assert full @ half > 0.99 * np.linalg.norm(full) * np.linalg.norm(half)
+
+
 def test_gradients_leave_nothing_behind(base, pool):
     with calibration(base, pool) as objective:
         objective.gradient(np.full((3, len(objective.tensors)), 0.4), "fit")

@@ -14,7 +14,7 @@ from mergelaw.errors import MergelawError
 from mergelaw.laws.fits import fit_study, write
 from mergelaw.laws.law import MERGING
 from mergelaw.laws.points import points
-from mergelaw.report.figures import draw, figures
+from mergelaw.report.figures import draw, figures, heat_map
 from mergelaw.report.page import write_report
 
 DOMAINS = [
@@ -72,6 +72,34 @@ def report(tmp_path_factory):
     facts = {"mergelaw": "0.1.0", "note": "<b>plain & simple</b>"}
     write_report(folder / "laws", rows, folder / "report", title="A small study", facts=facts)
     return folder / "report"
+
+
+def test_learned_coefficients_are_a_heat_map_in_the_order_of_depth(report, tmp_path):
+    blocks = ["10.mlp", "2.mlp", "2.attention", "embedding", "head"]
+    rows = [
+        (expert, f"{block}.{tensor}", block, value, norm)
+        for expert in ("zoology", "algebra")
+        for block in blocks
+        for tensor, value, norm in (("a", 0.5, 1.0), ("b", -0.5, 3.0))
+    ]
+    table = pd.DataFrame(rows, columns=["expert", "tensor", "block", "coefficient", "norm"])
+    chart = heat_map({"w32": table})
+    (panel,) = chart.to_dict()["concat"]
+    assert panel["encoding"]["x"]["sort"] == [
+        "embedding", "2.attention", "2.mlp", "10.mlp", "head",
+    ]  # fmt: skip
+    assert panel["encoding"]["y"]["sort"] == ["zoology", "algebra"]
+    svg = draw(chart, tmp_path / "learned")
+    assert "10.mlp" in svg and "zoology" in svg
+    (values,) = chart.to_dict()["datasets"].values()
+    assert values[0]["coefficient"] == pytest.approx((0.5 - 0.5 * 9) / 10)
+    assert "Learned coefficients" not in (report / "report.html").read_text()
+    write_report(
+        report.parent / "laws", study_rows(), tmp_path / "report", title="Learned", facts={},
+        coefficients={"w32": table},
+    )  # fmt: skip
+    assert "Learned coefficients" in (tmp_path / "report" / "report.html").read_text()
+    assert (tmp_path / "report" / "figures" / "learned.svg").exists()
 
 
 def test_it_holds_every_method_base_and_domain(report):

@@ -167,14 +167,20 @@ def fit(job: Job, folder: Path, state: Path) -> dict[str, Any]:
 @stage
 def report(job: Job, folder: Path, state: Path) -> dict[str, Any]:
     """Write the report: one HTML page with its figures and tables."""
+    import pandas as pd
+
     from mergelaw.evaluation import read_rows
+    from mergelaw.merging.methods.learned import COEFFICIENTS
     from mergelaw.report import write_report
     from mergelaw.workflow.results import facts_of, measured_in
 
     laws, shards = job.one("laws"), list(job.all("evals").values())
     title, facts, rows = job.recipe["title"], facts_of(laws), read_rows(shards)
     every, _ = measured_in(shards)
-    write_report(laws, rows, folder, title=title, facts=facts, measured=every)
+    tables = {
+        name: pd.read_parquet(path / COEFFICIENTS) for name, path in job.all("coefficients").items()
+    }
+    write_report(laws, rows, folder, title=title, facts=facts, measured=every, coefficients=tables)
     return {}
 
 

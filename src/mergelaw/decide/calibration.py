@@ -1,14 +1,16 @@
 """The loss of calibration documents as a function of a resident merge's coefficients.
 
 A gradient of the coefficients is that of the model's parameters, turned tensor by tensor into inner
-products with the task vectors. So it costs one forward and one backward pass, and no copy of
-gradients or task vectors.
+products with the task vectors: one forward and one backward pass. Where task vectors are kept
+in memory, a tensor's gradient is freed as soon as its products are taken; where they are read from
+files, the gradients of all batches are summed first, so that the files are read once.
 """
 
 import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -105,20 +107,18 @@ class Calibration(ExitStack):
         for name, parameter in merger.parameters.items():
             parameter.requires_grad_(True)
             self.callback(parameter.requires_grad_, False)
-            hook: Any = parameter.register_post_accumulate_grad_hook(  # type: ignore[no-untyped-call]
-                self._take(name)
-            )
-            self.callback(hook.remove)
+            if merger.resident:
+                hook: Any = parameter.register_post_accumulate_grad_hook(  # type: ignore[no-untyped-call]
+                    partial(self._take, name)
+                )
+                self.callback(hook.remove)
 
-    def _take(self, name: str) -> Callable[[Any], None]:
-        """Hook that turns a tensor's gradient into inner products and frees it."""
-
-        def take(parameter: Any) -> None:
+    def _take(self, name: str, parameter: Any) -> None:
+        """Turn a tensor's gradient, if it has one, into inner products and free it."""
+        if parameter.grad is not None:
             products = self._merger.products(self._experts, name, parameter.grad)
             self._products[name] = self._products.get(name, 0.0) + products
             parameter.grad = None
-
-        return take
 
     def merge(self, coefficients: Array) -> None:
         """Make the model the merge with these coefficients, (M, T)."""
@@ -142,6 +142,8 @@ class Calibration(ExitStack):
             self.merge(coefficients)
             self._products.clear()
             loss = self._documents[kind].backward(self._model)
+            for name, parameter in self._merger.parameters.items():
+                self._take(name, parameter)
             gradient = np.zeros(coefficients.shape)
             for column, name in enumerate(self.tensors):
                 if name in self._products:
@@ -214,17 +216,17 @@ def _windows(
     tokenizer: Any, domain: str, folder: Path, settings: Mapping[str, Any]
 ) -> list[list[Window]]:
     """The windows of each of a domain's calibration documents."""
-    documents, where = read_split(folder), f"calibration documents of {domain}"
-    if len(documents) < FEWEST:
-        raise MergelawError(
-            f"{where}: {len(documents)}, but a third is held out; give at least {FEWEST} "
-            "(calibration_documents)"
-        )
-    limits = settings["max_tokens"], settings["long_documents"]
-    encoded = encode(tokenizer, documents, *limits, where, settings["protocol"])
+    where, limits = f"calibration documents of {domain}", settings["max_tokens"]
+    how = settings["long_documents"], where, settings["protocol"]
+    encoded = encode(tokenizer, read_split(folder), limits, *how)
     by_document: dict[int, list[Window]] = {}
     for window in encoded.windows:
         by_document.setdefault(window.document, []).append(window)
+    if len(by_document) < FEWEST:
+        raise MergelawError(
+            f"{where}: {len(by_document)} with tokens to score, of which a third is held out; give "
+            f"at least {FEWEST} (calibration_documents)"
+        )
     return list(by_document.values())
 
 

@@ -5,6 +5,8 @@ axis, and the column ``kind``: what the mark shows, a key of ``MARKS``.
 """
 
 import json
+import math
+from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
 
@@ -73,6 +75,39 @@ def figures(
         table = few[(few["method"] == method) & (few["domain"] != MACRO)].dropna(subset="ce")
         drawn[f"domains_{method}"] = _against_k(table, "domain", "label", columns=3)
     return drawn
+
+
+def heat_map(coefficients: Mapping[str, pd.DataFrame]) -> alt.TopLevelMixin:
+    """Learned coefficients by expert and block in the order of depth, a panel for each base.
+
+    ``coefficients`` are tables as in coefficients.parquet, by the panel's title. A block's value is
+    the mean over its tensors, weighted by their squared norms.
+    """
+    panels = []
+    for title, table in coefficients.items():
+        weighted = table.assign(mass=table["norm"] ** 2)
+        weighted["sum"] = weighted["coefficient"] * weighted["mass"]
+        cells = weighted.groupby(["expert", "block"], sort=False)[["sum", "mass"]].sum()
+        cells = cells[cells["mass"] > 0].reset_index()
+        cells["coefficient"] = cells["sum"] / cells["mass"]
+        largest = float(cells["coefficient"].abs().max())
+        layers = {block: int(block.split(".")[0]) for block in cells["block"] if "." in block}
+        ends = {"embedding": -1.0}
+        depth = {b: layers.get(b, ends.get(b, math.inf)) for b in cells["block"]}
+        colour = alt.Scale(scheme="blueorange", domain=[-largest, largest])
+        data = alt.InlineData(values=json.loads(cells.to_json(orient="records")))
+        panel = alt.Chart(data, title=title).mark_rect()
+        panels.append(
+            panel.encode(
+                x=alt.X("block:N", title=None, sort=sorted(depth, key=lambda b: (depth[b], b))),
+                y=alt.Y("expert:N", title=None, sort=list(dict.fromkeys(cells["expert"]))),
+                color=alt.Color("coefficient:Q", title="coefficient", scale=colour),
+            )
+        )
+    figure: alt.TopLevelMixin = alt.ConcatChart(concat=panels, columns=2).resolve_scale(
+        color="independent"
+    )
+    return figure
 
 
 def _losses(fits: pd.DataFrame, points: pd.DataFrame, rows: pd.DataFrame) -> pd.DataFrame:

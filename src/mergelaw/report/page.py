@@ -17,7 +17,7 @@ from mergelaw.laws.law import MERGING, MERGING_FIXED_N
 from mergelaw.laws.points import MACRO
 from mergelaw.report import tables
 from mergelaw.report.decision import decisions
-from mergelaw.report.figures import draw, figures
+from mergelaw.report.figures import draw, figures, heat_map
 
 
 def write_report(
@@ -28,6 +28,7 @@ def write_report(
     title: str,
     facts: Mapping[str, Any],
     measured: Sequence[Measured] = (),
+    coefficients: Mapping[str, pd.DataFrame] | None = None,
 ) -> None:
     """Write report.html, which needs no other file and runs no script.
 
@@ -39,6 +40,7 @@ def write_report(
         title: the page's heading.
         facts: labels and values for the page's last section, in this order.
         measured: models by base, for the page's opening: which merge to ship.
+        coefficients: learned coefficients by the title of their panel.
 
     Raises:
         MergelawError: the folder has no fits.
@@ -55,7 +57,6 @@ def write_report(
     for name, table in tables.files(study, points, parameters).items():
         table.to_csv(output / "tables" / f"{name}.csv", index=False)
 
-    opening = decisions(measured, output / "tables")
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("mergelaw.report"),
         autoescape=True,
@@ -67,7 +68,8 @@ def write_report(
     page = environment.get_template("report.html.j2").render(
         title=title,
         facts=facts,
-        decisions=opening,
+        decisions=decisions(measured, output / "tables"),
+        learned=coefficients and Markup(draw(heat_map(coefficients), output / "figures/learned")),
         measured=tables.measured(rows, points),
         bases=tables.bases(rows),
         chapters=[_chapter(name, study, points, rows, output / "figures") for name in families],

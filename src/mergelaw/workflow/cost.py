@@ -215,7 +215,7 @@ def evaluation(
         kept=0 if learns else 2 * merges * (len(artifact.names("corpora")) * ROW + 24 * count),
         host=PROCESS + width * size.total,
         counts=tuple(range(1, size.layers + 1)),
-        shared=width * size.total,
+        shared=width * size.total * (2 if learns else 1),  # weights, and gradients
         each=max(working + kept, 2 * width * size.largest)
         + width * size.non_embedding / size.layers,
         remedy="set evaluation.dtype: bfloat16 or a smaller batch_tokens",

@@ -24,7 +24,7 @@ from mergelaw.merging.methods.learned import Learned
 from mergelaw.models.checkpoint import files, read_config
 from mergelaw.models.recipe import Checkpoint
 from mergelaw.models.size import Size, size_of_architecture, size_of_nominal
-from mergelaw.workflow.artifact import Artifact, Inputs
+from mergelaw.workflow.artifact import Artifact
 
 
 class Study:
@@ -360,7 +360,13 @@ class Study:
         """The report."""
         name = self.config.name
         evals = {a.folder.removeprefix("evals/"): a for a in self.measurements}
-        inputs: Inputs = {"laws": self.laws, "evals": evals}
+        inputs: dict[str, Any] = {"laws": self.laws, "evals": evals}
+        learned = [one for a in self.learned_evals for one in a.of_role("coefficients")]
+        if learned:
+            one_each = len(learned) == len(self.config.bases)
+            inputs["coefficients"] = {
+                str(a.base) if one_each else a.folder.removeprefix("learned/"): a for a in learned
+            }
         return Artifact("report", f"reports/{name}", {"title": name}, name=name, inputs=inputs)
 
     @cached_property
