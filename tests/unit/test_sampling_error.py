@@ -138,10 +138,8 @@ def test_an_expert_unlike_the_others_is_named_and_the_law_fitted_without_it(bad)
             (one,) = (one for one in result.outlying if one["expert"] == "e3")
             low, high = one["interval"]
             assert low < one["effect"] < high and one["effect"] == pytest.approx(0.3, abs=0.1)
-            assert (
-                one["fits"][0]["without"]["parameters"]["A"]
-                < one["fits"][0]["with"]["parameters"]["A"]
-            )
+            floors = [one["fits"][0][way]["parameters"]["L_inf"] for way in ("with", "without")]
+            assert floors[0] - floors[1] == pytest.approx(0.3 / POOL_SIZE, abs=0.02)
             assert any(w.code == "outlying_expert" and "e3" in w for w in result.warnings)
     assert found == (10 if bad else found) and false <= 2
 

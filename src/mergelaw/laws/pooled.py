@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+from scipy.optimize import brentq
 
 from mergelaw.errors import MergelawError
 from mergelaw.laws.diagnostics import Diagnostics
@@ -45,8 +46,6 @@ def pool_domains(fits: Mapping[str, Diagnostics]) -> dict[str, Any] | None:
 
 def _shrunk(fits: list[Diagnostics]) -> tuple[dict[str, Array], dict[str, Any]]:
     """Nonlinear parameters (domains, parameters) apart, partially pooled and shared; a summary."""
-    from statsmodels.stats.meta_analysis import combine_effects
-
     law = fits[0].law
     apart = np.array([fitted.solution.state.theta for fitted in fits])
     covariances = [
@@ -58,11 +57,10 @@ def _shrunk(fits: list[Diagnostics]) -> tuple[dict[str, Array], dict[str, Any]]:
     summary = {}
     for j, (name, box) in enumerate(law.nonlinear.items()):
         variances = np.array([covariance[j, j] for covariance in covariances])
-        with np.errstate(divide="ignore"):  # no heterogeneity at all
-            combined = combine_effects(apart[:, j], variances, method_re="iterated")
-        mean[j], shared[j] = combined.mean_effect_re, combined.mean_effect_fe
-        between[j] = max(float(combined.tau2), 0.0)
-        reach = 1.645 * float(combined.sd_eff_w_re)
+        between[j] = _between(apart[:, j], variances)
+        mean[j], error = _mean(apart[:, j], variances + between[j])
+        shared[j], _ = _mean(apart[:, j], variances)
+        reach = 1.645 * error
         summary[name] = {
             "mean": float(mean[j]),
             "interval": [max(float(mean[j]) - reach, box[0]), min(float(mean[j]) + reach, box[-1])],
@@ -79,6 +77,23 @@ def _shrunk(fits: list[Diagnostics]) -> tuple[dict[str, Array], dict[str, Any]]:
         "partial": np.array(partial),
         "shared": np.broadcast_to(shared, apart.shape),
     }, summary
+
+
+def _mean(values: Array, variances: Array) -> tuple[float, float]:
+    """Weighted mean and its standard error."""
+    weights = 1 / variances
+    return float(weights @ values / weights.sum()), float(weights.sum() ** -0.5)
+
+
+def _between(values: Array, variances: Array) -> float:
+    """Variance between domains at which the weighted squares are as many as expected."""
+
+    def excess(between: float) -> float:
+        mean, _ = _mean(values, variances + between)
+        return float(np.sum((values - mean) ** 2 / (variances + between))) - (len(values) - 1)
+
+    most = float(np.sum((values - values.mean()) ** 2))
+    return brentq(excess, 0, most) if excess(0) > 0 > excess(most) else 0.0
 
 
 def _drawn(fitted: Diagnostics) -> Array:
