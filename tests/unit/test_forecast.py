@@ -14,7 +14,7 @@ from mergelaw.errors import MergelawError
 from mergelaw.laws.fit import fit_points
 from mergelaw.laws.law import MERGING, MERGING_FIXED_N
 from mergelaw.planning import choose, forecast, read
-from mergelaw.planning.points import base_points, sampled_without_errors
+from mergelaw.planning.points import base_points, without_errors
 from points import JOINT
 from points import study as points_of_study
 
@@ -170,9 +170,10 @@ def test_an_unmeasured_size_has_an_interval_that_holds_the_truth(seed):
 
 def test_far_beyond_the_ladder_carries_its_warning():
     near = forecast(study(), "size", N=20, k=[4]).warnings
-    far = forecast(study(), "size", N=700, k=[4]).warnings
     assert any("extrapolated" in told for told in near)
-    assert any("far beyond them" in told for told in far)
+    for N in (200, 0.04):
+        with pytest.raises(MergelawError, match="measure a base in between"):
+            forecast(study(), "size", N=N, k=[4])
     assert not any("the measured sizes" in told for told in forecast(study(), "size", N=5).warnings)
 
 
@@ -192,10 +193,10 @@ def test_sizes_that_cannot_be_are_refused():
 def test_points_over_some_subsets_without_errors_carry_a_warning():
     points = study().assign(subsets=9)
     assert any("some subsets" in told for told in forecast(points, base="3B").warnings)
-    assert not sampled_without_errors(points.assign(se=1e-4))
-    assert sampled_without_errors(points.assign(se=0.0))
-    assert not sampled_without_errors(points.assign(subsets=126))
-    assert not sampled_without_errors(study())
+    assert not without_errors(points.assign(se=1e-4))
+    assert without_errors(points.assign(se=0.0))
+    assert not without_errors(points.assign(subsets=126))
+    assert not without_errors(study())
 
 
 def test_a_written_tables_design_weighs_its_points(tmp_path):

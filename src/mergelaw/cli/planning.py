@@ -3,6 +3,7 @@
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from enum import StrEnum
 from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -34,6 +35,21 @@ CostsFile = Annotated[
 ]
 
 
+class Population(StrEnum):
+    """What intervals speak of."""
+
+    pool = "pool"
+    documents = "documents"
+    experts = "experts"
+
+    @property
+    def text(self) -> str:
+        """The name of the population in the laws."""
+        from mergelaw.laws import result
+
+        return str(getattr(result, self.name.upper()))
+
+
 @dataclass(frozen=True)
 class Question:
     """Options that all questions share, and the points that they select."""
@@ -50,6 +66,13 @@ class Question:
     domain: Annotated[str | None, Option(help="evaluation domain; default: macro")] = None
     family: Annotated[str | None, Option(help="family of bases, if there are several")] = None
     level: Annotated[float, Option(help="level of the intervals")] = 0.9
+    population: Annotated[
+        Population,
+        Option(
+            help="what intervals speak of: this pool on these evaluation documents, or on "
+            "documents like these, or experts like these"
+        ),
+    ] = Population.pool
     as_json: Json = False
     warnings: list[str] = field(default_factory=list, init=False)
 
@@ -78,7 +101,12 @@ class Question:
         from mergelaw.planning import Curve
 
         law = MERGING if joint else None
-        return Curve(self.points(), self.N, base=self.base, level=self.level, law=law)
+        return Curve(self.points(), self.N, base=self.base, law=law, **self.intervals)
+
+    @property
+    def intervals(self) -> dict[str, Any]:
+        """Level and population of the intervals."""
+        return {"level": self.level, "population": self.population.text}
 
     def costs(self, file: Path | None) -> "Costs":
         """Costs from a file, or otherwise the seconds of the study's jobs."""
@@ -151,7 +179,7 @@ def forecast(
         base=question.base,
         k=sizes,
         misfit=misfit,
-        level=question.level,
+        **question.intervals,
     )
 
 
@@ -235,7 +263,7 @@ def rule(
     from mergelaw.planning import rule
 
     points = question.points("method")
-    return rule(points, question.N, k, base=question.base, level=question.level)
+    return rule(points, question.N, k, base=question.base, **question.intervals)
 
 
 @command

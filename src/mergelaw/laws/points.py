@@ -25,6 +25,8 @@ TOO_FEW_PARAMETERS = 1e6
 # Several sizes above the first limit, or one above the second, may be in millions.
 MILLIONS, MILLIONS_ALONE = 30, 1000
 MOST = 1_000_000  # experts in a pool
+# Of a vocabulary of 1e9 tokens, guessing has 21 nats per token.
+MOST_NATS = 50
 
 
 def points(rows: pd.DataFrame) -> tuple[pd.DataFrame, list[Note]]:
@@ -223,7 +225,10 @@ def _numbers(path: Path, table: pd.DataFrame, name: str) -> pd.Series:
     rules = {
         "N": (finite & (values > 0), "a number above 0, in billions of parameters"),
         "k": (whole & (values >= 1) & (values <= MOST), "a whole number of experts, 1 to 1e6"),
-        "ce": (finite & (values > 0), "a cross-entropy above 0"),
+        "ce": (
+            finite & (values > 0) & (values < MOST_NATS),
+            f"a cross-entropy in nats per token, above 0 and below {MOST_NATS}",
+        ),
         "se": (finite & (values >= 0), "a standard error of 0 or more"),
         "M": (whole & (values >= 1) & (values <= MOST), "the whole number of experts in the pool"),
     }

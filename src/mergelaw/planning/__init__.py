@@ -4,8 +4,8 @@ Each question has a module and is asked of a ``Curve``; ``forecast`` extends a f
 """
 
 from mergelaw.planning.answer import Answer as Answer
+from mergelaw.planning.budget import Costs as Costs
 from mergelaw.planning.budget import budget as budget
-from mergelaw.planning.costs import Costs as Costs
 from mergelaw.planning.curve import Curve as Curve
 from mergelaw.planning.experts import experts as experts
 from mergelaw.planning.experts import loss as loss

@@ -8,7 +8,12 @@ from typing import Any
 
 import pandas as pd
 
+from mergelaw.laws.fit import plain
+from mergelaw.laws.result import POOL
+
 Ends = tuple[float, float]
+# A loss, a difference of losses or a number of experts, and its interval if that is known.
+Estimate = tuple[float, Ends | None]
 
 
 @dataclass(frozen=True)
@@ -19,7 +24,7 @@ class Answer:
         question: forecast, loss, experts, stop, budget, rule or measure.
         answer: the answer as a sentence.
         value, ends: the figure and its interval (nats per token, or a number of experts), if any.
-        level: of the interval.
+        level, population: of the interval; the population is what it speaks of.
         reason: facts that lead to the answer.
         assumption: the one that changes the answer most if it is wrong.
         warnings: reasons not to rely on the answer, as sentences.
@@ -37,6 +42,7 @@ class Answer:
     warnings: tuple[str, ...] = ()
     table: tuple[Mapping[str, Any], ...] = ()
     details: Mapping[str, Any] = field(default_factory=dict)
+    population: str = POOL
 
     def summary(self) -> str:
         """The answer as text for a terminal."""
@@ -45,21 +51,14 @@ class Answer:
             table = pd.DataFrame(self.table).rename(columns=str)
             lines += ["", table.to_string(index=False, na_rep="", float_format="{:.5g}".format), ""]
         lines += [f"why: {self.reason}", f"main assumption: {self.assumption}"]
+        lines.append(f"intervals: {100 * self.level:g}%, for {self.population}")
         return "\n".join([*lines, *(f"warning: {warning}" for warning in self.warnings)])
 
     def to_json(self) -> str:
         """The answer as a line of strict JSON, ends as low and high; null where not finite."""
         values = asdict(self)
         values["low"], values["high"] = values.pop("ends") or (None, None)
-        return json.dumps(_finite(values), allow_nan=False, ensure_ascii=False)
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {name: _finite(entry) for name, entry in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(entry) for entry in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+        return json.dumps(plain(values), allow_nan=False, ensure_ascii=False)
 
 
 def with_interval(value: float, ends: Ends | None, level: float, unit: str = "nats") -> str:
@@ -70,3 +69,14 @@ def with_interval(value: float, ends: Ends | None, level: float, unit: str = "na
     decimals = max(1 - math.floor(math.log10(width)), 0)
     low, high = (f"{end:.{decimals}f}" for end in ends)
     return f"{value:.{decimals}f} {unit} ({100 * level:g}%: {low} to {high})"
+
+
+def minus(first: Estimate, second: Estimate) -> Estimate:
+    """Difference of two losses with independent errors."""
+    (value, ends), (other, other_ends) = first, second
+    difference = value - other
+    if ends is None or other_ends is None:
+        return difference, None
+    below = math.hypot(value - ends[0], other_ends[1] - other)
+    above = math.hypot(ends[1] - value, other - other_ends[0])
+    return difference, (difference - below, difference + above)

@@ -1,17 +1,83 @@
-"""Budget: whether to spend on a larger base or on more experts."""
+"""Budget: costs by the size of a base, and whether to spend on a larger base or more experts."""
 
 import math
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pandas as pd
+
 from mergelaw.errors import MergelawError
-from mergelaw.planning.answer import Answer, with_interval
-from mergelaw.planning.costs import Costs
-from mergelaw.planning.curve import Curve
+from mergelaw.laws.points import TOO_MANY_BILLIONS
+from mergelaw.planning.answer import Answer, minus, with_interval
+from mergelaw.planning.curve import FARTHEST, Curve
 from mergelaw.planning.points import SAME_SIZE, check_size
 
+KINDS = ("training", "merging", "evaluation", "serving")
 MORE, LARGER = "more experts", "larger base"
 Step = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Costs at each size.
+
+    Attributes:
+        table: one row per size: N (billions), training (one expert), merging and evaluation (one
+            merge), serving (a million tokens), all in the same unit; NaN where unknown.
+        unit: its name.
+    """
+
+    table: pd.DataFrame
+    unit: str = "units"
+
+    @classmethod
+    def read(cls, path: Path) -> "Costs":
+        """Read a CSV file with the column N and any of the others; missing columns cost 0."""
+        try:
+            table = pd.read_csv(path)
+        except (ValueError, OSError) as error:
+            reason = " ".join(str(error).split())
+            raise MergelawError(f"{path}: {reason}; give a CSV of costs by N") from None
+        unknown = [str(name) for name in table if name not in ("N", *KINDS)]
+        if unknown or "N" not in table or table.empty:
+            raise MergelawError(
+                f"{path}: needs rows with the column N and any of {', '.join(KINDS)}"
+                + (f", not {', '.join(unknown)}" if unknown else "")
+            )
+        costs = table.apply(pd.to_numeric, errors="coerce").astype(float)
+        wrong = ~np.isfinite(costs) | (costs < 0)
+        wrong["N"] |= ~costs["N"].between(0, TOO_MANY_BILLIONS, inclusive="neither")
+        if wrong.any(axis=None):
+            row, column = np.argwhere(wrong.to_numpy())[0]
+            raise MergelawError(
+                f"{path}: row {row + 1} has {table.columns[column]} = {table.iloc[row, column]}; "
+                "give N in billions above 0, and costs of 0 or more"
+            )
+        return cls(costs.reindex(columns=["N", *KINDS], fill_value=0.0))
+
+    def at(self, N: float, kind: str) -> float:
+        """Cost of one kind at a size (billions); a power law in N between and beyond the sizes.
+
+        A cost of 0 at this size stays 0. A kind without any cost above 0 is free.
+        """
+        here = self.table.loc[np.isclose(self.table["N"], N), kind].dropna()
+        priced = self.table[self.table[kind] > 0].groupby("N")[kind].mean()
+        if priced.empty or (len(here) and not here.any()):
+            return 0.0
+        sizes, costs = np.log(priced.index.to_numpy(dtype=float)), np.log(priced.to_numpy())
+        if len(sizes) == 1:  # proportional to N
+            return float(np.exp(costs[0] + math.log(N) - sizes[0]))
+        if sizes[0] <= math.log(N) <= sizes[-1]:
+            return float(np.exp(np.interp(math.log(N), sizes, costs)))
+        slope, start = np.polyfit(sizes, costs, 1)
+        return float(np.exp(start + slope * math.log(N)))
+
+    def of_merge(self, N: float) -> float:
+        """Cost of one merge with its evaluation at a size (billions)."""
+        return self.at(N, "merging") + self.at(N, "evaluation")
 
 
 def budget(
@@ -31,9 +97,7 @@ def budget(
     itself exists already.
 
     Args:
-        curve: of the present base, with the joint law.
-        k: experts merged now.
-        costs: by size.
+        curve: of the present base, with the joint law; k: experts merged now.
         amount: the budget; None compares gains per unit of cost.
         have: experts trained at this size so far, if more than k.
         serve: million tokens to be served.
@@ -48,28 +112,36 @@ def budget(
     for name, number in (("budget", amount), ("serve", serve)):
         if number is not None and not 0 <= number < math.inf:
             raise MergelawError(f"{name} = {number:g}; give an amount of 0 or more")
+    curve.variables(k)
+    if curve.fails:
+        return curve.measured_only("budget")
     steps = list(_steps(curve, k, costs, max(k, have), serve, larger))
     chosen, *others = _best_of_each(steps, amount, costs.unit)
-    value, ends = curve.difference(k, chosen["k"], other_N=chosen["N"])
-    other, clear = _other(curve, steps, chosen, others, amount)
+    after = curve.estimate(chosen["k"], chosen["N"])
+    value, ends = minus(curve.estimate(k), after)
+    reason, lead = "", None
+    for other in others:
+        reason = f"{_name(other)} gains {other['gain']:.3g} nats for {other['cost']:.4g}"
+        lead = minus(curve.estimate(other["k"], other["N"]), after)[1]
+    if not others:
+        kind = LARGER if chosen["step"] == MORE else MORE
+        cheapest = min(step["cost"] for step in steps if step["step"] == kind)
+        reason = f"no {kind} is to be had for less than {cheapest:.4g}"
     answer = f"neither: nothing for this budget lowers the loss of {curve.name}, k = {k}"
     if chosen["gain"] > 0:
-        gain = with_interval(value, ends, curve.level)
-        cost = f"{chosen['cost']:.4g} {costs.unit}"
-        answer = f"{_name(chosen)}: gains {gain} over k = {k} at {curve.name} for {cost}"
-        answer += "" if clear else "; the two ways cannot be told apart"
+        answer = f"{_name(chosen)}: gains {with_interval(value, ends, curve.level)} over k = {k} "
+        answer += f"at {curve.name} for {chosen['cost']:.4g} {costs.unit}"
+        if amount is not None and lead is not None and lead[0] < 0:
+            answer += "; the two ways cannot be told apart"
     compared = "per unit of cost" if amount is None else f"for {amount:g} {costs.unit}"
-    return Answer(
+    return curve.answer(
         "budget",
-        answer,
-        value,
-        ends,
-        curve.level,
-        f"compared {compared}; {other}",
+        answer + curve.beside,
+        (value, ends),
+        f"compared {compared}; {reason}",
         "experts on a larger base gain as the joint law says (one training recipe for all sizes); "
         + curve.assumption(k),
-        curve.warnings,
-        (chosen, *others),
+        table=(chosen, *others),
     )
 
 
@@ -77,9 +149,10 @@ def _steps(
     curve: Curve, k: int, costs: Costs, trained: int, serve: float, larger: Sequence[float]
 ) -> Iterator[Step]:
     """All steps with cost and gain; the pool may grow by one expert."""
-    candidates = {*curve.table["N"].unique(), *costs.table["N"]}
-    larger = larger or [size for size in candidates if size > curve.N * (1 + SAME_SIZE)]
-    sizes = sorted(map(check_size, larger))
+    farthest = FARTHEST * float(curve.table["N"].max())
+    candidates = {*map(float, curve.table["N"].unique()), *map(float, costs.table["N"])}
+    default = [size for size in candidates if curve.N * (1 + SAME_SIZE) < size <= farthest]
+    sizes = sorted(map(check_size, larger or default))
     if not sizes or sizes[0] <= curve.N:
         raise MergelawError(
             f"no base larger than {curve.name} to compare with; give sizes with --larger, in "
@@ -87,11 +160,12 @@ def _steps(
         )
     places = [(MORE, curve.N, count) for count in range(k + 1, max(k, curve.M) + 2)]
     places += [(LARGER, size, count) for size in sizes for count in range(1, curve.M + 1)]
+    now = curve.estimate(k)[0]
     for kind, size, count in places:
         new = max(count - trained, 0) if kind == MORE else count
         dearer = max(costs.at(size, "serving") - costs.at(curve.N, "serving"), 0.0)
         cost = new * costs.at(size, "training") + costs.of_merge(size) + serve * dearer
-        gain = curve.loss(k) - curve.loss(count, size)
+        gain = now - curve.estimate(count, size)[0]
         step = {"step": kind, "N": size, "k": count, "cost": cost, "gain": gain}
         yield step | {"gain per cost": gain / cost if cost > 0 else None}
 
@@ -115,23 +189,6 @@ def _best_of_each(steps: Sequence[Step], amount: float | None, unit: str) -> lis
         if step["cost"] <= limit:
             best.setdefault(step["step"], step)
     return list(best.values())
-
-
-def _other(
-    curve: Curve, steps: Sequence[Step], chosen: Step, others: Sequence[Step], amount: float | None
-) -> tuple[str, bool]:
-    """The other kind's best step in words, and whether the chosen step is clearly better."""
-    if not others:
-        kind = LARGER if chosen["step"] == MORE else MORE
-        cheapest = min(step["cost"] for step in steps if step["step"] == kind)
-        return f"no {kind} is to be had for less than {cheapest:.4g}", True
-    (other,) = others
-    text = f"{_name(other)}, gains {other['gain']:.3g} nats for {other['cost']:.4g}"
-    if amount is None:
-        return text, True
-    difference, ends = curve.difference(chosen["k"], other["k"], chosen["N"], other["N"])
-    clear = ends is None or ends[1] < 0
-    return f"{text}, {-difference:.3g} nats less" if clear else text, clear
 
 
 def _name(step: Step) -> str:

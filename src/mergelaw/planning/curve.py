@@ -1,44 +1,52 @@
-"""Curves: expected losses along k at one size, the law that questions are asked of."""
+"""Curves: expected losses along k at one size, measured where they are, else by the fitted law."""
 
 import math
+from functools import cached_property
 from typing import Any
 
+import numpy as np
 import pandas as pd
+from scipy.special import ndtri, stdtrit
 
 from mergelaw.errors import MergelawError
-from mergelaw.laws.fit import fit_points
-from mergelaw.laws.law import LAWS, MERGING, MERGING_FIXED_N, Law
-from mergelaw.laws.result import LEVEL
-from mergelaw.planning.answer import Ends
-from mergelaw.planning.points import at_size, base_points, beyond_sizes, sampled_without_errors
+from mergelaw.laws.fit import Fit, fit_points
+from mergelaw.laws.law import MERGING, MERGING_FIXED_N, Law
+from mergelaw.laws.result import LEVEL, POOL
+from mergelaw.planning.answer import Answer, Ends, Estimate, minus, with_interval
+from mergelaw.planning.points import SAME_SIZE, at_size, base_points, without_errors
 
-# A rival is not excluded if its AICc is at most this much above the best.
-NOT_EXCLUDED = 10
+# The joint law is asked up to this factor in N beyond the measured sizes.
+FARTHEST = 10
+# Forms of the law with at least this weight are shown, and tables have at most so many rows.
+SHOWN, LISTED = 0.01, 50
+# Verdicts of a fit.
+HOLDS, FAILS = "holds", "fails"
 
 
 class Curve:
     """Expected losses along k at one size, for one method and domain.
 
-    The law is the base's own curve at a measured size, else the joint law of all sizes.
+    A loss is the measured mean where the point is measured, and the law's where it is not. The law
+    is the base's own at a measured size with three levels of k, else the joint law of all sizes. A
+    law whose verdict is *fails* is not asked.
 
     Args:
         points: of one method, family and domain (``points.choose``).
         N, base: the size, in billions or by a base's name; by default the only one.
-        level: of the intervals.
+        level, population: of the intervals.
         law: another law to use, ``MERGING`` for the joint law at a measured size.
         misfit: of the fit (nats per token); None estimates it.
 
     Attributes:
         N: the size (billions); name: the base's name, or ``N = ...``.
         M: experts in the pool.
-        measured: whether the size is one of the study's.
         joint: whether the law is the joint law of all sizes.
-        table, fitted: the points of the law, and its fit.
-        formula, parameters: the law's right-hand side and the fitted parameters, as text.
+        table, fitted: the points of the law, and its fit; None if the law cannot be fitted.
+        state, reasons: the law's verdict.
         warnings: reasons not to rely on the curve, as sentences.
 
     Raises:
-        MergelawError: the size is impossible or ambiguous, or the law cannot be fitted.
+        MergelawError: the size is impossible, ambiguous or too far from the measured ones.
     """
 
     def __init__(
@@ -48,13 +56,15 @@ class Curve:
         *,
         base: str | None = None,
         level: float = LEVEL,
+        population: str = POOL,
         law: Law | None = None,
         misfit: float | None = None,
     ):
-        self.level = level
+        if not 0 < level < 1:
+            raise MergelawError(f"level {level:g} is not a probability: give one between 0 and 1")
+        self.level, self.population = level, population
         self.table, self.N, name = at_size(points, N, base)
-        self.measured, self.name = name is not None, name or f"N = {self.N:.4g}"
-        self.M = int(points["M"].max())
+        self.name, self.M = name or f"N = {self.N:.4g}", int(points["M"].max())
         if name is not None and law is not MERGING:
             curve = base_points(self.table, name)
             self.N, self.M = float(curve["N"].iloc[0]), int(curve["M"].iloc[0])
@@ -62,72 +72,216 @@ class Curve:
                 self.table, law = curve, law or MERGING_FIXED_N
         law = law or MERGING
         self.joint = law is MERGING
-        self.fitted = fit_points(law, self.table, misfit)
         self.formula = law.equation.split("=", 1)[1].strip()
-        values = self.fitted.parameters.items()
-        self.parameters = ", ".join(f"{parameter} = {value:.4g}" for parameter, value in values)
-        beyond = beyond_sizes(points, self.N) if self.joint else []
-        self.warnings = (*beyond, *sampled_without_errors(self.table), *self.fitted.warnings)
+        warnings = [*self._beyond_sizes(self.N), *without_errors(self.table)]
+        self.fitted: Fit | None = None
+        try:
+            self.fitted = fit_points(law, self.table, misfit)
+            verdict, warnings = self.fitted.verdict, [*warnings, *self.fitted.warnings]
+        except MergelawError as error:
+            verdict = {"state": FAILS, "reasons": [str(error)]}
+        self.state, self.reasons = str(verdict["state"]), tuple(map(str, verdict["reasons"]))
+        doubts = [f"the law {self._verdict}: {reason}" for reason in self.reasons]
+        self.warnings = tuple(dict.fromkeys([*doubts, *warnings]))
 
-    def loss(self, k: float, N: float | None = None) -> float:
-        """Expected loss (nats per token); k may be infinite. N: another size (billions)."""
-        return float(self.fitted.predict(**self.variables(k, N)))
+    @property
+    def fails(self) -> bool:
+        """Whether the law gives no answers."""
+        return self.state == FAILS
 
-    def interval(self, k: float) -> Ends | None:
-        """Interval of the mean loss over all subsets; None where the noise is unknown."""
-        ends = self.fitted.predict_interval(level=self.level, new=True, **self.variables(k))
-        return None if ends is None else (float(ends[0]), float(ends[1]))
+    @property
+    def law(self) -> Fit:
+        """The fit of the law. Raises MergelawError if it fails."""
+        if self.fitted is None:
+            raise MergelawError(self.reasons[0])
+        if self.fails:
+            raise MergelawError(
+                f"{self.name}: the law fails, so it says nothing of points that are not measured: "
+                f"{self.reasons[0]}"
+            )
+        return self.fitted
 
-    def difference(
-        self, k: float, other: float, N: float | None = None, other_N: float | None = None
-    ) -> tuple[float, Ends | None]:
-        """Loss of k experts minus that of another number of them, and its interval (nats).
+    @cached_property
+    def measured(self) -> dict[tuple[float, int], Estimate]:
+        """Measured means and sampling intervals (nats per token) by size (billions) and k."""
+        points = self.table.drop_duplicates(["N", "k"], keep=False)
+        return {
+            (float(point["N"]), int(point["k"])): (float(point["ce"]), self._sampling_ends(point))
+            for point in points.to_dict("records")
+        }
 
-        N and other_N are the bases' sizes (billions); None is this one.
+    @cached_property
+    def losses(self) -> dict[int, Estimate]:
+        """Measured means and sampling intervals (nats per token) at this size, by k."""
+        near = {k: e for (N, k), e in self.measured.items() if abs(N / self.N - 1) <= SAME_SIZE}
+        return dict(sorted(near.items()))
+
+    def _sampling_ends(self, point: dict[Any, Any]) -> Ends | None:
+        """Sampling interval of a measured mean.
+
+        Without a standard error the law's misfit, the residuals' spread, stands for it.
         """
-        first, second = self.variables(k, N), self.variables(other, other_N)
-        return self.fitted.difference(first, second, self.level)
+        error, freedom = float(point.get("se", math.nan)), float(point.get("freedom", math.nan))
+        freedom = float(point.get("circles", math.nan)) - 1 if math.isnan(freedom) else freedom
+        some = error == 0 and point.get("subsets", math.inf) < math.comb(point["M"], point["k"])
+        if math.isnan(error) or some:
+            if self.fitted is None or self.fails:
+                return None
+            error, freedom = self.fitted.misfit, self.fitted.freedom
+        share = (1 + self.level) / 2
+        reach = error * float(stdtrit(freedom, share) if 0 < freedom < math.inf else ndtri(share))
+        return None if math.isnan(reach) else (point["ce"] - reach, point["ce"] + reach)
+
+    def estimate(self, k: float, N: float | None = None) -> Estimate:
+        """Loss (nats per token) and its interval: measured, or by the law. N: another size."""
+        measured = self.losses.get(k) if N is None else self.measured.get((N, k))  # type: ignore[call-overload, arg-type]
+        if measured is None or (self.population != POOL and not self.fails):
+            value, ends = self.by_law(k, N)
+            if measured is None or ends is None:
+                return measured or (value, ends)
+            # Other documents or experts move a measured mean as much as the law.
+            return measured[0], (measured[0] - value + ends[0], measured[0] - value + ends[1])
+        return measured
+
+    def by_law(self, k: float, N: float | None = None) -> Estimate:
+        """The law's loss (nats per token) at k, which may be infinite, and its interval.
+
+        The interval is for the mean over all subsets, with the law's own error there; a measured
+        base's floor has none.
+        """
+        variables, new = self.variables(k, N), self.joint or math.isfinite(k)
+        ends = self.law.predict_interval(self.level, self.population, new, **variables)
+        value = float(self.law.predict(**variables))
+        return value, None if ends is None else (float(ends[0]), float(ends[1]))
+
+    @cached_property
+    def gains(self) -> dict[int, Estimate]:
+        """Gains of one more expert (nats per token) between measured means of known error."""
+        known = self.losses if "se" in self.table else {}
+        return {k: minus(known[k], known[k + 1]) for k in known if k + 1 in known}
+
+    def gain(self, k: int) -> Estimate:
+        """Gain of one more expert than k (nats per token): measured, or by the law."""
+        return self.gains[k] if k in self.gains else self.gain_by_law(k)
+
+    def gain_by_law(self, k: int) -> Estimate:
+        """The law's gain of one more expert than k (nats per token), and its interval."""
+        first, second = self.variables(k), self.variables(k + 1)
+        return self.law.difference(first, second, self.level, self.population)
 
     def variables(self, k: float, N: float | None = None) -> dict[str, Any]:
         """The law's variables at k experts and N (billions), by default this size."""
         if not k >= 1:
             raise MergelawError(f"k = {k:g} is no number of experts; give numbers of 1 or more")
-        return {"N": self.N if N is None else N, "k": k} if self.joint else {"k": k}
+        if not self.joint:
+            return {"k": k}
+        self._beyond_sizes(self.N if N is None else N)
+        return {"N": self.N if N is None else N, "k": k}
+
+    def _beyond_sizes(self, N: float) -> list[str]:
+        """A warning where N (billions) is outside the measured sizes; refuses sizes far outside."""
+        least, most = self.table["N"].min(), self.table["N"].max()
+        factor, side = (N / most, "above") if most < N else (least / N, "below")
+        if not self.joint or factor <= 1:
+            return []
+        text = f"N = {N:.4g} is {factor:.3g} times {side} the measured sizes, "
+        text += f"{least:.4g} to {most:.4g}: "
+        if factor > FARTHEST:
+            raise MergelawError(
+                f"{text}no law holds for sure beyond {FARTHEST} times; measure a base in between"
+            )
+        return [f"{text}this is extrapolated"]
 
     def beyond_pool(self, k: float) -> tuple[str, ...]:
         """A warning where k is above the number of experts in the pool."""
         warning = f"k = {k:g} is not reachable with this pool of {self.M}; it takes more experts"
         return (warning,) if k > self.M else ()
 
+    def forms(self, k: float) -> list[dict[str, Any]]:
+        """What each form that the points do not exclude says: form, weight, loss at k, floor."""
+        rows = []
+        for form in sorted(self.law.forms, key=lambda form: -form.weight):
+            if form.weight >= SHOWN:
+                fitted = self.law if form.law is self.law.law else self.law.refit(form.law)
+                with np.errstate(divide="ignore"):
+                    at_k, floor = (
+                        float(fitted.predict(**self.variables(j))) for j in (k, math.inf)
+                    )
+                row = {"form": form.law.name.removesuffix("_fixed_N"), "weight": form.weight}
+                rows.append({**row, "loss": at_k, "floor": floor})
+        return rows
+
     def assumption(self, k: float) -> str:
         """The assumption that changes the loss at k most if it is wrong."""
-        effects = [self._effect_of_form(k)]
-        if not self.measured:
-            error, check = math.inf, "there are too few sizes to check it"
-            if held_out := self.fitted.holdout.get("N"):
-                error = held_out["error"]
-                check = f"fitted without the largest size, the law missed it by {error:.2g} nats"
-            effects.append((error, f"floor and tail are powers of N; {check}"))
+        loss, form = (
+            float(self.law.predict(**self.variables(k))),
+            f"the loss falls as {self.formula}",
+        )
+        effects = [(0.0, f"{form}; no other form fits nearly as well")]
+        for other in self.forms(k):
+            away = abs(other["loss"] - loss)
+            text = f"{form}; the points do not exclude the form {other['form']} (weight "
+            text += f"{other['weight']:.2f}), which gives {other['loss']:.5g} at k = {k:g}"
+            effects.append((away, f"{text}, {away:.1g} nats away"))
+        if self.joint and (held_out := self.law.holdout.get("N")):
+            error = held_out["error"]
+            text = f"without the largest size, the law missed it by {error:.2g} nats"
+            effects.append((error, f"floor and tail are powers of N; {text}"))
         if k > self.M:
-            fall = self.loss(self.M) - self.loss(k)
-            beyond = f"experts beyond the pool of {self.M} are like those in it; they bring"
-            effects.append((fall, f"{beyond} {fall:.2g} nats of the fall"))
+            fall = float(self.law.predict(**self.variables(self.M))) - loss
+            text = f"experts beyond the pool of {self.M} are like those in it; they bring"
+            effects.append((fall, f"{text} {fall:.2g} nats of the fall"))
         return max(effects)[1]
 
-    def _effect_of_form(self, k: float) -> tuple[float, str]:
-        """Distance at k to the farthest rival law that is not excluded, and a sentence on it."""
-        rivals = []
-        for rival in self.fitted.rivals:
-            above, name = rival["above"], rival["law"]
-            if name != self.fitted.law.name and above is not None and above <= NOT_EXCLUDED:
-                loss = float(fit_points(LAWS[name], self.table).predict(**self.variables(k)))
-                rivals.append((abs(loss - self.loss(k)), name.removesuffix("_fixed_N"), loss))
-        if not rivals:
-            compared = [rival for rival in self.fitted.rivals if rival["aicc"] is not None]
-            check = "no rival form fits nearly as well" if len(compared) > 1 else "unchecked"
-            return 0.0, f"the loss falls as {self.formula}; {check}"
-        effect, name, loss = max(rivals)
-        return effect, (
-            f"the loss falls as {self.formula}; the points do not exclude the rival {name}, which "
-            f"gives {loss:.5g} at k = {k:g}, {effect:.1g} nats away"
+    @property
+    def _verdict(self) -> str:
+        return self.state if self.state in (HOLDS, FAILS) else f"is {self.state}"
+
+    @property
+    def text(self) -> str:
+        """The law with its parameters, its quality and its verdict."""
+        values = self.law.parameters.items()
+        parameters = ", ".join(f"{name} = {value:.4g}" for name, value in values)
+        quality = f"R^2 = {self.law.r2:.5f} on {self.law.n_points} points"
+        return f"{self.formula} with {parameters}, {quality}; the law {self._verdict}"
+
+    @property
+    def beside(self) -> str:
+        """What stands beside an answer of the law: nothing, or that it is doubtful."""
+        return "" if self.state == HOLDS else f"; the law {self._verdict}"
+
+    def answer(
+        self,
+        question: str,
+        text: str,
+        estimate: Estimate | None,
+        reason: str,
+        assumption: str,
+        **others: Any,
+    ) -> Answer:
+        """An answer about this curve; ``others`` are further attributes of the answer."""
+        others = {"warnings": self.warnings, "population": self.population, **others}
+        others["table"] = tuple(others.get("table", ()))
+        value, ends = estimate or (None, None)
+        return Answer(question, text, value, ends, self.level, reason, assumption, **others)
+
+    def measured_only(self, question: str, text: str = "", k: int | None = None) -> Answer:
+        """The answer where the law fails: the measured means and the best of them.
+
+        Raises MergelawError if none is measured at this size, or the law cannot be fitted.
+        """
+        if self.fitted is None or not self.losses:
+            self.law  # noqa: B018  (raises)
+        best = min(self.losses, key=lambda k: self.losses[k][0])
+        lowest = with_interval(*self.losses[best], self.level)
+        rows = [{"k": k, "measured": loss} for k, (loss, _) in self.losses.items()]
+        return self.answer(
+            question,
+            f"{self.name}: {text}the law fails, so it gives no answer; the lowest measured mean is "
+            f"{lowest} at k = {best}",
+            None if k is None else (k, None),
+            self.reasons[0],
+            "the measured means stand for the pool; more experts or another size are not forecast",
+            table=rows,
+            details={"best": {"k": best, "loss": self.losses[best][0]}},
         )

@@ -2,74 +2,96 @@
 
 import bisect
 import math
-from collections.abc import Callable
-from functools import cache
+from collections.abc import Callable, Mapping
 
 from mergelaw.errors import MergelawError
-from mergelaw.planning.answer import Answer, Ends, with_interval
-from mergelaw.planning.curve import Curve
+from mergelaw.planning.answer import Answer, Estimate, with_interval
+from mergelaw.planning.curve import LISTED, Curve
 
 # Nobody merges more experts, so the search ends here.
 MOST = 100_000
 
 
 def loss(curve: Curve, k: float) -> Answer:
-    """Expected loss of k merged experts (nats per token).
+    """Loss of k merged experts (nats per token): measured, or else expected by the law.
 
     Raises:
-        MergelawError: k is below 1, or the curve's level is no probability.
+        MergelawError: k is below 1, or the law cannot be fitted and k is not measured.
     """
-    value, ends = curve.loss(k), curve.interval(k)
-    expected = with_interval(value, ends, curve.level, "nats per token")
-    return Answer(
+    measured = k in curve.losses
+    if curve.fails and not measured:
+        curve.variables(k)
+        return curve.measured_only("loss", f"k = {k:g} is not measured, and ")
+    value, ends = estimate = curve.estimate(k)
+    answer = f"{curve.name}, k = {k:g}: {'measured' if measured else 'expect'} "
+    answer += with_interval(value, ends, curve.level, "nats per token")
+    reason = f"the law {curve.state}" if curve.fails else f"{curve.text}; {_floors(curve)}"
+    assumption = "the measured subsets stand for all of the pool"
+    if measured and not curve.fails:
+        law, law_ends = curve.by_law(k)
+        answer += f"; the law gives {with_interval(law, law_ends, curve.level)}"
+        if law_ends is not None and not law_ends[0] <= value <= law_ends[1]:
+            answer += f" and misses it by {abs(law - value):.2g}"
+    elif not measured:
+        answer += curve.beside
+        assumption = curve.assumption(k)
+    return curve.answer(
         "loss",
-        f"{curve.name}, k = {k:g}: expect {expected}",
-        value,
-        ends,
-        curve.level,
-        f"{curve.formula} with {curve.parameters}, R^2 = {curve.fitted.r2:.5f} on "
-        f"{curve.fitted.n_points} points; floor {curve.loss(math.inf):.5g}, reachable with this "
-        f"pool of {curve.M}: {curve.loss(curve.M):.5g}",
-        curve.assumption(k),
-        (*curve.beyond_pool(k), *curve.warnings),
+        answer,
+        estimate,
+        reason,
+        assumption,
+        warnings=(*curve.beyond_pool(k), *curve.warnings),
+        table=[] if measured else curve.forms(k),
+    )
+
+
+def _floors(curve: Curve) -> str:
+    pool = curve.estimate(curve.M)[0]
+    return (
+        f"floor {curve.by_law(math.inf)[0]:.5g}, reachable with this pool of {curve.M}: {pool:.5g}"
     )
 
 
 def experts(curve: Curve, target: float) -> Answer:
     """Number of experts that reach a target loss (nats per token).
 
+    A measured mean that reaches the target, or misses it, goes before the law.
+
     Raises:
-        MergelawError: the target is at or below the floor.
+        MergelawError: the target is below the floor's interval, and no measured mean reaches it.
     """
-    floor = curve.loss(math.inf)
-    if not target > floor:
+    losses = curve.losses
+    reached = min((k for k, (mean, _) in losses.items() if mean <= target), default=None)
+    evidence = "" if reached is None else f"{losses[reached][0]:.5g} is measured at k = {reached}"
+    if curve.fails:
+        evidence = evidence or f"no measured mean reaches {target:g}"
+        return curve.measured_only("experts", f"{evidence}; ", reached)
+    floor, ends = curve.by_law(math.inf)
+    floor_text = with_interval(floor, ends, curve.level)
+    if reached is None and not target > (floor if ends is None else ends[0]):
         raise MergelawError(
-            f"target {target:g} is below the floor of {curve.name}, "
-            f"{with_interval(floor, curve.interval(math.inf), curve.level)}: the law expects no "
-            "number of experts to reach it; take a larger base or another method"
+            f"target {target:g} is below the floor of {curve.name}, {floor_text}: neither a "
+            "measured mean nor the law reaches it; take a larger base or another method"
         )
-    count = _least_count(lambda k: curve.loss(k) <= target)
-    ends = _interval_of_count(curve.interval, target)
-    if count is None:
-        answer = f"{target:g} is so near the floor that no pool reaches it"
+    count, interval = estimate = _count(losses, curve.by_law, target, first=True)
+    answer = f"{curve.name}: {target:g} nats per token "
+    if math.isinf(count):
+        least = "" if interval is None else f"; if so, with k = {interval[0]:g} or more"
+        answer += f"may or may not be reached, the floor being {floor_text}{least}"
+    elif count <= curve.M:
+        answer += f"takes k = {_count_text(estimate, curve.level)} of {curve.M} experts"
+        answer += f"; {evidence}" if evidence else ""
     else:
-        reachable = curve.loss(curve.M)
-        answer = f"{target:g} nats per token takes k = "
-        answer += _count_text(count, ends, curve.level) + (
-            f" of {curve.M} experts"
-            if count <= curve.M
-            else f": not reachable with this pool of {curve.M}, which reaches {reachable:.5g}"
-        )
-    return Answer(
+        pool = curve.estimate(curve.M)[0]
+        answer += f"takes k = {_count_text(estimate, curve.level)}: not reachable with this pool "
+        answer += f"of {curve.M}, which reaches {pool:.5g}"
+    return curve.answer(
         "experts",
-        f"{curve.name}: {answer}",
-        count,
-        ends,
-        curve.level,
-        f"{curve.formula} with {curve.parameters} falls to it at k = A / (target - floor) - b, "
-        f"rounded up; floor {floor:.5g}; k = 1 gives {curve.loss(1):.5g}",
-        curve.assumption(count or MOST),
-        curve.warnings,
+        answer + ("" if count == reached else curve.beside),
+        estimate,
+        f"{curve.text}; floor {floor_text}; k = 1 gives {curve.estimate(1)[0]:.5g}",
+        curve.assumption(min(count, MOST)),
     )
 
 
@@ -81,77 +103,82 @@ def stop(curve: Curve, threshold: float) -> Answer:
     """
     if not threshold > 0:
         raise MergelawError(f"threshold = {threshold:g}; give a gain above 0, in nats per token")
-
-    def gain(k: int) -> float:
-        return curve.loss(k) - curve.loss(k + 1)
-
-    def share(k: int, last: float) -> float:
-        whole = curve.loss(1) - curve.loss(last)
-        return (curve.loss(1) - curve.loss(k)) / whole if whole > 0 else math.nan
-
-    count = _least_count(lambda k: gain(k) < threshold) or MOST
-    value, ends = curve.difference(count, count + 1)
-    count_ends = _interval_of_count(lambda k: curve.difference(k, k + 1)[1], threshold)
-    text = _count_text(count, count_ends, curve.level)
-    if count > curve.M:
-        answer = (
-            f"use all {curve.M} experts, the last one still gains {gain(max(curve.M - 1, 1)):.2g} "
-            f"nats; by the law one more pays up to k = {text}"
-        )
+    if curve.fails:
+        return curve.measured_only("stop")
+    M, below = curve.M, math.nextafter(threshold, 0)
+    count, _ = estimate = _count(curve.gains, curve.gain_by_law, below, first=False)
+    text = _count_text(estimate, curve.level)
+    if count > M:
+        gain = curve.gain(max(M - 1, 1))[0]
+        answer = f"use all {M} experts, the last one still gains {gain:.2g} nats; by the law one "
+        answer += f"more pays up to k = {text}"
     else:
-        answer = (
-            f"stop at k = {text} of {curve.M} experts; the next one gains "
-            f"{with_interval(value, ends, curve.level)}, less than {threshold:g}"
-        )
-    rows = (
-        {
-            "k": k,
-            "loss": curve.loss(k),
-            "next gains": gain(k),
-            "of the way to the floor": share(k, math.inf),
-            f"of the way to k = {curve.M}": share(k, curve.M),
-        }
-        for k in range(1, curve.M + 1)
-    )
-    reason = f"one more expert gains A / ((k + b)(k + 1 + b)), with {curve.parameters}"
-    return Answer(
+        next_gain = with_interval(*curve.gain(int(count)), curve.level)
+        answer = f"stop at k = {text} of {M} experts; the next one gains {next_gain}, less than "
+        answer += f"{threshold:g}"
+    first, floor, last = (curve.estimate(1)[0], curve.by_law(math.inf)[0], curve.estimate(M)[0])
+    rows = []
+    for k in range(1, min(M, LISTED) + 1):
+        mean = curve.estimate(k)[0]
+        row: dict[str, float | None] = {"k": k, "loss": mean, "next gains": curve.gain(k)[0]}
+        for name, end in (("the floor", floor), (f"k = {M}", last)):
+            row[f"of the way to {name}"] = (first - mean) / (first - end) if first > end else None
+        rows.append(row)
+    return curve.answer(
         "stop",
-        f"{curve.name}: {answer}",
-        count,
-        count_ends,
-        curve.level,
-        reason,
-        curve.assumption(count),
-        curve.warnings,
-        tuple(rows),
+        f"{curve.name}: {answer}{curve.beside}",
+        estimate,
+        "gains are differences of measured means where these have standard errors, else the law's; "
+        + curve.text,
+        curve.assumption(min(count, MOST)),
+        table=rows,
     )
 
 
-def _least_count(holds: Callable[[int], bool]) -> int | None:
-    """Least k >= 1 from which on a condition holds; None above ``MOST``."""
+def _count(
+    known: Mapping[int, Estimate], law: Callable[[int], Estimate], limit: float, first: bool
+) -> Estimate:
+    """Least k at which a falling quantity is at most a limit, and its interval; inf if none is.
+
+    ``known`` values go before the law's. With ``first`` the first of them that is at most the limit
+    counts; otherwise all later ones must be at most the limit too.
+    """
+
+    def least(side: int | None) -> float:
+        def end(estimate: Estimate) -> float:
+            value, ends = estimate
+            return value if side is None or ends is None else ends[side]
+
+        values = {k: end(estimate) for k, estimate in known.items()}
+        reaching = [k for k in values if values[k] <= limit]
+        missing = [k for k in values if values[k] > limit]
+        if first:
+            missing = [k for k in missing if k < min(reaching, default=math.inf)]
+        short = max(missing, default=0)
+        reached = min((k for k in reaching if k > short), default=math.inf)
+        return min(reached, max(_least_count(lambda k: end(law(k)) <= limit), short + 1))
+
+    value = least(None)
+    ends = None if law(1)[1] is None else (min(least(0), value), max(least(1), value))
+    return value, ends
+
+
+def _least_count(holds: Callable[[int], bool]) -> float:
+    """Least k >= 1 from which on a condition holds; infinite above ``MOST``."""
     end = 1
     while not holds(end):
         end *= 2
         if end > MOST:
-            return None
+            return math.inf
     return bisect.bisect_left(range(end), True, lo=end // 2 + 1, key=holds)
 
 
-def _interval_of_count(interval: Callable[[int], Ends | None], limit: float) -> Ends | None:
-    """Ends of the least k at which a quantity that falls with k reaches a limit."""
-    ends = cache(interval)
-    if ends(1) is None:
-        return None
-    low = _least_count(lambda k: (ends(k) or (0, 0))[0] <= limit)
-    high = _least_count(lambda k: (ends(k) or (0, 0))[1] <= limit)
-    return low or math.inf, high or math.inf
-
-
-def _count_text(count: int, ends: Ends | None, level: float) -> str:
+def _count_text(estimate: Estimate, level: float) -> str:
     """A number of experts with its interval, ``15 (90%: 14 to 16)``."""
+    count, ends = estimate
     if ends is None:
-        return f"{count}"
+        return f"{count:g}"
     low, high = ends
     text = f"{low:g}" if low == high else f"{low:g} to {high:g}"
     text = text if math.isfinite(high) else f"{low:g} or more, perhaps never"
-    return f"{count} ({100 * level:g}%: {text})"
+    return f"{count:g} ({100 * level:g}%: {text})"

@@ -1,17 +1,12 @@
-"""Forecasts of losses from few points, with intervals and measured losses.
+"""Forecasts of losses from few points, scored where the rest is measured.
 
-Schemes along k, for one base:
+Schemes along k, for one base: ``three-point``, the merging law through k = 1, 2 and 4 (Wang et al.,
+arXiv:2509.24244); ``end-point``, the law L_inf + A / k through k = 1 and k = M, exact over all
+subsets if the loss is quadratic along equal-weight means. Along N, ``size``: the joint law.
 
-- ``three-point``: the merging law through k = 1, 2 and 4 (Wang et al., arXiv:2509.24244).
-- ``end-point``: the law L_inf + A / k through k = 1 and k = M. It is exact over all subsets of a
-  finite pool if the loss is quadratic along equal-weight means.
-
-Along N, ``size``: the joint law of the measured sizes, at another one.
-
-Two or three points cannot show a scheme's error, so its interval comes from its record: the scheme
-is tried on the study's other bases with measured curves. Its errors there, as shares of the gain,
-set the width (t with as many degrees of freedom as bases). With fewer than two such bases the
-interval comes from standard errors and a given misfit.
+Two or three points cannot show a scheme's error, so its interval comes from its record: its errors
+at the study's other bases, as shares of the gain (t with as many degrees of freedom as bases). With
+fewer than two such bases the interval comes from standard errors and a given misfit.
 """
 
 import math
@@ -24,16 +19,17 @@ from scipy.special import stdtrit
 
 from mergelaw.errors import MergelawError
 from mergelaw.laws.fit import fit_points
-from mergelaw.laws.law import INVERSE_FIXED_N, MERGING, MERGING_FIXED_N, Array
-from mergelaw.laws.result import LEVEL
+from mergelaw.laws.law import INVERSE_FIXED_N, MERGING, MERGING_FIXED_N
+from mergelaw.laws.result import LEVEL, POOL
 from mergelaw.planning.answer import Answer
-from mergelaw.planning.curve import Curve
-from mergelaw.planning.points import at_size, base_points, sampled_without_errors
+from mergelaw.planning.curve import LISTED, Curve
+from mergelaw.planning.points import at_size, base_points, without_errors
 
 THREE_POINT, END_POINT, SIZE = "three-point", "end-point", "size"
 LAWS = {THREE_POINT: MERGING_FIXED_N, END_POINT: INVERSE_FIXED_N, SIZE: MERGING}
 # A record needs this many other bases.
 BASES = 2
+Rows = list[dict[str, Any]]
 
 
 def forecast(
@@ -45,28 +41,27 @@ def forecast(
     k: Sequence[float] | None = None,
     misfit: float | None = None,
     level: float = LEVEL,
+    population: str = POOL,
 ) -> Answer:
     """Forecast a base's losses from few points.
 
     Args:
         points: of one method, family and domain, all bases (``points.choose``).
-        scheme: ``three-point``, ``end-point`` or ``size``; None is three-point at a measured size
-            and size elsewhere.
+        scheme: None is ``three-point`` at a measured size and ``size`` elsewhere.
         N, base: the size, in billions or by a base's name. The scheme ``size`` uses the smaller
             bases at a named base, and all bases at N.
         k: numbers of experts; None is all in 1..M that the scheme does not use.
         misfit: standard deviation (nats per token) of the law's error at a point; sets the
             intervals instead of the scheme's record.
-        level: of the intervals.
+        level, population: of the intervals.
 
     Returns:
         table has a row per k: k, forecast, low, high (nats per token); at measured k also measured,
         error, naive error (of "same as the last point") and held (whether the interval holds the
-        measured loss). details has the base, the points used and the score: points, error and
-        naive error (rms), intervals, held.
+        measured loss). details has the base, the points used and the score.
 
     Raises:
-        MergelawError: unknown scheme, or the points that it needs are missing.
+        MergelawError: unknown scheme, the points that it needs are missing, or the law fails.
     """
     if scheme not in (None, *LAWS):
         raise MergelawError(f"no scheme {scheme}; use {', '.join(LAWS)}")
@@ -74,28 +69,44 @@ def forecast(
     scheme = scheme or (SIZE if name is None else THREE_POINT)
     name = base if scheme == SIZE else name
     used = _used(points, scheme, N, name)
-    curve = Curve(used, N, level=level, law=LAWS[scheme], misfit=misfit)
-    fitted_k = () if scheme == SIZE else used["k"]
-    sizes = sorted(set(range(1, curve.M + 1)) - set(fitted_k) if k is None else k)
+    curve = Curve(used, N, level=level, population=population, law=LAWS[scheme], misfit=misfit)
+    taken = set() if scheme == SIZE else set(used["k"])
+    sizes = sorted(set(range(1, min(curve.M, LISTED) + 1)) - taken if k is None else k)
     if not sizes:
         raise MergelawError(f"{scheme} forecast: uses every k of a pool of {curve.M}; give other k")
-    rows: list[dict[str, Any]] = []
+    rows: Rows = []
     for count in sizes:
-        low, high = curve.interval(count) or (math.nan, math.nan)
-        rows.append({"k": count, "forecast": curve.loss(count), "low": low, "high": high})
-    warnings, basis = list(curve.warnings), _basis(curve, misfit)
-    assumption = f"the loss falls as {curve.formula}"
-    record = {} if misfit is not None or scheme == SIZE else _record(points, name, scheme, sizes)
-    if len(record) >= BASES:
-        warnings = [*sampled_without_errors(used), *_set_intervals(rows, record, used, level)]
-        basis = f"the scheme's errors at {', '.join(record)}, as shares of the gain"
+        value, ends = curve.by_law(count)
+        low, high = ends or (math.nan, math.nan)
+        rows.append({"k": count, "forecast": value, "low": low, "high": high})
+    basis = "the law with its misfit" if misfit is None else f"the law with a misfit of {misfit:g}"
+    if curve.law.freedom == 0:
+        basis = "none: give --misfit, or measure the whole curve of two other bases"
+    elif math.isinf(curve.law.freedom) and misfit is None:
+        basis = "the law with the points' standard errors"
+    warnings, assumption = list(curve.warnings), f"the loss falls as {curve.formula}"
+    others = [] if misfit is not None or scheme == SIZE else _record(points, name, scheme, rows)
+    if len(others) >= BASES:
+        warnings = without_errors(used)
+        warnings += _set_intervals(rows, [shares for _, shares in others], used, level)
+        bases = ", ".join(other for other, _ in others)
+        basis = f"the scheme's errors at {bases}, as shares of the gain"
         assumption = "the scheme is off at this base by as much as at the other bases"
     place = {column: str(points[column].iloc[0]) for column in ("method", "family", "domain")}
     fitted = used["N" if scheme == SIZE else "k"].unique().tolist()
     details: dict[str, Any] = {"scheme": scheme, **place, "base": name, "N": N, "used": fitted}
     details |= _score(rows, points[points["base"] == name], used, scheme)
-    warnings += curve.beyond_pool(sizes[-1])
-    return _answer(details, rows, level, f"intervals: {basis}", assumption, tuple(warnings))
+    known = None if math.isnan(rows[0]["low"]) else (rows[0]["low"], rows[0]["high"])
+    return curve.answer(
+        "forecast",
+        _sentence(details),
+        (rows[0]["forecast"], known) if len(rows) == 1 else None,
+        f"intervals: {basis}",
+        assumption,
+        warnings=(*warnings, *curve.beyond_pool(sizes[-1])),
+        table=rows,
+        details=details,
+    )
 
 
 def _used(points: pd.DataFrame, scheme: str, N: float, base: str | None) -> pd.DataFrame:
@@ -129,28 +140,28 @@ def _gain(used: pd.DataFrame) -> float:
 
 
 def _record(
-    points: pd.DataFrame, base: str | None, scheme: str, sizes: Sequence[float]
-) -> dict[str, Array]:
+    points: pd.DataFrame, base: str | None, scheme: str, rows: Rows
+) -> list[tuple[str, np.ndarray]]:
     """A scheme's errors at the other bases, as shares of their gain; NaN beyond measured k."""
-    record = {}
+    record = []
     for name in points["base"].unique():
         curve = base_points(points, name)
-        needed = _needed(scheme, curve)
-        used = curve[curve["k"].isin(needed)]
+        used = curve[curve["k"].isin(_needed(scheme, curve))]
         # A base counts if it has more points than the scheme uses and its loss changes.
-        if name == base or not set(needed) < set(curve["k"]) or not _gain(used):
+        if name == base or not set(_needed(scheme, curve)) < set(curve["k"]) or not _gain(used):
             continue
         errors = curve["ce"] - fit_points(LAWS[scheme], used).predict(k=curve["k"])
-        shares = np.where(curve["k"].isin(needed), 0.0, errors / _gain(used))
-        record[name] = np.interp(sizes, curve["k"], shares, left=math.nan, right=math.nan)
+        shares = np.where(curve["k"].isin(used["k"]), 0.0, errors / _gain(used))
+        asked = [row["k"] for row in rows]
+        record.append((name, np.interp(asked, curve["k"], shares, left=math.nan, right=math.nan)))
     return record
 
 
 def _set_intervals(
-    rows: Sequence[dict[str, Any]], record: dict[str, Array], used: pd.DataFrame, level: float
+    rows: Rows, record: Sequence[np.ndarray], used: pd.DataFrame, level: float
 ) -> list[str]:
     """Set the intervals of a forecast from a scheme's record; return warnings."""
-    shares = np.sqrt(np.mean(np.square(list(record.values())), axis=0))
+    shares = np.sqrt(np.mean(np.square(record), axis=0))
     reach = stdtrit(len(record), (1 + level) / 2) * shares * abs(_gain(used))
     for row, width in zip(rows, reach, strict=True):
         row["low"], row["high"] = row["forecast"] - width, row["forecast"] + width
@@ -158,20 +169,7 @@ def _set_intervals(
     return [f"no interval from k = {k:g} on: no other base was measured there" for k in unknown[:1]]
 
 
-def _basis(curve: Curve, misfit: float | None) -> str:
-    """The basis of a fit's intervals, in words."""
-    if curve.fitted.freedom == 0:
-        return "none: give --misfit, or measure the whole curve of two other bases"
-    if misfit is not None:
-        return f"integrated over laws, with the given misfit, {misfit:g} nats"
-    if math.isinf(curve.fitted.freedom):
-        return "integrated over laws, with the points' standard errors"
-    return f"integrated over laws, with a misfit of {curve.fitted.misfit:.2g} nats"
-
-
-def _score(
-    rows: Sequence[dict[str, Any]], curve: pd.DataFrame, used: pd.DataFrame, scheme: str
-) -> dict[str, Any]:
+def _score(rows: Rows, curve: pd.DataFrame, used: pd.DataFrame, scheme: str) -> dict[str, Any]:
     """Add measured losses and errors to the rows; return the score, empty without any."""
     losses = curve.set_index("k")["ce"]
     last = used[used["N"] == used["N"].max()].groupby("k")["ce"].mean()
@@ -190,33 +188,19 @@ def _score(
         name: math.sqrt(np.mean([row[name] ** 2 for row in scored]))
         for name in ("error", "naive error")
     }
-    counts = {"points": len(scored), "intervals": len(held), "held": sum(held)}
-    return {"score": rms | counts}
+    return {"score": {**rms, "points": len(scored), "intervals": len(held), "held": sum(held)}}
 
 
-def _answer(
-    details: dict[str, Any],
-    rows: Sequence[dict[str, Any]],
-    level: float,
-    reason: str,
-    assumption: str,
-    warnings: tuple[str, ...],
-) -> Answer:
+def _sentence(details: dict[str, Any]) -> str:
     names = filter(None, (details[name] for name in ("method", "domain", "base")))
     used = ", ".join(f"{value:.4g}" for value in details["used"])
+    along = "N" if details["scheme"] == SIZE else "k"
     answer = ", ".join([f"{details['scheme']} forecast", *names])
-    answer += f" (N = {details['N']:.4g}), from "
-    answer += f"{'N' if details['scheme'] == SIZE else 'k'} = {used}"
+    answer += f" (N = {details['N']:.4g}), from {along} = {used}"
     if score := details.get("score"):
         answer += f": missed by {score['error']:.2g} nats (rms)"
         if not math.isnan(score["naive error"]):
             answer += f', "same as the last point" by {score["naive error"]:.2g}'
         if score["intervals"]:
             answer += f"; {score['held']} of {score['intervals']} intervals held"
-    value, ends = None, None
-    if len(rows) == 1:
-        value, low, high = (rows[0][column] for column in ("forecast", "low", "high"))
-        ends = None if math.isnan(low) else (low, high)
-    return Answer(
-        "forecast", answer, value, ends, level, reason, assumption, warnings, tuple(rows), details
-    )
+    return answer

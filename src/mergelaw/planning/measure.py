@@ -1,18 +1,19 @@
 """Measure: measurements to buy next to narrow the interval of a forecast."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
+import numpy as np
 import pandas as pd
-from scipy.special import ndtri, stdtrit
 
 from mergelaw.errors import MergelawError
-from mergelaw.laws.fit import fit
-from mergelaw.planning.answer import Answer
-from mergelaw.planning.costs import Costs
-from mergelaw.planning.curve import Curve
+from mergelaw.planning.answer import Answer, with_interval
+from mergelaw.planning.budget import Costs
+from mergelaw.planning.curve import LISTED, Curve
+from mergelaw.planning.points import SAME_SIZE
 
 # Plans end after this many purchases.
 PURCHASES = 8
@@ -22,7 +23,7 @@ LITTLE = 1e-3
 
 @dataclass(frozen=True, eq=False)
 class Purchase:
-    """A possible measurement: name, points that it adds or replaces, and cost."""
+    """A possible measurement: name, points (N, k, variance) that it adds or replaces, and cost."""
 
     name: str
     points: pd.DataFrame
@@ -32,10 +33,9 @@ class Purchase:
 def measure(curve: Curve, k: float, costs: Costs | None = None, *, share: float = 0.5) -> Answer:
     """Measurements to buy next to bring a forecast's interval down to a share of its width.
 
-    Each candidate (a k that a base lacks, a size with its experts, more circles where points have
-    standard errors) is added to the points at its expected loss, and the law is fitted again with
-    the present misfit. The candidate that narrows the interval of E[L|N,k] most, per cost if costs
-    are given, is bought; this repeats until the share is reached.
+    Candidates are a k that a base lacks, more circles where points have standard errors, and a
+    size up to the one that is asked about, with its experts. The best narrows the interval of
+    E[L|N,k] most, per cost if costs are given; it is bought, until the share is reached.
 
     Args:
         curve: at the forecast's size.
@@ -51,69 +51,85 @@ def measure(curve: Curve, k: float, costs: Costs | None = None, *, share: float 
     """
     if not 0 < share < 1:
         raise MergelawError(f"share = {share:g}; give a number between 0 and 1")
-    if curve.interval(k) is None:
-        raise MergelawError(
-            f"{curve.name}: there is no interval to narrow, because the law has as many parameters "
-            "as points; measure one more k, or give standard errors"
-        )
-    candidates = list(_candidates(curve, costs))
-    bought, widths = _buy(curve, candidates, k, share)
-    rows = [
-        {"buy": purchase.name, "interval after": width, "share": width / widths[0]}
-        | ({"cost": purchase.cost} if costs else {})
-        for purchase, width in zip(bought, widths[1:], strict=True)
-    ]
-    before, after = (f"±{width / 2:.2g}" for width in (widths[0], widths[-1]))
-    if not bought:
-        answer = f"nothing to buy narrows the interval of {before} nats; "
-        answer += "" if curve.joint else f"all k of this pool of {curve.M} are measured, and "
-        answer += "what is left is the law's misfit"
+    curve.variables(k)
+    left, reason = 1.0, "a measured mean needs no law"
+    rows: list[dict[str, Any]] = []
+    if k in curve.losses:
+        value, ends = curve.losses[int(k)]
+        answer = f"nothing to buy, it is measured: {with_interval(value, ends, curve.level)}"
+        if ends is not None and ends[0] < ends[1]:
+            answer += f"; {1 / share**2:.3g} times as many circles there narrow it to that share"
+    elif curve.fails:
+        return curve.measured_only("measure")
     else:
-        reached = widths[-1] <= share * widths[0]
-        listed = "; ".join(purchase.name for purchase in bought)
-        answer = "" if reached else f"{100 * share:g}% is not reached; the best is to "
-        answer += f"measure {listed}: the interval narrows from {before} to {after} nats"
-        answer += f", for {sum(p.cost for p in bought):.4g} {costs.unit}" if costs else ""
-    return Answer(
+        ends = curve.by_law(k)[1]
+        if ends is None:
+            raise MergelawError(
+                f"{curve.name}: there is no interval to narrow, because the law has as many "
+                "parameters as points; measure one more k, or give standard errors"
+            )
+        half = (ends[1] - ends[0]) / 2
+        for purchase, left in _buy(curve, k, costs, share):
+            price = {} if costs is None else {"cost": purchase.cost}
+            row = {"buy": purchase.name, "interval after": 2 * half * left, "share": left}
+            rows.append(row | price)
+        reason = (
+            "derivatives of the law at the points and at what may be added, with a misfit of "
+            f"{curve.law.misfit:.2g} and a scatter of bases of {curve.law.scatter:.2g} nats"
+        )
+        answer = f"nothing to buy narrows the interval of ±{half:.2g} nats; "
+        answer += "" if curve.joint else f"all k of this pool of {curve.M} are measured, and "
+        answer += "what is left is the law's own error"
+        if rows:
+            answer = "" if left <= share else f"{100 * share:g}% is not reached; the best is to "
+            answer += f"measure {'; '.join(row['buy'] for row in rows)}: the interval narrows from "
+            answer += f"±{half:.2g} to ±{half * left:.2g} nats"
+            if costs is not None:
+                answer += f", for {sum(row['cost'] for row in rows):.4g} {costs.unit}"
+        answer += curve.beside
+    return curve.answer(
         "measure",
         f"{curve.name}, k = {k:g}: {answer}",
-        widths[-1] / widths[0],
-        None,
-        curve.level,
-        f"the law was fitted again with each of {len(candidates)} candidates at its expected loss, "
-        f"with a misfit of {curve.fitted.misfit:.2g} nats; the interval is that of the mean",
-        "the law is right and its misfit stays the same; the new measurements may show otherwise",
-        (*curve.beyond_pool(k), *curve.warnings),
-        tuple(rows),
+        (left, None),
+        reason,
+        "the law is right and its own error stays the same; new measurements may show otherwise",
+        warnings=(*curve.beyond_pool(k), *curve.warnings),
+        table=rows,
     )
 
 
 def _buy(
-    curve: Curve, candidates: Sequence[Purchase], k: float, share: float
-) -> tuple[list[Purchase], list[float]]:
-    """Purchases, each the best after the earlier ones; the interval's width before and after."""
-    table, left = curve.table, list(candidates)
-    bought: list[Purchase] = []
-    widths = [_width(curve, table, k)]
+    curve: Curve, k: float, costs: Costs | None, share: float
+) -> Iterator[tuple[Purchase, float]]:
+    """Purchases, each the best after the earlier ones, and the share of the interval after each."""
+    table = curve.table.assign(
+        variance=curve.table["se"].fillna(0) ** 2 if "se" in curve.table else 0
+    )
+    points, candidates, now = table, list(_candidates(curve, table, costs)), 1.0
+    first = _deviation(curve, points, k)
+    for _ in range(PURCHASES):
+        if not candidates or now <= share:
+            return
+        after = {one: _deviation(curve, _with(points, one), k) / first for one in candidates}
 
-    def worth(purchase: Purchase) -> tuple[float, float]:
-        """Narrowing of the interval per cost, then in all, since some purchases cost nothing."""
-        nats = widths[-1] - after[purchase]
-        return nats / purchase.cost if purchase.cost > 0 else math.copysign(math.inf, nats), nats
+        def worth(one: Purchase, now: float = now, after: dict[Purchase, float] = after) -> Any:
+            gain = now - after[one]  # some purchases cost nothing
+            return gain / one.cost if one.cost > 0 else math.copysign(math.inf, gain), gain
 
-    while left and widths[-1] > share * widths[0] and len(bought) < PURCHASES:
-        after = {one: _width(curve, _with(table, one.points), k) for one in left}
-        best = max(left, key=worth)
-        if after[best] >= widths[-1] * (1 - LITTLE):
-            break
-        table = _with(table, best.points)
-        left.remove(best)
-        bought.append(best)
-        widths.append(after[best])
-    return bought, widths
+        best = max(candidates, key=worth)
+        if after[best] >= now * (1 - LITTLE):
+            return
+        points, now = _with(points, best), after[best]
+        candidates.remove(best)
+        yield best, now
 
 
-def _candidates(curve: Curve, costs: Costs | None) -> Iterator[Purchase]:
+def _with(points: pd.DataFrame, purchase: Purchase) -> pd.DataFrame:
+    both = pd.concat([points, purchase.points], ignore_index=True)[["N", "k", "variance"]]
+    return both.drop_duplicates(["N", "k"], keep="last")
+
+
+def _candidates(curve: Curve, table: pd.DataFrame, costs: Costs | None) -> Iterator[Purchase]:
     """Possible measurements; each costs 1 if there are no costs."""
 
     def price(N: float, merges: float, experts: int = 0) -> float:
@@ -121,48 +137,51 @@ def _candidates(curve: Curve, costs: Costs | None) -> Iterator[Purchase]:
             return 1.0
         return experts * costs.at(N, "training") + merges * costs.of_merge(N)
 
-    def expected(peers: pd.DataFrame, base: str, N: float, ks: Sequence[float]) -> pd.DataFrame:
-        losses = [curve.loss(k, N) for k in ks]
-        points = pd.DataFrame({"N": N, "k": ks, "M": curve.M, "ce": losses, "base": base})
-        return points.assign(se=float(peers["se"].median())) if "se" in peers else points
-
-    for base, table in curve.table.groupby("base"):
-        N, M = float(table["N"].iloc[0]), int(table["M"].iloc[0])
-        for k in sorted(set(range(1, M + 1)) - set(table["k"])):
-            cost = price(N, min(M, math.comb(M, k)))
-            yield Purchase(f"k = {k} at {base}", expected(table, str(base), N, [k]), cost)
-        if "se" in table and (table["se"] > 0).any():
-            circles = int(table["replicates"].max()) if "replicates" in table else 1
-            merges = M * int((table["se"] > 0).sum()) * circles
-            better = table.assign(se=table["se"] / math.sqrt(2))
-            yield Purchase(f"as many circles again at {base}", better, price(N, merges))
-    if not curve.joint:
-        return
-    levels, sizes = sorted(curve.table["k"].unique()), sorted(curve.table["N"].unique())
-    between = [math.sqrt(a * b) for a, b in pairwise(sizes) if b > 1.5 * a]
-    new = {*between, 2 * sizes[-1], 4 * sizes[-1]} | (set() if curve.measured else {curve.N})
+    usual = float(table["variance"].median())
+    for base, own in table.groupby("base"):
+        N, M = float(own["N"].iloc[0]), int(own["M"].iloc[0])
+        for k in sorted(set(range(1, min(M, LISTED) + 1)) - set(own["k"])):
+            points = pd.DataFrame({"N": [N], "k": float(k), "variance": usual})
+            yield Purchase(f"k = {k} at {base}", points, price(N, min(M, math.comb(M, k))))
+        if (own["variance"] > 0).any():
+            circles = int(own["replicates"].max()) if "replicates" in own else 1
+            cost = price(N, M * int((own["variance"] > 0).sum()) * circles)
+            better = own.assign(variance=own["variance"] / 2)
+            yield Purchase(f"as many circles again at {base}", better, cost)
+    levels, sizes = sorted(table["k"].unique()), sorted(table["N"].unique())
+    new = [math.sqrt(a * b) for a, b in pairwise([*sizes, curve.N]) if b > 1.5 * a]
     merges = sum(min(curve.M, math.comb(curve.M, int(k))) for k in levels)
-    for N in sorted(new):
-        name = f"a base of N = {N:.3g} with its {curve.M} experts, at k = "
-        name += ", ".join(f"{k:g}" for k in levels)
-        points = expected(curve.table, f"N={N:.6g}", N, levels)
-        yield Purchase(name, points, price(N, merges, curve.M))
+    for N in sorted({*new, 2 * sizes[-1], 4 * sizes[-1]}) if curve.joint else ():
+        if max(curve.N, sizes[-1]) > N and abs(N / curve.N - 1) > SAME_SIZE:
+            name = f"a base of N = {N:.3g} with its {curve.M} experts, at k = "
+            name += ", ".join(f"{k:g}" for k in levels)
+            points = pd.DataFrame({"N": N, "k": np.array(levels, dtype=float), "variance": usual})
+            yield Purchase(name, points, price(N, merges, curve.M))
 
 
-def _with(table: pd.DataFrame, added: pd.DataFrame) -> pd.DataFrame:
-    """Points with others added; these replace points of the same base and k."""
-    points = pd.concat([table, added], ignore_index=True)
-    return points.drop_duplicates(["base", "k"], keep="last")
+def _deviation(curve: Curve, points: pd.DataFrame, k: float) -> float:
+    """Standard deviation (nats per token) of E[L|N,k] once the points are measured.
 
+    Generalised least squares: with the law's tangent J at the points, their covariance V and the
+    tangent g and own error s at the question it is sqrt(g' (J' V^-1 J)^-1 g + s^2).
+    """
+    fitted, N = curve.law, points["N"].to_numpy(dtype=float)
+    misfit = max(np.nan_to_num(fitted.misfit), 1e-9 * float(curve.table["ce"].mean()))
+    scatter = float(np.nan_to_num(fitted.scatter)) if curve.joint else 0.0
+    variance = misfit**2 + points["variance"].to_numpy(dtype=float)
+    V = np.diag(variance) + scatter**2 * np.equal.outer(N, N)
 
-def _width(curve: Curve, table: pd.DataFrame, k: float) -> float:
-    """Width (nats per token) of the expected loss's interval once the table is measured."""
-    # A misfit of 0 leaves the points' standard errors as the only noise.
-    misfit = max(curve.fitted.misfit, 1e-9 * float(curve.table["ce"].mean()))
-    fitted = fit(curve.fitted.law, table, misfit=misfit)
-    low, high = fitted.predict_interval(curve.level, **curve.variables(k)) or (math.nan, math.nan)
-    # The misfit was estimated from residuals, and new points add to their degrees of freedom.
-    freedom = curve.fitted.freedom + len(table) - len(curve.table)
-    share = (1 + curve.level) / 2
-    widened = 1.0 if math.isinf(freedom) else float(stdtrit(freedom, share) / ndtri(share))
-    return float(high - low) * widened
+    def tangent(variables: Mapping[str, Any]) -> np.ndarray:
+        best, columns = fitted.parameters, []
+        for name, value in best.items():
+            step = 1e-5 * max(abs(value), 1e-3)
+            moved = fitted.law.predict({**best, name: value + step}, **variables)
+            columns.append((moved - fitted.law.predict(best, **variables)) / step)
+        return np.column_stack(columns)
+
+    J = tangent({name: points[name].to_numpy(dtype=float) for name in fitted.law.levels})
+    g = tangent({name: np.array([value]) for name, value in curve.variables(k).items()})[0]
+    lengths = np.linalg.norm(J, axis=0)
+    J, g = J[:, lengths > 0] / lengths[lengths > 0], g[lengths > 0] / lengths[lengths > 0]
+    mean = g @ np.linalg.pinv(J.T @ np.linalg.solve(V, J), rcond=1e-13, hermitian=True) @ g
+    return math.sqrt(max(float(mean), 0.0) + misfit**2 + scatter**2)

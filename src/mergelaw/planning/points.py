@@ -11,18 +11,13 @@ from mergelaw.laws.points import MACRO, TOO_MANY_BILLIONS, read_points
 
 # Sizes that differ by less than this share count as one size.
 SAME_SIZE = 0.02
-# A size is far away if it is this share of the measured range (in log N) outside that range.
-FAR = 0.5
 
 
 def read(source: Path) -> tuple[pd.DataFrame, list[str]]:
-    """Read points from a folder that ``mergelaw fit`` wrote, a file in it, or a table.
-
-    A table has the form of ``laws.points.read_points``. Standard errors of written points are
-    those of sampling alone, since forecasts and plans are for these evaluation documents.
+    """Points of a folder that ``mergelaw fit`` wrote, a file in it, or a table (``read_points``).
 
     Returns:
-        The points, with M and perhaps se; and sentences on assumptions.
+        The points, with M; and sentences on assumptions.
 
     Raises:
         MergelawError: there are no points, or they cannot be read.
@@ -117,30 +112,17 @@ def check_size(N: float) -> float:
     return N
 
 
-def beyond_sizes(points: pd.DataFrame, N: float) -> list[str]:
-    """A warning where N (billions) is outside the measured sizes, stronger if far."""
-    least, most = points["N"].min(), points["N"].max()
-    if least <= N <= most:
-        return []
-    factor, side = (N / most, "above") if most < N else (least / N, "below")
-    far = math.log(factor) > FAR * math.log(most / least)
-    return [
-        f"N = {N:.4g} is {factor:.3g} times {side} the measured sizes, {least:.4g} to {most:.4g}: "
-        + ("far beyond them; measure a size in between first" if far else "this is extrapolated")
-    ]
-
-
-def sampled_without_errors(points: pd.DataFrame) -> list[str]:
+def without_errors(points: pd.DataFrame) -> list[str]:
     """A warning on means over some subsets that have no standard errors."""
     if "subsets" not in points:
         return []
-    subsets = [math.comb(int(M), int(k)) for M, k in zip(points["M"], points["k"], strict=True)]
-    with_errors = points["se"] > 0 if "se" in points else False
-    sampled = points[(points["subsets"] < subsets) & ~np.asarray(with_errors)]
-    if sampled.empty:
+    every = [math.comb(int(M), int(k)) for M, k in zip(points["M"], points["k"], strict=True)]
+    known = points["se"].to_numpy() > 0 if "se" in points else np.zeros(len(points), dtype=bool)
+    levels = points["k"][(points["subsets"].to_numpy() < np.array(every, dtype=float)) & ~known]
+    if levels.empty:
         return []
     return [
-        f"points at {sampled['k'].nunique()} values of k are means over some subsets and have no "
+        f"points at {levels.nunique()} values of k are means over some subsets and have no "
         "standard errors: the intervals leave out the sampling error, which moves b most; "
         "measure three circles or more"
     ]
