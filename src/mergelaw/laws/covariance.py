@@ -132,6 +132,8 @@ class Errors:
         lengths = np.linalg.norm(columns, axis=0)
         columns = columns / np.where(lengths > 0, lengths, 1)
         rank = int(np.linalg.matrix_rank(columns)) if columns.size else 0
+        # Nearly parallel columns would leave rounding errors in place of the residuals.
+        columns = np.linalg.svd(columns, full_matrices=False).U[:, :rank] if rank else columns
         deviation = math.sqrt(float(residuals @ residuals) / max(count - rank, 1))
         grouped = scatter is None and len(self.starts) > 0
         if not grouped and not self.known.any() and misfit is None and not scatter:
