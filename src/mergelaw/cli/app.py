@@ -21,6 +21,7 @@ STUDY, RESULTS, LAW = "A study", "Its results", "Answers of the law"
 DECIDE = "Measured merges"
 app.add_typer(study.config_app, name="config", rich_help_panel=STUDY)
 app.command(rich_help_panel=STUDY)(study.demo)
+app.command(cls=study.Lists, rich_help_panel=STUDY)(study.init)
 app.command(rich_help_panel=STUDY)(study.estimate)
 app.command(rich_help_panel=STUDY)(study.rates)
 app.command(rich_help_panel=STUDY)(study.status)

@@ -2,10 +2,12 @@
 
 import json
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from typer.core import TyperCommand
 
 from mergelaw.artifacts import lineage, store
 from mergelaw.errors import MergelawError
@@ -25,16 +27,36 @@ def load_study(file: Path) -> Any:
     return Study(load(file))
 
 
+def fail_with(problems: Iterable[str]) -> None:
+    """Print each problem as an error, and fail if there is one."""
+    lines = list(problems)
+    for line in lines[:-1]:
+        print(f"mergelaw: error: {line}", file=sys.stderr)
+    if lines:
+        raise MergelawError(lines[-1])
+
+
 # -- configurations ----------------------------------------------------------------------------
 
 
 @config_app.command("check")
-def config_check(file: StudyFile = DEFAULT) -> None:
-    """Check a configuration and say what it would measure.
+def config_check(
+    file: StudyFile = DEFAULT,
+    deep: Annotated[
+        bool, typer.Option("--deep", help="read and tokenise all documents, not a few of each file")
+    ] = False,
+) -> None:
+    """Check a configuration, its local models and documents, and say what it would measure.
 
-    Example: mergelaw config check ours.yaml
+    Example: mergelaw config check ours.yaml --deep
     """
+    from mergelaw.workflow.inspect import inspect
+
     study = load_study(file)
+    found = inspect(study, deep)
+    for note in found.notes:
+        print(f"note: {note}")
+    fail_with(f"{file}: {problem}" for problem in found.problems)
     config, artifacts = study.config, study.by_path.values()
     designs = [len(rows) for rows in study.rows.values()]  # the base itself included
     low, high = min(designs) - 1, max(designs) - 1
@@ -49,6 +71,58 @@ def config_check(file: StudyFile = DEFAULT) -> None:
         f"{file}: {bases} bases, {len(config.pool())} experts, {len(config.domains)} domains, "
         f"{rules} methods; {trained} models to train, {merges} merges per base and method, "
         f"{f'{learned} learned merges, ' if learned else ''}{cells:,} cells, {len(artifacts)} jobs"
+    )
+
+
+class Lists(TyperCommand):
+    """A command whose repeatable options take several values: ``--data a b`` as well."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Repeat a list's option before each of its values."""
+        lists = {name for option in self.params if option.multiple for name in option.opts}
+        words: list[str] = []
+        option = None
+        for word in args:
+            if word.startswith("-"):
+                option = word if word in lists else None
+            elif option is not None and words[-1] != option:
+                words.append(option)
+            words.append(word)
+        return super().parse_args(ctx, words)
+
+
+def init(
+    base: Annotated[Path, typer.Option(help="folder of the base model")],
+    experts: Annotated[
+        list[Path], typer.Option(help="folders of experts: whole models or adapters; or one above")
+    ],
+    data: Annotated[
+        list[Path], typer.Option(help="a file or folder of documents for each domain; or one above")
+    ],
+    output: Annotated[Path, typer.Option("--output", "-o", help="the file to write")] = Path(
+        "study.yaml"
+    ),
+) -> None:
+    """Write a configuration for a base, its experts and files of documents.
+
+    Example: mergelaw init --base models/base --experts models/law models/code --data data/*.jsonl
+    """
+    from mergelaw.config.init import draft
+    from mergelaw.config.load import parse_text
+    from mergelaw.workflow.study import Study
+
+    if output.exists():
+        raise MergelawError(f"{output}: exists; name another file with -o")
+    text = draft(output.stem, base, experts, data)
+    study = Study(parse_text(text, str(output)))
+    jobs = len(study.by_path)
+    output.write_text(text, encoding="utf-8")
+    config = study.config
+    found = [name for name in config.models if config.expert_domains(name)]
+    print(
+        f"{output}: {len(config.models)} experts ({len(found)} with a domain), "
+        f"{len(config.domains)} domains, {jobs} jobs. Read it, then run\n"
+        f"  snakemake --profile profiles/local --configfile {output}\n  mergelaw best {output}"
     )
 
 
@@ -175,10 +249,7 @@ def show_lineage(
         return
     count, wrong = folder.verify(path) if is_root else lineage.verify(artifacts)
     wrong += folder.measure_again(study, measure) if study and not wrong else []
-    for problem in wrong[:-1]:
-        print(f"mergelaw: error: {problem}", file=sys.stderr)
-    if wrong:
-        raise MergelawError(wrong[-1])
+    fail_with(wrong)
     print(f"verified: {count} artifacts, every file is what was written")
     if measure:
         print(f"{measure} merges of each evaluation have the same losses when measured again")

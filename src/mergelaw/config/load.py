@@ -32,6 +32,11 @@ def load(path: Path | str) -> Config:
     return parse(read(path), str(path))
 
 
+def parse_text(text: str, where: str) -> Config:
+    """Check the text of a configuration. Raises MergelawError."""
+    return parse(_parse_yaml(text.encode(), where), where)
+
+
 def read(path: Path | str) -> Any:
     """The data of a YAML 1.2 file; a repeated key is an error. Raises MergelawError."""
     try:

@@ -1,0 +1,126 @@
+"""`config check` opens local models and files: each problem is one line with its place."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import yaml
+from typer.testing import CliRunner
+
+import models
+from mergelaw.cli.app import app
+from mergelaw.config import parse
+from mergelaw.workflow.inspect import inspect
+from mergelaw.workflow.study import Study
+
+TINY = {"hidden_size": 16, "num_hidden_layers": 1, "intermediate_size": 24}
+
+
+def lines(path: Path, count: int, prompt: str = "What is {} + 1?") -> Path:
+    records = ({"prompt": prompt.format(n), "response": f"It is {n + 1}."} for n in range(count))
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return path
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory) -> Path:
+    """A base, two experts of it and an adapter, and a file of documents."""
+    folder = tmp_path_factory.mktemp("made")
+    base = models.write_checkpoint(folder / "base", dtype="float32", **TINY)
+    for seed, name in enumerate(("sums", "tales")):
+        models.write_expert(base, folder / name, 0.05, seed)
+    models.write_adapter(base, folder / "adapter", r=2)
+    lines(folder / "sums.jsonl", 30)
+    return folder
+
+
+@pytest.fixture
+def place(made, tmp_path) -> Path:
+    return Path(shutil.copytree(made, tmp_path / "place"))
+
+
+def study(place: Path, **changes) -> Study:
+    experts = {
+        name: {"checkpoints": {"tiny": {"path": str(place / name)}}} for name in ("sums", "tales")
+    }
+    data = {
+        "name": "checked",
+        "results": str(place / "results"),
+        "domains": {"sums": {"source": {"files": [str(place / "sums.jsonl")]}}},
+        "bases": {"tiny": {"path": str(place / "base")}},
+        "experts": experts,
+        "methods": {"average": {}},
+    }
+    return Study(parse(data | changes))
+
+
+def problems(place: Path, deep: bool = False, **changes) -> list[str]:
+    found = inspect(study(place, **changes), deep).problems
+    assert all("\n" not in problem for problem in found)
+    return found
+
+
+def test_what_fits_is_accepted_and_said(place):
+    found = inspect(study(place))
+    assert found.problems == [] and found.notes == []
+    shutil.copytree(place / "sums", place / "again")
+    checkpoints = {name: {"tiny": {"path": str(place / name)}} for name in ("sums", "again")}
+    checkpoints["sums"]["other"] = {"path": str(place / "sums")}
+    experts = {name: {"checkpoints": where} for name, where in checkpoints.items()}
+    bases = {"tiny": {"path": str(place / "base")}, "other": {"path": str(place / "base")}}
+    notes = "\n".join(inspect(study(place, experts=experts, bases=bases)).notes)
+    assert "experts sums and again: are the same checkpoint" in notes
+    assert "bases.other: has no checkpoint of again" in notes
+    assert "laws over several sizes are about the experts of all bases: sums" in notes
+
+
+def test_an_adapter_is_no_base(place):
+    (problem,) = problems(place, bases={"tiny": {"path": str(place / "adapter")}})
+    assert problem.startswith("bases.tiny: ") and "is an adapter" in problem
+
+
+def test_each_model_that_does_not_fit_is_named(place):
+    wide = models.write_checkpoint(place / "wide", dtype="float32", **TINY | {"hidden_size": 32})
+    experts = {
+        name: {"checkpoints": {"tiny": {"path": str(path)}}}
+        for name, path in (("wide", wide), ("sums", place / "sums"), ("tales", place / "tales"))
+    }
+    (place / "tales" / "model.safetensors").write_bytes(b"half")
+    first, second = problems(place, experts=experts)
+    assert first.startswith("experts.wide.checkpoints.tiny: ") and "give an expert" in first
+    assert second.startswith("experts.tales.checkpoints.tiny: ") and "corrupt" in second
+
+
+def test_a_base_needs_a_tokenizer(place):
+    for file in (place / "base").glob("tokenizer*"):
+        file.unlink()
+    assert "bases.tiny: " in problems(place)[0] and "tokenizer" in problems(place)[0]
+
+
+def test_documents_are_looked_at_and_all_of_them_if_asked(place):
+    file = place / "sums.jsonl"
+    lines(file, 30)
+    whole = file.read_text()
+    file.write_text(whole + json.dumps({"question": "a"}) + "\n")
+    settings = {"files": [str(file)], "invalid_records": "skip"}
+    assert problems(place, True, domains={"sums": {"source": settings}}) == []
+    long = whole + json.dumps({"prompt": "p", "response": "x y " * 300}) + "\n"
+    file.write_text(long)
+    short = {"max_tokens": 64}
+    assert inspect(study(place, evaluation=short)).notes == []
+    (note,) = inspect(study(place, evaluation=short), deep=True).notes
+    assert "the longest of 31 documents has" in note and "max_tokens (64)" in note
+
+
+def test_the_command_fails_with_every_problem(place):
+    config = study(place).config.model_dump(exclude_unset=True, by_alias=True)
+    file = place / "study.yaml"
+    file.write_text(yaml.safe_dump(config))
+    run = CliRunner().invoke(app, ["config", "check", str(file)])
+    assert run.exit_code == 0 and "1 bases, 2 experts" in run.output
+    for name in ("sums", "tales"):
+        (place / name / "model.safetensors").write_bytes(b"half")
+    run = CliRunner().invoke(app, ["config", "check", str(file)])
+    assert run.exit_code == 1
+    assert "experts.sums" in run.output and "experts.tales" in str(run.exception)
