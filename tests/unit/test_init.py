@@ -82,6 +82,10 @@ def test_folders_stand_for_what_is_in_them(place):
     assert init(*ALL).exit_code == 0
     study = config.load("study.yaml")
     assert [*study.models] == ["coder", "law", "medical"] and [*study.domains] == sorted(DOMAINS)
+    assert "learned" in study.methods
+    lines(Path("data/law_eval.jsonl"), "law", 15)
+    assert init(*ALL, "-o", "few.yaml").exit_code == 0
+    assert "learned" not in config.load("few.yaml").methods
 
 
 @pytest.mark.parametrize(

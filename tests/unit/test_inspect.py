@@ -113,6 +113,15 @@ def test_documents_are_looked_at_and_all_of_them_if_asked(place):
     assert "the longest of 31 documents has" in note and "max_tokens (64)" in note
 
 
+def test_learned_coefficients_need_documents_that_evaluation_leaves(place):
+    methods = {"average": {}, "learned": {}}
+    assert problems(place, methods=methods) == []
+    for count, left in ((9, 2), (2, 0)):
+        lines(place / "sums.jsonl", count)
+        (problem,) = problems(place, methods=methods)
+        assert problem.startswith(f"domains.sums: {left} documents are left for calibration")
+
+
 def test_the_command_fails_with_every_problem(place):
     config = study(place).config.model_dump(exclude_unset=True, by_alias=True)
     file = place / "study.yaml"

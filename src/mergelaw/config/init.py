@@ -10,6 +10,7 @@ from mergelaw.data.inspection import Inspection, inspect
 from mergelaw.data.recipe import Source
 from mergelaw.data.sources import local_files
 from mergelaw.errors import MergelawError
+from mergelaw.merging.methods.learned import FEWEST
 from mergelaw.models.checkpoint import (
     ADAPTER_CONFIG,
     is_adapter,
@@ -40,7 +41,12 @@ def draft(name: str, base: Path, experts: Sequence[Path], data: Sequence[Path]) 
     vocabulary = _vocabulary(base, models.values())
     domains = domains_of(data)
     place = _plain(_clean(base.absolute().name))
-    longest = max(found.longest for found in _looked_at(base, domains))
+    inspections = list(_looked_at(base, domains))
+    longest = max(one.longest for one in inspections)
+    # A quarter of the documents, if they are few, is for calibration.
+    enough = (
+        min(len({each.document for each in one.documents}) for one in inspections) >= 4 * FEWEST
+    )
     return "\n".join(
         [
             "# Written by `mergelaw init`. All keys: config/README.md.",
@@ -64,6 +70,7 @@ def draft(name: str, base: Path, experts: Sequence[Path], data: Sequence[Path]) 
             "  average: {}",
             "  task_arithmetic: {lambda: 1.5}",
             "  ties: {density: 0.2}",
+            *(["  learned: {}  # coefficients, from a few of the documents"] if enough else []),
             "",
             "# Subsets: all where there are few, otherwise three circles of neighbours.",
             "sampling: {circles: 3, exhaustive_up_to: 32}",

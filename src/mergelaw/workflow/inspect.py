@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from mergelaw.errors import MergelawError
+from mergelaw.merging.methods.learned import FEWEST, Learned
 from mergelaw.workflow.study import Study
 
 RECORDS = 4  # of each file, where not all are looked at
@@ -38,6 +39,7 @@ def inspect(study: Study, deep: bool = False) -> Findings:
     bases = _bases(study, found)
     _experts(study, bases, found)
     _documents(study, bases, None if deep else RECORDS, found)
+    _calibration(study, found)
     return found
 
 
@@ -111,3 +113,16 @@ def _documents(study: Study, bases: dict[str, Path], records: int | None, found:
                             f"({settings.max_tokens:,}), and long documents are refused; raise it, "
                             "or set evaluation.long_documents"
                         )
+
+
+def _calibration(study: Study, found: Findings) -> None:
+    """Learned coefficients need some documents of every domain, which files may not have."""
+    if any(isinstance(method, Learned) for method in study.config.methods.values()):
+        for name in study.config.domains:
+            recipe, corpus = study.config.splits_of(name), study.corpora["calibration"].get(name)
+            count = corpus.size[0] if corpus and corpus.size else 0 if corpus is None else FEWEST
+            if count < FEWEST and recipe.calibration_documents:
+                found.problems.append(
+                    f"domains.{name}: {count} documents are left for calibration, of which the "
+                    f"method `learned` needs {FEWEST}; give more documents or fewer eval_documents"
+                )
