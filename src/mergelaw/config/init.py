@@ -4,6 +4,7 @@ import difflib
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from os.path import commonprefix
 from pathlib import Path
 
 from mergelaw.data.inspection import Inspection, inspect
@@ -24,7 +25,8 @@ TRAIN = {"train", "training"}
 EVAL = {"eval", "evaluation", "test", "val", "valid", "validation", "dev"}
 WORDS = {"null", "true", "false", "yes", "no", "on", "off", "y", "n"}  # YAML has values for them
 ALIKE = 0.8  # least similarity of two words that mean the same domain
-SHORTEST = 3  # letters of a word that may be the beginning of another
+SHORTEST = 3  # letters of a word that may be the beginning of another, as law and lawyer
+STEM = 5  # letters that two words may have in common, as medical and medicine
 TOKENS = 256  # evaluation.max_tokens is this times a power of two
 
 
@@ -165,8 +167,9 @@ def domain_of(expert: str, domains: Iterable[str]) -> str | None:
 
     def alike(left: str, right: str) -> bool:
         short, long = sorted((left.lower(), right.lower()), key=len)
-        starts = len(short) >= SHORTEST and long.startswith(short)
-        return starts or difflib.SequenceMatcher(None, short, long).ratio() >= ALIKE
+        start = len(commonprefix([short, long]))
+        same = start == len(short) >= SHORTEST or (start >= STEM and start >= 0.7 * len(short))
+        return same or difflib.SequenceMatcher(None, short, long).ratio() >= ALIKE
 
     domains = list(domains)
     if expert in domains:
