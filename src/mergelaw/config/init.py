@@ -4,7 +4,6 @@ import difflib
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from os.path import commonprefix
 from pathlib import Path
 
 from mergelaw.data.inspection import Inspection, inspect
@@ -167,7 +166,7 @@ def domain_of(expert: str, domains: Iterable[str]) -> str | None:
 
     def alike(left: str, right: str) -> bool:
         short, long = sorted((left.lower(), right.lower()), key=len)
-        start = len(commonprefix([short, long]))
+        start = next((i for i, letter in enumerate(short) if letter != long[i]), len(short))
         same = start == len(short) >= SHORTEST or (start >= STEM and start >= 0.7 * len(short))
         return same or difflib.SequenceMatcher(None, short, long).ratio() >= ALIKE
 
