@@ -12,6 +12,8 @@ from transformers.utils import chat_template_utils
 from mergelaw.data.documents import Document
 from mergelaw.data.tokenize import encode, parts
 from mergelaw.errors import MergelawError
+from mergelaw.models import openrlhf
+from mergelaw.models.recipe import Training
 
 SPECIAL = ["<unk>", "<s>", "</s>", "<|turn|>", "<|close|>", "<|over|>"]
 WORDS = [
@@ -238,6 +240,7 @@ def test_what_a_template_leaves_out_is_refused(template, document, words):
 
 
 TRIM = PLAIN.replace("{{ c }}", "{{ c | trim }}")
+ASKS = "{% if not messages[0].ticket %}{{ raise_exception('no ticket') }}{% endif %}" + PLAIN
 REASONS = turns("{{ m['reasoning'] }}{{ c }}", "{{ m['reasoning'] }}{{ c.split('!')[-1] }}</s>")
 
 
@@ -249,6 +252,7 @@ REASONS = turns("{{ m['reasoning'] }}{{ c }}", "{{ m['reasoning'] }}{{ c.split('
         (TRIM, QUESTION, " red \n", ["changes white space"]),
         (TRIM, [{"role": "user", "content": "say \n"}], "red", ["changes white space"]),
         (REASONS, [{**QUESTION[0], "reasoning": "hm"}], "red", []),
+        (ASKS, [{**QUESTION[0], "ticket": 7}], "red", []),
         (PLAIN, [{**QUESTION[0], "reasoning": "hm"}], "red", ["ignores 'reasoning' of turns"]),
         (
             REASONS,
@@ -260,7 +264,8 @@ REASONS = turns("{{ m['reasoning'] }}{{ c }}", "{{ m['reasoning'] }}{{ c.split('
 )
 def test_what_a_template_changes_is_counted_and_named(template, messages, answer, changes, capsys):
     ours, document = of(template), chat(answer, messages)
-    found = encode(ours, [document, chat()], 1000, "refuse", "the set")
+    other = chat(messages=[{**QUESTION[0], "ticket": 7}] if template == ASKS else None)
+    found = encode(ours, [document, other], 1000, "refuse", "the set")
     assert found.changes == dict.fromkeys(changes, 1)
     for change in changes:
         text = f"mergelaw: the set: the chat template {change} in 1 of 2 documents\n"
@@ -299,6 +304,30 @@ def test_tokens_that_swallow_white_space_belong_to_the_template():
     ours = PreTrainedTokenizerFast(tokenizer_object=core)
     ours.chat_template = headed("ROLE<|go|>", "<|halt|>")
     assert scored(ours, chat("  red ")) == "red<|halt|>"
+
+
+def test_an_answer_without_a_token_is_counted():
+    ours = of(TEMPLATES["chatml"][0], "word piece")
+    found = encode(ours, [chat("\u200b"), chat()], 1000, "refuse", "the set")
+    assert [window.document for window in found.windows] == [1]
+    assert found.changes == {"gives answers without a token": 1}
+
+
+def test_openrlhf_refuses_a_tokenizer_that_joins_prompt_and_answer():
+    recipe = Training(
+        trainer="openrlhf",
+        steps=1,
+        batch_size=1,
+        max_tokens=512,
+        learning_rate=1e-5,
+        dtype="bfloat16",
+    )
+    template, end = TEMPLATES["mistral"]
+    with pytest.raises(MergelawError, match="here: OpenRLHF tokenises prompts apart, which gives"):
+        openrlhf.render(of(template), [chat()], recipe, "here")
+    template, end = TEMPLATES["chatml"]
+    (row,), found, _ = openrlhf.render(of(template), [chat()], recipe, "here")
+    assert (row["response"], found) == (ANSWER + end, end)
 
 
 def test_every_clock_of_a_template_stands_still(monkeypatch):

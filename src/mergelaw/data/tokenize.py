@@ -217,6 +217,7 @@ def _chat_parts(chat: _Chat, ids: list[int], offsets: Sequence[Any], added: set[
         and not (ids[place] in added and (first < begin or last > end))
     ]
     if not inside:
+        chat.changes.add("gives answers without a token")
         return Parts(ids, len(ids), len(ids))
     start, stop = inside[0], inside[-1] + 1
     for place in range(stop, len(ids)):
