@@ -242,7 +242,7 @@ def test_a_look_at_the_first_records_of_each_file(tmp_path):
     beyond = ours.convert_tokens_to_ids("<|assistant|>")
     source = Source(files=[second], where={"kind": "b"})
     with pytest.raises(
-        MergelawError, match=r"b\.csv: its documents have the token .*embedding has"
+        MergelawError, match=r"b\.csv: the documents have the token .*embedding has"
     ):
         inspect(source, ours, beyond)
     system = written(tmp_path / "c.jsonl", [{"system": "s", **records(1)[0]}])

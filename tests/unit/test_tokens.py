@@ -191,6 +191,14 @@ def test_a_document_that_the_template_refuses_is_named(source, words):
         encoded([CHAT])
 
 
+def test_a_token_without_a_row_in_the_embedding_is_refused():
+    rows = max(encoded([CHAT]).windows[0].ids)
+    ours = tokenizer()
+    encode(ours, [CHAT], 100, "refuse", "the set", rows=rows + 1)
+    with pytest.raises(MergelawError, match=rf"the set: .* \({rows}\), .* has {rows} rows"):
+        encode(ours, [CHAT], 100, "refuse", "the set", rows=rows)
+
+
 def test_a_set_without_anything_to_score_is_refused():
     for items in ([], [Document("empty", None, "")], [Document("one", None, "a")]):
         with pytest.raises(MergelawError, match="the set: no token to score"):

@@ -305,12 +305,14 @@ def encode(
     long_documents: str,
     where: str,
     protocol: str = "mergelaw",
+    rows: int | None = None,
 ) -> Encoded:
     """The windows of ``documents``, each of at most ``max_tokens`` tokens.
 
     A longer document is an error (``refuse``), loses the tokens beyond the limit (``truncate``), or
     becomes several windows (``split``): each token is scored once, and a window begins with the
-    last token of the previous one. Raises MergelawError also if no token is left to score.
+    last token of the previous one. Raises MergelawError also if no token is left to score, and for
+    a token that the base's embedding of ``rows`` rows lacks.
     """
     if len(tokenizer) <= len(tokenizer.added_tokens_decoder):
         raise MergelawError(
@@ -351,6 +353,13 @@ def encode(
     if not windows:
         raise MergelawError(
             f"{where}: no token to score in {len(documents)} documents; check the data"
+        )
+    highest = max(max(window.ids) for window in windows)
+    if rows is not None and highest >= rows:
+        raise MergelawError(
+            f"{where}: the documents have the token {tokenizer.convert_ids_to_tokens(highest)!r}"
+            f" ({highest}), but the base's embedding has {rows} rows; use the base's own tokenizer,"
+            " or resize its embedding"
         )
     for change, count in changes.items():
         text = f"the chat template {change} in {count} of {len(documents)} documents"

@@ -20,7 +20,7 @@ from mergelaw.merging.methods import method_of
 from mergelaw.merging.methods.learned import read_coefficients
 from mergelaw.merging.task_vector import TaskVector, digest_of
 from mergelaw.models import causal_lm
-from mergelaw.models.checkpoint import Tensors
+from mergelaw.models.checkpoint import Tensors, read_config, vocabulary_size
 from mergelaw.models.size import count_parameters
 
 if TYPE_CHECKING:
@@ -99,9 +99,12 @@ def encode(
     """The evaluation documents by domain, in tokens of a model's folder."""
     tokenizer, sets = causal_lm.load_tokenizer(base), {}
     limits = settings["max_tokens"], settings["long_documents"]
+    rows = vocabulary_size(read_config(base))
     for domain, folder in corpora.items():
         documents, where = corpus.read_split(folder), f"evaluation documents of {domain}"
-        sets[domain] = tokens.encode(tokenizer, documents, *limits, where, settings["protocol"])
+        sets[domain] = tokens.encode(
+            tokenizer, documents, *limits, where, settings["protocol"], rows
+        )
     return sets
 
 

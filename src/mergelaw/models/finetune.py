@@ -6,6 +6,7 @@ from typing import Any
 
 from mergelaw.data import tokenize
 from mergelaw.models import causal_lm, trainer
+from mergelaw.models.checkpoint import read_config, vocabulary_size
 from mergelaw.models.recipe import Training
 
 
@@ -30,7 +31,8 @@ def fine_tune(
     dtype, tokenizer = trainer.read_base(base), causal_lm.load_tokenizer(base)
     documents = trainer.training_documents(corpora)
     where = f"training documents of {', '.join(corpora)}"
-    encoded = tokenize.encode(tokenizer, documents, recipe.max_tokens, recipe.long_documents, where)
+    limits, rows = (recipe.max_tokens, recipe.long_documents), vocabulary_size(read_config(base))
+    encoded = tokenize.encode(tokenizer, documents, *limits, where, rows=rows)
     model = causal_lm.load(base, "float32")
     causal_lm.check_windows(model, encoded.windows, where)
     if recipe.packing:
