@@ -827,7 +827,8 @@ def test_a_few_bytes_that_expand_to_many_are_refused(tmp_path, kind):
             for _ in range(65):
                 stream.write(bytes(1 << 20))
     program = (
-        "import resource, sys; from mergelaw.data.recipe import Source\n"
+        "import resource, sys; resource.setrlimit(resource.RLIMIT_AS, (1 << 32, 1 << 32))\n"
+        "from mergelaw.data.recipe import Source\n"
         "from mergelaw.data import sources; from mergelaw.errors import MergelawError\n"
         "sources.ROOM = 1 << 26\n"
         "try: print(len(list(sources.kept_records(Source(files=[sys.argv[1]])))))\n"
