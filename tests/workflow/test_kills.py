@@ -1,6 +1,6 @@
 """kill -9 at any moment: the same command goes on, repeats nothing and ends with the same bits.
 
-MERGELAW_KILLS sets the kills of each test, for a longer soak; MERGELAW_SEED their moments.
+MERGELAW_KILLS sets the kills of each test, for a longer campaign; MERGELAW_SEED their moments.
 """
 
 import json
