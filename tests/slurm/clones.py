@@ -23,6 +23,7 @@ EDITS = {
     "node_memory_gb: 2000": "node_memory_gb: 500",
     "pretrain_base: 8": "pretrain_base: 1",
     "train_expert: 8": "train_expert: 1",
+    "learn_coefficients: 8": "learn_coefficients: 1",
     "evaluate_merges: 8": "evaluate_merges: 1",
     "status-checks: 20": "status-checks: 2",
     "mem_mb: 8000": "mem_mb: 1500 * attempt",
