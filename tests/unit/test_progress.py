@@ -12,6 +12,7 @@ from mergelaw import config
 from mergelaw.artifacts import store
 from mergelaw.cli.app import app
 from mergelaw.workflow import progress
+from mergelaw.workflow.results import summary_text
 from mergelaw.workflow.study import Study
 
 
@@ -123,3 +124,13 @@ def test_status_prints_a_table_or_json(study, tmp_path):
     printed = CliRunner().invoke(app, ["status", str(file), "--json"])
     stages = json.loads(printed.output)["stages"]
     assert stages["evaluate"] == {"finished": 2, "running": 0, "jobs": 2}
+
+
+def test_a_summary_says_unknown_where_a_fit_has_no_number():
+    """Losses that are all equal have no R^2."""
+    place = {"law": "law", "base": "small", "method": "average", "domain": "macro"}
+    numbers = {"parameters": {"L": 1.25}, "floors": [{"M": 3, "reachable": 1.0}], "rmse": 0.001}
+    empty: dict = {"best": {}, "flagged": {}, "warnings": [], "refused": [], "stages": {}}
+    values = {"laws": {"law": "E = L"}, "fits": [{**place, **numbers, "r2": None}], **empty}
+    text = summary_text(values | {"summary": "summary.txt", "report": "report.html"})
+    assert "average, small          L = 1.25  L(3) = 1  R^2 = unknown  RMSE = 0.001" in text

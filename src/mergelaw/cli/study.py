@@ -53,10 +53,10 @@ def config_check(
     from mergelaw.workflow.inspect import inspect
 
     study = load_study(file)
-    found = inspect(study, deep)
-    for note in found.notes:
+    findings = inspect(study, deep)
+    for note in findings.notes:
         print(f"note: {note}")
-    fail_with(f"{file}: {problem}" for problem in found.problems)
+    fail_with(f"{file}: {problem}" for problem in findings.problems)
     config, artifacts = study.config, study.by_path.values()
     designs = [len(rows) for rows in study.rows.values()]  # the base itself included
     low, high = min(designs) - 1, max(designs) - 1
@@ -118,9 +118,9 @@ def init(
     jobs = len(study.by_path)
     output.write_text(text, encoding="utf-8")
     config = study.config
-    found = [name for name in config.models if config.expert_domains(name)]
+    placed = [name for name in config.models if config.expert_domains(name)]
     print(
-        f"{output}: {len(config.models)} experts ({len(found)} with a domain), "
+        f"{output}: {len(config.models)} experts ({len(placed)} with a domain), "
         f"{len(config.domains)} domains, {jobs} jobs. Read it, then run\n"
         f"  snakemake --profile profiles/local --configfile {output}\n  mergelaw best {output}"
     )

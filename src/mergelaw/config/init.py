@@ -36,7 +36,7 @@ def draft(name: str, base: Path, experts: Sequence[Path], data: Sequence[Path]) 
     documents, and for fewer than two experts.
     """
     inspect_base(base)
-    models = named(dict.fromkeys(path for given in experts for path in models_in(given)))
+    models = named(dict.fromkeys(path for folder in experts for path in models_in(folder)))
     if len(models) < 2:
         raise MergelawError(f"--experts: {len(models)} models; give at least two to merge")
     vocabulary = _vocabulary(base, models.values())
@@ -83,14 +83,14 @@ def draft(name: str, base: Path, experts: Sequence[Path], data: Sequence[Path]) 
 
 def models_in(folder: Path) -> list[Path]:
     """A folder that holds a model, or the models in a folder. Raises MergelawError for none."""
-    found = [
+    folders = [
         path
         for path in (folder, *(sorted(folder.iterdir()) if folder.is_dir() else ()))
         if (path / "config.json").is_file() or (path / ADAPTER_CONFIG).is_file()
     ]
-    if not found:
+    if not folders:
         raise MergelawError(f"{folder}: holds no checkpoint and no adapter; give its folder")
-    return found[:1] if found[0] == folder else found
+    return folders[:1] if folders[0] == folder else folders
 
 
 def named(paths: Iterable[Path]) -> dict[str, Path]:

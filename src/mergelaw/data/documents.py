@@ -240,15 +240,15 @@ def _pool(part: SplitRecipe) -> Pool:
             f"{part.source} has no end, so there is no rest to train on;"
             " give train_documents a number"
         )
-    asked = part.eval_documents + (part.train_documents or 0) + part.calibration_documents
+    wanted = part.eval_documents + (part.train_documents or 0) + part.calibration_documents
     records: Iterable[tuple[Any, Any]] = kept_records(part.source)
     if name:
-        records = enumerate(itertools.islice(draw(name, part.seed), DRAWS * asked))
+        records = enumerate(itertools.islice(draw(name, part.seed), DRAWS * wanted))
     distinct: dict[str, Document] = {}
     invalid: list[str] = []
     read = 0
     for place, record in records:
-        if name and len(distinct) == asked:
+        if name and len(distinct) == wanted:
             break
         read += 1
         try:

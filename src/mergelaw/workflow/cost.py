@@ -58,8 +58,8 @@ class Documents:
         corpora = [artifact] if artifact.stage == "corpus" else artifact.of_role("corpora")
         count = tokens = 0.0
         for corpus in corpora:
-            asked = corpus.sources["recipe"][f"{corpus.split}_documents"]
-            number, length = asked or self.train, self.tokens
+            number = corpus.sources["recipe"][f"{corpus.split}_documents"]
+            number, length = number or self.train, self.tokens
             if corpus.size is not None:
                 number, length = corpus.size[0], corpus.size[1] / corpus.size[0]
                 length /= self.bytes_per_token

@@ -113,12 +113,12 @@ def measured(study: Study) -> Rates:
     rates = rates.model_copy(update=_lengths(rates, jobs))
     clock = "wall_seconds" if gpus else "cpu_seconds"
     for stage in TITLES:
-        made = [pair for pair in jobs if pair[0].stage == stage and measured_share(pair[1])]
+        finished = [pair for pair in jobs if pair[0].stage == stage and measured_share(pair[1])]
         # Linking a ready-made model does not tell how long a training takes.
-        computing = [pair for pair in made if pair[0].on_gpu]
+        computing = [pair for pair in finished if pair[0].on_gpu]
         pairs = [
             (measured_share(entry) * rates.working(study, artifact), entry[clock])
-            for artifact, entry in computing or made
+            for artifact, entry in computing or finished
         ]
         if pairs:
             # Relative errors: a job of a second counts as much as one of an hour.
@@ -126,11 +126,11 @@ def measured(study: Study) -> Rates:
             columns = np.column_stack([1 / spent, work / spent])
             start, slow = nnls(columns, np.ones(len(spent)))[0].tolist()
             # Jobs that hardly differ in their work do not tell how fast it is done.
-            known = slow * work.max() > KNOWN * spent.max()
+            measurable = slow * work.max() > KNOWN * spent.max()
             rates.stages[stage] = StageRate(
                 start_seconds=start,
-                teraflops=rates.teraflops / slow if known and computing else None,
-                gigabytes_per_second=rates.gigabytes_per_second / slow if known else None,
+                teraflops=rates.teraflops / slow if measurable and computing else None,
+                gigabytes_per_second=rates.gigabytes_per_second / slow if measurable else None,
             )
     return rates
 

@@ -15,7 +15,7 @@ RECORDS = 4  # of each file, where not all are looked at
 
 @dataclass
 class Findings:
-    """Notes on what was found, and problems that would stop a run; one line each."""
+    """Notes on what was seen, and problems that would stop a run; one line each."""
 
     notes: list[str] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
@@ -35,28 +35,28 @@ def inspect(study: Study, deep: bool = False) -> Findings:
     Weights are read where names and shapes do not tell enough. Documents are tokenised with the
     tokenizer of each local base. ``deep`` reads all records.
     """
-    found = Findings()
-    bases = _bases(study, found)
-    _experts(study, bases, found)
-    _documents(study, bases, None if deep else RECORDS, found)
-    _calibration(study, found)
-    return found
+    findings = Findings()
+    bases = _bases(study, findings)
+    _experts(study, bases, findings)
+    _documents(study, bases, None if deep else RECORDS, findings)
+    _calibration(study, findings)
+    return findings
 
 
-def _bases(study: Study, found: Findings) -> dict[str, Path]:
+def _bases(study: Study, findings: Findings) -> dict[str, Path]:
     """Folders of the local bases that can be used, by name."""
     from mergelaw.models.inspect import inspect_base
 
     bases = {}
     for name, base in study.config.bases.items():
         if base.path is not None:
-            with found.at(f"bases.{name}"):
-                found.notes += inspect_base(Path(base.path))
+            with findings.at(f"bases.{name}"):
+                findings.notes += inspect_base(Path(base.path))
                 bases[name] = Path(base.path)
     return bases
 
 
-def _experts(study: Study, bases: dict[str, Path], found: Findings) -> None:
+def _experts(study: Study, bases: dict[str, Path], findings: Findings) -> None:
     from mergelaw.models.inspect import inspect_expert, same_checkpoints
 
     config = study.config
@@ -64,50 +64,56 @@ def _experts(study: Study, bases: dict[str, Path], found: Findings) -> None:
         kind = "baselines" if name in config.baselines else "experts"
         for base, checkpoint in (expert.checkpoints or {}).items():
             if checkpoint.path is not None and base in bases:
-                with found.at(f"{kind}.{name}.checkpoints.{base}"):
+                with findings.at(f"{kind}.{name}.checkpoints.{base}"):
                     folder = Path(checkpoint.path)
-                    found.notes += inspect_expert(folder, bases[base], config.vocabulary)
+                    findings.notes += inspect_expert(folder, bases[base], config.vocabulary)
     for base in config.bases:
         if lacking := [name for name in config.pool() if not config.has(base, name)]:
-            found.notes.append(f"bases.{base}: has no checkpoint of {', '.join(lacking)}")
+            findings.notes.append(f"bases.{base}: has no checkpoint of {', '.join(lacking)}")
         identities = {
             name: study.expert(base, name, 0).recipe["checkpoint"]
             for name in config.pool(base)
             if config.models[name].checkpoints is not None
         }
-        found.notes += same_checkpoints(identities)
+        findings.notes += same_checkpoints(identities)
     common = config.common_pool()
     if common != config.pool():
         names = ", ".join(common) or "none, so there are none"
-        found.notes.append(f"laws over several sizes are about the experts of all bases: {names}")
+        findings.notes.append(
+            f"laws over several sizes are about the experts of all bases: {names}"
+        )
 
 
-def _documents(study: Study, bases: dict[str, Path], records: int | None, found: Findings) -> None:
+def _documents(
+    study: Study, bases: dict[str, Path], records: int | None, findings: Findings
+) -> None:
     from mergelaw.data.inspection import inspect as look
     from mergelaw.models.causal_lm import load_tokenizer
     from mergelaw.models.checkpoint import read_config, vocabulary_size
 
     tokenizers: dict[str, tuple[Any, int | None]] = {}
     for name, folder in bases.items():
-        with found.at(f"bases.{name}"):
+        with findings.at(f"bases.{name}"):
             tokenizers[name] = load_tokenizer(folder), vocabulary_size(read_config(folder))
     settings = study.config.evaluation
     for name, domain in study.config.domains.items():
         for key, source in (("source", domain.source), ("eval_source", domain.eval_source)):
             where = f"domains.{name}.{key}"
             for base, (tokenizer, rows) in (tokenizers or {"": (None, None)}).items():
-                if source is None or (found.problems and found.problems[-1].startswith(where)):
+                if source is None or (
+                    findings.problems and findings.problems[-1].startswith(where)
+                ):
                     break
-                with found.at(where):
+                with findings.at(where):
                     seen = look(source, tokenizer, rows, records, settings.protocol)
                     count = len(seen.documents)
-                    found.notes += [
+                    findings.notes += [
                         f"{where}: in {number} of {count} documents the chat template of {base} "
                         f"{change}"
                         for change, number in seen.changes.items()
                     ]
                     if seen.longest > settings.max_tokens and settings.long_documents == "refuse":
-                        found.notes.append(
+                        findings.notes.append(
                             f"{where}: the longest of {count} documents has {seen.longest:,} "
                             f"tokens on {base}, more than evaluation.max_tokens "
                             f"({settings.max_tokens:,}), and long documents are refused; raise it, "
@@ -115,14 +121,14 @@ def _documents(study: Study, bases: dict[str, Path], records: int | None, found:
                         )
 
 
-def _calibration(study: Study, found: Findings) -> None:
+def _calibration(study: Study, findings: Findings) -> None:
     """Learned coefficients need some documents of every domain, which files may not have."""
     if any(isinstance(method, Learned) for method in study.config.methods.values()):
         for name in study.config.domains:
             recipe, corpus = study.config.splits_of(name), study.corpora["calibration"].get(name)
             count = corpus.size[0] if corpus and corpus.size else 0 if corpus is None else FEWEST
             if count < FEWEST and recipe.calibration_documents:
-                found.problems.append(
+                findings.problems.append(
                     f"domains.{name}: {count} documents are left for calibration, of which the "
                     f"method `learned` needs {FEWEST}; give more documents or fewer eval_documents"
                 )

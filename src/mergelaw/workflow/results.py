@@ -136,10 +136,15 @@ def summary_text(values: Mapping[str, Any]) -> str:
             law = fit["law"]
             lines.append(f"\n{values['laws'][law]}")
         where = f"{fit['method']}, {fit['base']}" if fit["base"] else fit["method"]
-        numbers = "  ".join(f"{name} = {v:.4g}" for name, v in fit["parameters"].items())
+        numbers = {name: (value, ".4g") for name, value in fit["parameters"].items()}
         for floor in fit["floors"] if fit["base"] else ():
-            numbers += f"  L({floor['M']}) = {floor['reachable']:.4g}"
-        lines.append(f"  {where:<24}{numbers}  R^2 = {fit['r2']:.5f}  RMSE = {fit['rmse']:.2g}")
+            numbers[f"L({floor['M']})"] = (floor["reachable"], ".4g")
+        numbers |= {"R^2": (fit["r2"], ".5f"), "RMSE": (fit["rmse"], ".2g")}
+        texts = (  # R^2 of equal losses is not known
+            f"{name} = {'unknown' if value is None else format(value, form)}"
+            for name, (value, form) in numbers.items()
+        )
+        lines.append(f"  {where:<24}{'  '.join(texts)}")
     for fit in values["refused"]:
         where = f"{fit['method']}, {fit['base'] or 'all sizes'}"
         lines.append(f"  {where}: not fitted, {fit['reason']}")

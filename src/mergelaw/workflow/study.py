@@ -408,9 +408,9 @@ class Study:
             architecture, nominal = self._architecture(base), self.config.bases[base].N
             size = size_of_architecture(architecture) if architecture else None
             if size is None and nominal is None:
-                known = "before it is fetched" if architecture is None else "from its config.json"
+                when = "before it is fetched" if architecture is None else "from its config.json"
                 raise MergelawError(
-                    f"bases.{base}: its size is not known {known}; give its 'N' in billions"
+                    f"bases.{base}: its size is not known {when}; give its 'N' in billions"
                 )
             self._sizes[base] = size or size_of_nominal(nominal or 0)
         return self._sizes[base]
