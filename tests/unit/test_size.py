@@ -47,6 +47,8 @@ SMALL = {
     "intermediate_size": 80,
     "vocab_size": 300,
 }
+MIXTURE = {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
+HEADS = {"num_key_value_heads": 2}
 ARCHITECTURES = [
     QWEN_HALF,
     {"model_type": "llama", "num_key_value_heads": 2, **SMALL},
@@ -61,6 +63,17 @@ ARCHITECTURES = [
     {"model_type": "phi3", "num_key_value_heads": 2, "pad_token_id": 0, **SMALL},
     {"model_type": "granite", "num_key_value_heads": 2, **SMALL},
     {"model_type": "gpt_neox", "tie_word_embeddings": False, **SMALL},
+    {"model_type": "mixtral", "num_local_experts": 6, **HEADS, **SMALL},
+    {"model_type": "olmoe", "num_experts": 6, **HEADS, **SMALL},
+    {
+        "model_type": "qwen3_moe",
+        "mlp_only_layers": [1],
+        **MIXTURE,
+        **HEADS,
+        **SMALL,
+        "head_dim": 12,
+    },
+    {"model_type": "qwen2_moe", "shared_expert_intermediate_size": 40, **MIXTURE, **HEADS, **SMALL},
     {
         "model_type": "gpt2",
         "n_embd": 48,
@@ -87,6 +100,24 @@ def test_counts_are_those_of_the_model(given):
         assert size.non_embedding == counted["non_embedding"]
     assert size.layers == made.num_hidden_layers and size.hidden == made.hidden_size
     assert size.largest == max(parameter.numel() for parameter in model.parameters())
+
+
+def test_a_mixture_of_experts_is_held_whole_and_passed_in_part():
+    mixtral = {
+        "model_type": "mixtral",
+        "vocab_size": 32000,
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "num_local_experts": 8,
+        "num_experts_per_tok": 2,
+        "tie_word_embeddings": False,
+    }
+    size = size_of_architecture(mixtral)
+    assert (round(size.total / 1e9, 1), round(size.active / 1e9, 1)) == (46.7, 12.9)
+    assert size.forward_flops(1, 0) == pytest.approx(2 * (size.active - 32000 * 4096), rel=1e-9)
 
 
 def test_published_sizes():

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 from mergelaw.artifacts import files, lineage
 from mergelaw.errors import MergelawError
 from mergelaw.models.checkpoint import Tensors, Writer, is_adapter, mergeable, open_mapped
-from mergelaw.models.compare import compare
+from mergelaw.models.compare import compare, kinship, matrices
 from mergelaw.models.lora import merge_adapter
 from mergelaw.models.parameters import open_arranged
 
@@ -38,10 +38,6 @@ DERIVED = "derived.json"
 # no bit of a result depends on it.
 PIECE = 1 << 22
 SQUARES = 1 << 20
-# Cosines between expert and base: unrelated models, and far ones. Matrices of LARGE elements count.
-UNRELATED = 0.02
-FAR = 0.5
-LARGE = 1024
 
 
 def difference(expert: "Tensor", base: "Tensor") -> tuple["Tensor", "Tensor", "Tensor"]:
@@ -75,9 +71,8 @@ class Expert:
         else:
             self._tensors = stack.enter_context(open_arranged(folder))
             self.names, self.notes = compare(base, self._tensors, str(folder), vocabulary)
-        shapes = {name: base.shape(name) for name in self.names}
-        self.sizes = {name: math.prod(shape) for name, shape in shapes.items()}
-        self.matrices = [n for n in self.names if len(shapes[n]) > 1 and self.sizes[n] >= LARGE]
+        self.sizes = {name: math.prod(base.shape(name)) for name in self.names}
+        self.matrices = matrices(base, self.names)
 
     def sides(self, name: str, start: int, stop: int) -> tuple["Tensor", "Tensor"]:
         """The flat elements ``start`` to ``stop`` of expert and base that both of them have."""
@@ -133,7 +128,7 @@ def write(
     norm = math.fsum(s["norm"] ** 2 for s in statistics.values()) ** 0.5
     if norm == 0:
         raise MergelawError(f"{expert}: equals its base; an expert must differ from it")
-    notes = [*source.notes, *kinship(source, statistics)]
+    notes = [*source.notes, *kinship_of(source, statistics)]
     for note in notes:
         print(f"mergelaw: {note}", file=sys.stderr)
     total = {key: sum(s[key] for s in statistics.values()) for key in ("elements", "exceptions")}
@@ -146,27 +141,11 @@ def write(
     return facts | ({"notes": notes} if notes else {})
 
 
-def kinship(source: Expert, statistics: dict[str, dict[str, Any]]) -> list[str]:
-    """A note on an expert whose matrices have little in common with its base's.
-
-    The measure is the cosine between all large matrices of expert and base. Independent models
-    have a cosine near 0. Removes ``expert_norm`` from ``statistics``.
-    """
-    theirs = {name: values.pop("expert_norm") for name, values in statistics.items()}
-    ours = math.fsum(statistics[n]["base_norm"] ** 2 for n in source.matrices)
-    other = math.fsum(theirs[n] ** 2 for n in source.matrices)
-    difference = math.fsum(statistics[n]["norm"] ** 2 for n in source.matrices)
-    if not ours or not other:
-        return []
-    cosine = (ours + other - difference) / 2 / (ours * other) ** 0.5
-    if cosine >= FAR:
-        return []
-    relation = "has nothing in common with" if cosine < UNRELATED else "differs much from"
-    return [
-        f"{source.folder}: {relation} its base (the difference has "
-        f"{(difference / ours) ** 0.5:.2f} times the base's norm, the cosine is {cosine:.3f}; a "
-        "fine-tune's is above 0.9); check that it was fine-tuned from this base"
-    ]
+def kinship_of(source: Expert, statistics: dict[str, dict[str, Any]]) -> list[str]:
+    """:func:`compare.kinship` of an expert; removes ``expert_norm`` from ``statistics``."""
+    norms = {name: values.pop("expert_norm") for name, values in statistics.items()}
+    rows = [(statistics[n]["base_norm"], norms[n], statistics[n]["norm"]) for n in source.matrices]
+    return kinship(rows, str(source.folder))
 
 
 def measured(

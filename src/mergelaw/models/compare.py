@@ -1,8 +1,9 @@
 """Whether an expert is a fine-tune of its base: configurations, tokenizers and tensors."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from math import fsum, prod
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,9 @@ UNREAD = re.compile(
     r"|output_router_logits|output_attentions|reorder_and_upcast_attn|rope_parameters\.(?:.*\.)?type"
     r"|attn_implementation|_.*"
 )
+# Cosines of expert and base: unrelated models, and far ones. Matrices of LARGE elements count.
+UNRELATED, FAR, LARGE = 0.02, 0.5, 1024
+SAMPLED = 8  # matrices that a quick look reads
 NEVER_READ = re.compile(
     r"architectures|transformers_version|torch_dtype|dtype|auto_map|id2label.*|label2id.*"
     r"|return_dict|output_hidden_states|chunk_size_feed_forward|problem_type|torchscript"
@@ -208,3 +212,39 @@ def text_parameters(model: Any, text: Any, expert: Tensors) -> tuple[dict[str, s
 
     found = {name: name_in_model(key) for name, key in parameters_of(text, expert).items()}
     return found, {name_in_model(key) for key in values_of(text)}
+
+
+def matrices(base: Tensors, names: Sequence[str]) -> list[str]:
+    """The large matrices among ``names``, which tell whether two models are related."""
+    shapes = {name: base.shape(name) for name in names}
+    return [n for n in names if len(shapes[n]) > 1 and prod(shapes[n]) >= LARGE]
+
+
+def kinship(norms: Sequence[tuple[float, float, float]], where: str) -> list[str]:
+    """A note on an expert whose matrices have little in common with its base's.
+
+    ``norms`` are those of base, expert and difference by matrix. Their cosine is near 0 for models
+    that were trained independently.
+    """
+    ours, theirs, apart = (fsum(norm[side] ** 2 for norm in norms) for side in range(3))
+    cosine = (ours + theirs - apart) / 2 / (ours * theirs) ** 0.5 if ours and theirs else 1.0
+    if cosine >= FAR:
+        return []
+    relation = "has nothing in common with" if cosine < UNRELATED else "differs much from"
+    return [
+        f"{where}: {relation} its base (the difference has {(apart / ours) ** 0.5:.2f} times the "
+        f"base's norm, the cosine is {cosine:.3f}; a fine-tune's is above 0.9); check that it was "
+        "fine-tuned from this base"
+    ]
+
+
+def sampled_kinship(base: Tensors, expert: Tensors, names: Sequence[str]) -> list[str]:
+    """:func:`kinship` from the first elements of a few matrices."""
+    rows = []
+    for name in matrices(base, [n for n in names if n in expert])[:SAMPLED]:
+        ours, theirs = (side[name].reshape(-1)[: 1 << 16].float() for side in (base, expert))
+        common = min(len(ours), len(theirs))
+        both = ours[:common], theirs[:common], theirs[:common] - ours[:common]
+        first, second, apart = (float(values.norm()) for values in both)
+        rows.append((first, second, apart))
+    return kinship(rows, str(expert.folder))

@@ -12,7 +12,7 @@ from mergelaw.models.checkpoint import (
     mergeable,
     vocabulary_size,
 )
-from mergelaw.models.compare import compare
+from mergelaw.models.compare import compare, sampled_kinship
 from mergelaw.models.lora import inspect_adapter
 from mergelaw.models.parameters import (
     build,
@@ -75,14 +75,16 @@ def inspect_tokenizer(folder: Path, rows: int) -> list[str]:
 def inspect_expert(folder: Path, base: Path, vocabulary: str = "refuse") -> list[str]:
     """Check that an expert, a checkpoint or an adapter, fits its base. Returns notes for users.
 
-    It reads headers, and values only where names alone cannot tell. Raises MergelawError.
+    It reads headers, and few values: to match names, and to say if the two are unrelated. Raises
+    MergelawError.
     """
     folder, base = Path(folder), Path(base)
     if is_adapter(folder):
         return inspect_adapter(build(base), base, folder, vocabulary)
     with ExitStack() as stack:
         ours, theirs = (stack.enter_context(open_arranged(side)) for side in (base, folder))
-        return compare(ours, theirs, str(folder), vocabulary)[1]
+        names, notes = compare(ours, theirs, str(folder), vocabulary)
+        return notes + sampled_kinship(ours, theirs, names)
 
 
 def same_checkpoints(identities: Mapping[str, Any]) -> list[str]:

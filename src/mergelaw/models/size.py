@@ -1,7 +1,7 @@
 """Size of a model: parameters, FLOPs and activations, from its configuration, without torch.
 
-Standard decoders (grouped-query attention, a gated MLP, RMS norms, or GPT-2's older form) are
-counted exactly; other models as a Llama with their dimensions.
+Standard decoders (grouped-query attention, a gated MLP or a mixture of them, RMS norms, or GPT-2's
+older form) are counted exactly; other models as a Llama with their dimensions.
 """
 
 from collections.abc import Mapping
@@ -9,10 +9,12 @@ from dataclasses import dataclass
 from typing import Any
 
 TIED = {"gemma", "gemma2", "gemma3_text", "gpt2"}  # tied unless the configuration says otherwise
-QKV_BIAS = {"qwen2"}  # always, whatever the configuration says
-HEAD_NORMS = {"qwen3", "gemma3_text"}  # queries and keys are normalised head by head
-WIDE_NORMS = {"olmo2"}  # queries and keys are normalised over all heads
+QKV_BIAS = {"qwen2", "qwen2_moe"}  # always, whatever the configuration says
+HEAD_NORMS = {"qwen3", "qwen3_moe", "gemma3_text"}  # queries and keys are normalised head by head
+WIDE_NORMS = {"olmo2", "olmoe"}  # queries and keys are normalised over all heads
 FOUR_NORMS = {"gemma2", "gemma3_text"}  # a block has four norms instead of two
+# Names of the number of experts.
+EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 OLDER = {"gpt2", "gpt_neox"}  # the MLP has no gate; all matrices and norms have biases
 
 
@@ -28,11 +30,17 @@ class Size:
     layers: int
     query: int  # heads x their width
     key_value: int  # key-value heads x their width
+    idle: int = 0  # of the total: experts of a mixture that a token does not pass through
 
     @property
     def non_embedding(self) -> int:
         """Parameters without embeddings and an untied head: the N of the scaling law."""
         return self.total - self.embedding
+
+    @property
+    def active(self) -> int:
+        """Parameters that a token passes through; all, but for a mixture of experts."""
+        return self.total - self.idle
 
     @property
     def largest(self) -> int:
@@ -44,7 +52,7 @@ class Size:
 
         Causal attention sees half of the context on average (Kaplan et al. 2020, appendix B).
         """
-        weights = self.non_embedding + self.vocab * self.hidden
+        weights = self.active - self.embedding + self.vocab * self.hidden
         return tokens * (2 * weights + 2 * self.layers * self.query * context)
 
     def activations(self, tokens: int, dtype: str, checkpointing: bool = False) -> float:
@@ -70,7 +78,7 @@ def size_of_architecture(config: Mapping[str, Any]) -> Size | None:
     kind = config.get("model_type")
 
     def get(*names: str) -> int:
-        return next((int(config[name]) for name in names if config.get(name)), 0)
+        return _first(config, *names)
 
     hidden, layers = get("hidden_size", "n_embd"), get("num_hidden_layers", "n_layer")
     heads, vocab = get("num_attention_heads", "n_head"), get("vocab_size")
@@ -88,6 +96,7 @@ def size_of_architecture(config: Mapping[str, Any]) -> Size | None:
         attention += heads_out + hidden
     matrices = 2 if older else 3
     mlp = matrices * hidden * intermediate
+    mixed, idle = _mixture(config, hidden, layers, intermediate)
     if older or config.get("mlp_bias"):
         mlp += (matrices - 1) * intermediate + hidden
     if kind in HEAD_NORMS:
@@ -100,8 +109,36 @@ def size_of_architecture(config: Mapping[str, Any]) -> Size | None:
     embedding = vocab * hidden * (1 if tied else 2)
     if kind == "gpt2":
         embedding += (get("n_positions", "max_position_embeddings") or 1024) * hidden
-    total = embedding + layers * (attention + mlp + norms) + norm
-    return Size(total, embedding, vocab, hidden, intermediate, layers, query, key_value)
+    dense = layers - len(_sparse_layers(config, layers))
+    total = embedding + layers * (attention + norms) + norm + dense * mlp + mixed
+    return Size(total, embedding, vocab, hidden, intermediate, layers, query, key_value, idle)
+
+
+def _first(config: Mapping[str, Any], *names: str) -> int:
+    return next((int(config[name]) for name in names if config.get(name)), 0)
+
+
+def _sparse_layers(config: Mapping[str, Any], layers: int) -> list[int]:
+    """The layers whose MLP is a mixture of experts."""
+    if not _first(config, *EXPERTS):
+        return []
+    start, step = _first(config, "first_k_dense_replace"), _first(config, "decoder_sparse_step")
+    dense = config.get("mlp_only_layers") or []
+    return [n for n in range(start, layers) if n not in dense and (n + 1) % (step or 1) == 0]
+
+
+def _mixture(
+    config: Mapping[str, Any], hidden: int, layers: int, intermediate: int
+) -> tuple[int, int]:
+    """Parameters of all mixtures of experts, and how many of them a token passes by."""
+    experts, chosen = _first(config, *EXPERTS), _first(config, "num_experts_per_tok", "moe_top_k")
+    width = _first(config, "moe_intermediate_size") or intermediate
+    shared = _first(config, "shared_expert_intermediate_size")
+    always = hidden * experts + 3 * hidden * width * _first(config, "n_shared_experts")
+    always += 3 * hidden * shared + (hidden if shared else 0)  # with a gate
+    each, count = 3 * hidden * width, len(_sparse_layers(config, layers))
+    idle = (experts - min(chosen or experts, experts)) * each
+    return count * (always + experts * each), count * idle
 
 
 def size_of_nominal(billions: float) -> Size:
