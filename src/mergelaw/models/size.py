@@ -31,6 +31,7 @@ class Size:
     query: int  # heads x their width
     key_value: int  # key-value heads x their width
     idle: int = 0  # of the total: experts of a mixture that a token does not pass through
+    joined: int = 0  # widths of a layer's experts, gates included, which are one tensor
 
     @property
     def non_embedding(self) -> int:
@@ -45,7 +46,7 @@ class Size:
     @property
     def largest(self) -> int:
         """Parameters of the largest tensor."""
-        return self.hidden * max(self.vocab, self.intermediate, self.query)
+        return self.hidden * max(self.vocab, self.intermediate, self.query, self.joined)
 
     def forward_flops(self, tokens: float, context: float) -> float:
         """FLOPs of a forward pass: 2 per token and weight, the head included, plus attention.
@@ -96,7 +97,7 @@ def size_of_architecture(config: Mapping[str, Any]) -> Size | None:
         attention += heads_out + hidden
     matrices = 2 if older else 3
     mlp = matrices * hidden * intermediate
-    mixed, idle = _mixture(config, hidden, layers, intermediate)
+    mixed, idle, joined = _mixture(config, hidden, layers, intermediate)
     if older or config.get("mlp_bias"):
         mlp += (matrices - 1) * intermediate + hidden
     if kind in HEAD_NORMS:
@@ -111,7 +112,8 @@ def size_of_architecture(config: Mapping[str, Any]) -> Size | None:
         embedding += (get("n_positions", "max_position_embeddings") or 1024) * hidden
     dense = layers - len(_sparse_layers(config, layers))
     total = embedding + layers * (attention + norms) + norm + dense * mlp + mixed
-    return Size(total, embedding, vocab, hidden, intermediate, layers, query, key_value, idle)
+    widths = vocab, hidden, intermediate, layers, query, key_value
+    return Size(total, embedding, *widths, idle, joined)
 
 
 def _first(config: Mapping[str, Any], *names: str) -> int:
@@ -129,8 +131,8 @@ def _sparse_layers(config: Mapping[str, Any], layers: int) -> list[int]:
 
 def _mixture(
     config: Mapping[str, Any], hidden: int, layers: int, intermediate: int
-) -> tuple[int, int]:
-    """Parameters of all mixtures of experts, and how many of them a token passes by."""
+) -> tuple[int, int, int]:
+    """Parameters of all mixtures of experts, those that a token passes by, a layer's widths."""
     experts, chosen = _first(config, *EXPERTS), _first(config, "num_experts_per_tok", "moe_top_k")
     width = _first(config, "moe_intermediate_size") or intermediate
     shared = _first(config, "shared_expert_intermediate_size")
@@ -138,7 +140,7 @@ def _mixture(
     always += 3 * hidden * shared + (hidden if shared else 0)  # with a gate
     each, count = 3 * hidden * width, len(_sparse_layers(config, layers))
     idle = (experts - min(chosen or experts, experts)) * each
-    return count * (always + experts * each), count * idle
+    return count * (always + experts * each), count * idle, 2 * experts * width
 
 
 def size_of_nominal(billions: float) -> Size:
