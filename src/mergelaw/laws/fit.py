@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 from numpy.typing import ArrayLike, NDArray
+from scipy.special import ndtri, stdtrit
 
 from mergelaw.errors import MergelawError
 from mergelaw.laws.covariance import (
@@ -210,6 +211,29 @@ def fit_points(law: Law, points: pd.DataFrame, misfit: float | None = None) -> F
         misfit=misfit,
         jackknife=tables,
     )
+
+
+def measured_mean(
+    point: Mapping[Any, Any], fitted: Fit | None, level: float = LEVEL
+) -> tuple[float, tuple[float, float] | None]:
+    """A measured mean loss and its sampling interval (nats per token); None if that is unknown.
+
+    Without a standard error the law's misfit, the residuals' spread, stands for it.
+
+    Args:
+        point: a row of a table of points; fitted: the law of its base.
+    """
+    loss, error = float(point["ce"]), float(point.get("se", math.nan))
+    freedom = float(point.get("freedom", math.nan))
+    freedom = float(point.get("circles", math.nan)) - 1 if math.isnan(freedom) else freedom
+    some = error == 0 and point.get("subsets", math.inf) < math.comb(
+        int(point["M"]), int(point["k"])
+    )
+    if math.isnan(error) or some:
+        error, freedom = (math.nan, 0.0) if fitted is None else (fitted.misfit, fitted.freedom)
+    share = (1 + level) / 2
+    reach = error * float(stdtrit(freedom, share) if 0 < freedom < math.inf else ndtri(share))
+    return loss, None if math.isnan(reach) else (loss - reach, loss + reach)
 
 
 def _fitted(

@@ -14,7 +14,7 @@ import pandas as pd
 from mergelaw.errors import MergelawError
 from mergelaw.laws.diagnostics import FAILS
 from mergelaw.laws.experts import outlying
-from mergelaw.laws.fit import Fit, fit, fit_points, plain
+from mergelaw.laws.fit import Fit, fit, fit_points, measured_mean, plain
 from mergelaw.laws.law import MERGING, MERGING_FIXED_N, VARIANCE, Law
 from mergelaw.laws.noise import GROUP, describe, with_macro
 from mergelaw.laws.notes import Note
@@ -35,9 +35,9 @@ class StudyFit:
 
     Attributes:
         base, N: the base and its size (billions) if the law is for one base, else None.
-        floors: by base, the pool's size M, the floor (k to infinity) and the fitted loss of all M
-            experts merged (nats per token), with 90% intervals except at single domains; empty if
-            the law fails.
+        floors: by base, the pool's size M, the floor (k to infinity) and the loss of all M experts
+            merged (nats per token), measured or else fitted, with 90% intervals except at single
+            domains; empty if the law fails.
     """
 
     method: str
@@ -259,14 +259,21 @@ def _floors(fitted: Fit, group: pd.DataFrame) -> Iterator[dict[str, Any]]:
     for name, N, M in bases.itertuples(index=False):
         size = {"N": N} if "N" in fitted.law.levels else {}
         needed = {nats: fitted.k_within(nats, **size) for nats in WITHIN}
+        whole = group[(group["base"] == name) & (group["k"] == M)].to_dict("records")
+        if whole:
+            reachable, reachable_ends = measured_mean(whole[0], fitted)
+        else:
+            reachable = float(fitted.predict(k=M, **size))
+            reachable_ends = _interval(fitted, M, size)
         yield {
             "base": name,
             "N": float(N),
             "M": int(M),
             "asymptotic": float(fitted.predict(k=math.inf, **size)),
-            "reachable": float(fitted.predict(k=M, **size)),
+            "reachable": reachable,
+            "measured": bool(whole),
             "asymptotic_interval": _interval(fitted, math.inf, size) if with_intervals else None,
-            "reachable_interval": _interval(fitted, M, size) if with_intervals else None,
+            "reachable_interval": plain(reachable_ends) if with_intervals else None,
             "k_within": [
                 {"nats": nats, "k": k, "reachable": k is not None and k <= M}
                 for nats, k in needed.items()

@@ -6,13 +6,12 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from scipy.special import ndtri, stdtrit
 
 from mergelaw.errors import MergelawError
-from mergelaw.laws.fit import Fit, fit_points
+from mergelaw.laws.fit import Fit, fit_points, measured_mean
 from mergelaw.laws.law import MERGING, MERGING_FIXED_N, Law
 from mergelaw.laws.result import LEVEL, POOL
-from mergelaw.planning.answer import Answer, Ends, Estimate, minus, with_interval
+from mergelaw.planning.answer import Answer, Estimate, minus, with_interval
 from mergelaw.planning.points import SAME_SIZE, at_size, base_points, without_errors
 
 # The joint law is asked up to this factor in N beyond the measured sizes.
@@ -106,7 +105,9 @@ class Curve:
         """Measured means and sampling intervals (nats per token) by size (billions) and k."""
         points = self.table.drop_duplicates(["N", "k"], keep=False)
         return {
-            (float(point["N"]), int(point["k"])): (float(point["ce"]), self._sampling_ends(point))
+            (float(point["N"]), int(point["k"])): measured_mean(
+                point, None if self.fails else self.fitted, self.level
+            )
             for point in points.to_dict("records")
         }
 
@@ -115,22 +116,6 @@ class Curve:
         """Measured means and sampling intervals (nats per token) at this size, by k."""
         near = {k: e for (N, k), e in self.measured.items() if abs(N / self.N - 1) <= SAME_SIZE}
         return dict(sorted(near.items()))
-
-    def _sampling_ends(self, point: dict[Any, Any]) -> Ends | None:
-        """Sampling interval of a measured mean.
-
-        Without a standard error the law's misfit, the residuals' spread, stands for it.
-        """
-        error, freedom = float(point.get("se", math.nan)), float(point.get("freedom", math.nan))
-        freedom = float(point.get("circles", math.nan)) - 1 if math.isnan(freedom) else freedom
-        some = error == 0 and point.get("subsets", math.inf) < math.comb(point["M"], point["k"])
-        if math.isnan(error) or some:
-            if self.fitted is None or self.fails:
-                return None
-            error, freedom = self.fitted.misfit, self.fitted.freedom
-        share = (1 + self.level) / 2
-        reach = error * float(stdtrit(freedom, share) if 0 < freedom < math.inf else ndtri(share))
-        return None if math.isnan(reach) else (point["ce"] - reach, point["ce"] + reach)
 
     def estimate(self, k: float, N: float | None = None) -> Estimate:
         """Loss (nats per token) and its interval: measured, or by the law. N: another size."""
