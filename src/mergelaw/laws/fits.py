@@ -260,11 +260,10 @@ def _floors(fitted: Fit, group: pd.DataFrame) -> Iterator[dict[str, Any]]:
         size = {"N": N} if "N" in fitted.law.levels else {}
         needed = {nats: fitted.k_within(nats, **size) for nats in WITHIN}
         whole = group[(group["base"] == name) & (group["k"] == M)].to_dict("records")
+        reachable = float(fitted.predict(k=M, **size))
+        reachable_ends: Any = _interval(fitted, M, size)
         if whole:
             reachable, reachable_ends = measured_mean(whole[0], fitted)
-        else:
-            reachable = float(fitted.predict(k=M, **size))
-            reachable_ends = _interval(fitted, M, size)
         yield {
             "base": name,
             "N": float(N),
