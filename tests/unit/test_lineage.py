@@ -175,6 +175,13 @@ def test_the_state_outlives_a_kill_and_the_half_artifact_does_not(tmp_path):
     assert again == {"s": []}
 
 
+def test_a_job_that_was_killed_at_its_very_end_leaves_no_scratch_folder(tmp_path):
+    assert make(tmp_path / "artifact", "corpus", {}, {}, writes())
+    (tmp_path / ".artifact.work" / "state").mkdir(parents=True)
+    assert not make(tmp_path / "artifact", "corpus", {}, {}, unwanted)
+    assert not (tmp_path / ".artifact.work").exists()
+
+
 def test_the_state_outlives_a_failure(tmp_path):
     def fails(folder, state):
         (state / "step").write_text("3")

@@ -54,6 +54,7 @@ def make(
         if (output / LINEAGE).exists():
             if key is not None:
                 lineage.used(output, key)
+            shutil.rmtree(scratch, ignore_errors=True)  # of a job that was killed at its very end
             return False
         folder, state = scratch / "artifact", scratch / "state"
         shutil.rmtree(folder, ignore_errors=True)
