@@ -8,6 +8,7 @@ import pytest
 
 from mergelaw.cli import app as cli
 from mergelaw.errors import MergelawError
+from mergelaw.laws.covariance import sampling_covariance
 from mergelaw.laws.fits import fit_all
 from mergelaw.laws.law import MERGING
 from mergelaw.laws.points import read_points
@@ -68,6 +69,18 @@ def test_sizes_that_may_be_millions_are_warned_of(tmp_path, sizes):
 @pytest.mark.parametrize("sizes", [[70], [0.5, 72], [7, 1040]])
 def test_sizes_in_billions_are_not_warned_of(tmp_path, sizes):
     assert read_points(saved(grid(sizes).assign(M=9), tmp_path))[1] == []
+
+
+def test_what_errors_and_losses_are_taken_for_is_said(tmp_path):
+    plain = grid().assign(M=9, se=1e-3)
+    table, warnings = read_points(saved(plain, tmp_path))
+    assert [warning.code for warning in warnings] == ["se_assumed"] and "exact" in warnings[0]
+    rough, warnings = read_points(saved(plain.assign(circles=3), tmp_path))
+    assert "exact" not in warnings[0]
+    few, exact = (sampling_covariance(points)[0] for points in (rough, table))
+    assert few / exact == pytest.approx((2.919986 / 1.644854) ** 2)
+    _, warnings = read_points(saved(grid().assign(M=9, loss=80.0 + grid()["k"]), tmp_path))
+    assert [warning.code for warning in warnings] == ["unit"] and "89 nats" in warnings[0]
 
 
 def test_sizes_that_fit_no_unit_are_refused(tmp_path):

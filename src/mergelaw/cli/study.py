@@ -345,8 +345,8 @@ def fit(
     points: Annotated[
         Path,
         typer.Option(
-            help="CSV or Parquet file with the columns N, k and loss, and any of se, M, domain, "
-            "method, family and base"
+            help="CSV or Parquet file with the columns N, k and loss, and any of se, circles, M, "
+            "domain, method, family and base"
         ),
     ],
     output: Annotated[Path | None, typer.Option(help="folder for the fits; must be new")] = None,

@@ -13,7 +13,7 @@ POINT = ["method", "family", "base", "N", "k", "domain"]
 CIRCLE = ["seed", "replicate"]
 COLUMNS = [*POINT, *CIRCLE, "merge", "role", "ce", "finite"]
 # Columns that a points table may have besides N, k and ce (or loss).
-OPTIONAL = ["se", "M", "domain", "method", "family", "base"]
+OPTIONAL = ["se", "circles", "M", "domain", "method", "family", "base"]
 # Further columns that `mergelaw fit` writes and reads.
 WRITTEN = ["subsets", "replicates", "documents", "sampling", "freedom", "variance", "without"]
 # A column of tables that earlier versions wrote, with covariances in another form.
@@ -24,6 +24,8 @@ TOO_MANY_BILLIONS = 1e4
 TOO_FEW_PARAMETERS = 1e6
 # Several sizes above the first limit, or one above the second, may be in millions.
 MILLIONS, MILLIONS_ALONE = 30, 1000
+# The loss of a uniform guess among a million tokens is 14 nats.
+MANY_NATS = 20
 MOST = 1_000_000  # experts in a pool
 # Of a vocabulary of 1e9 tokens, guessing has 21 nats per token.
 MOST_NATS = 50
@@ -115,8 +117,9 @@ def read_points(path: Path) -> tuple[pd.DataFrame, list[Note]]:
 
     Args:
         path: CSV or Parquet with the columns N (billions of parameters), k and loss or ce (nats per
-            token), and optionally se (standard error of the loss), M (experts in the pool), domain,
-            method, family and base. Columns that ``mergelaw fit`` writes are accepted too.
+            token), and optionally se (standard error of the loss), circles (how many give it), M
+            (experts in the pool), domain, method, family and base. Columns that ``mergelaw fit``
+            writes are accepted too.
 
     Returns:
         The points in the form of ``points``, with M and, if present, se; and warnings on
@@ -126,10 +129,21 @@ def read_points(path: Path) -> tuple[pd.DataFrame, list[Note]]:
         MergelawError: the table cannot be read, or its columns or values are impossible.
     """
     table, warnings = _written(_named(path, _read(path)))
-    for name in ("N", "k", "ce", "se", "M"):
+    for name in ("N", "k", "ce", "se", "circles", "M"):
         if name in table:
             table[name] = _numbers(path, table, name)
     warnings += _in_billions(path, table)
+    if table["ce"].max() > MANY_NATS:
+        text = (
+            f"a loss of {table['ce'].max():.4g} nats per token is more than a model without "
+            "training has: give the mean per token, in nats"
+        )
+        warnings.append(Note("unit", text))
+    if "se" in table and "sampling" not in table and table["se"].any():
+        text = "standard errors are taken as independent between points" + (
+            "" if "circles" in table else ", and as exact; add a column circles if few give them"
+        )
+        warnings.append(Note("se_assumed", text))
     if "M" not in table:
         largest = table["k"].max()
         table["M"] = largest
@@ -147,7 +161,7 @@ def read_points(path: Path) -> tuple[pd.DataFrame, list[Note]]:
             table[name] = None
         names = table[name].astype(object)
         table[name] = names.where(names.notna(), empty).astype(str)
-    columns = [*POINT, "ce", *(name for name in ("se",) if name in table), "M"]
+    columns = [*POINT, "ce", *(n for n in ("se", "circles") if n in table), "M"]
     distinct = table[columns].drop_duplicates()
     if len(distinct) < len(table):
         repeated = len(table) - len(distinct)
@@ -230,6 +244,7 @@ def _numbers(path: Path, table: pd.DataFrame, name: str) -> pd.Series:
             f"a cross-entropy in nats per token, above 0 and below {MOST_NATS}",
         ),
         "se": (finite & (values >= 0), "a standard error of 0 or more"),
+        "circles": (whole & (values >= 2), "the whole number of circles behind se, 2 or more"),
         "M": (whole & (values >= 1) & (values <= MOST), "the whole number of experts in the pool"),
     }
     allowed, rule = rules[name]

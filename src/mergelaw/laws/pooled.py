@@ -28,10 +28,13 @@ def pool_domains(fits: Mapping[str, Diagnostics]) -> dict[str, Any] | None:
         and the standard deviation ``between`` domains; ``domains``: all parameters of each domain,
         shrunk; ``out_of_sample``: root mean squared error (nats per token) of the largest k,
         forecast from the others with domains ``apart``, ``partial``ly pooled and all ``shared``.
-        None with fewer than two domains, or where one has no misfit.
+        None with fewer than two domains, or too few points to score it.
     """
     drawn = {domain: fitted for domain, fitted in fits.items() if fitted.posterior is not None}
     if len(drawn) < 2:
+        return None
+    scores = _scores(list(drawn.values()))
+    if scores is None:
         return None
     theta, summary = _shrunk(list(drawn.values()))
     return {
@@ -40,7 +43,7 @@ def pool_domains(fits: Mapping[str, Diagnostics]) -> dict[str, Any] | None:
             domain: _at(fitted, row)
             for (domain, fitted), row in zip(drawn.items(), theta["partial"], strict=True)
         },
-        "out_of_sample": _scores(list(drawn.values())),
+        "out_of_sample": scores,
     }
 
 

@@ -71,10 +71,8 @@ def pooled_text(pooled: Mapping[str, Any]) -> str:
         for name, of in pooled["parameters"].items()
     )
     text = f"{len(pooled['domains'])} domains, mean and spread between domains: {values}"
-    scores = pooled["out_of_sample"]
-    if scores is None:
-        return text
-    errors = ", ".join(f"{error:.2g} {way}" for way, error in scores.items())
+    scores = pooled["out_of_sample"].items()
+    errors = ", ".join(f"{error:.2g} {way}" for way, error in scores)
     return f"{text}; the largest k is forecast to {errors} (nats, rms)"
 
 
