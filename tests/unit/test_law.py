@@ -174,6 +174,30 @@ def test_chinchillas_law_takes_a_few_lines():
         fitted.predict(N=1e9, k=3)
 
 
+def test_the_published_replication_of_chinchilla_is_reproduced():
+    """Robust, on the logarithm of the loss; within the published standard errors."""
+    law = Law(
+        name="chinchilla",
+        equation="L(N, D) = E + A N^-alpha + B D^-beta",
+        levels={"N": 3, "D": 3},
+        linear=("E", "A", "B"),
+        nonlinear=dict.fromkeys(("alpha", "beta"), (0.0, 0.2, 0.5, 1.0, 2.0)),
+        basis=lambda N, D, alpha, beta: (1.0, N**-alpha, D**-beta),
+    )
+    points = pd.read_csv(TABLES.parent / "chinchilla" / "points.csv").rename(columns={"loss": "ce"})
+    table = points.sort_values("ce").iloc[:-5]
+    fitted = fit(law, table, robust=True, relative=True)
+    published = {
+        "E": (1.8172, 0.03), "A": (482.01, 124.58), "B": (2085.43, 1293.23),
+        "alpha": (0.3478, 0.02), "beta": (0.3658, 0.02),
+    }  # fmt: skip
+    for name, (value, error) in published.items():
+        assert abs(fitted.parameters[name] - value) < error
+    # One bad row is named, in a fit that is not robust too.
+    spoiled = table.assign(ce=np.where(np.arange(len(table)) == 100, 2.0, 1.0) * table["ce"])
+    assert fit(law, spoiled).outliers[0]["loss"] == pytest.approx(2 * table["ce"].iloc[100])
+
+
 TRUTHS = {
     "L_star": 0.4, "B": 0.2, "A0": 0.1, "L_inf": 0.8, "A": 0.1, "beta": 0.4, "gamma": 0.05, "b": 0.4,
     "a": 0.8, "c": 0.5, "D": 0.05, "q": 2.5, "V0": 1e-6, "G": 0.003, "P": 0.02,
