@@ -246,8 +246,8 @@ def cells(folder: Path) -> dict[str, Any]:
     ]
     study = demo()
     golden: dict[str, Any] = {}
-    for method in study.config.methods:
-        demo_recipe = next(e.recipe for (_, m, _, _), e in study.evals.items() if m == method)
+    recipes = {method: e.recipe for (_, method, _, _), e in study.evals.items()}
+    for method, demo_recipe in recipes.items():
         recipe = {**demo_recipe, "domains": domains}
         found = cells_of_shard(recipe, subsets, base, vectors, corpora)
         golden[method] = [
