@@ -314,7 +314,8 @@ def read_config(folder: Path) -> dict[str, Any]:
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise MergelawError(f"{path}: no such file; give a Hugging Face checkpoint") from None
+        missing = f"{path}: no such file" if path.parent.is_dir() else f"{folder}: no such folder"
+        raise MergelawError(f"{missing}; give a Hugging Face checkpoint") from None
     except (OSError, ValueError, RecursionError):
         raise MergelawError(f"{path}: not JSON; copy the checkpoint again") from None
     if not isinstance(config, dict) or "model_type" not in config:

@@ -166,7 +166,7 @@ def _deviation(curve: Curve, points: pd.DataFrame, k: float) -> float:
     tangent g and own error s at the question it is sqrt(g' (J' V^-1 J)^-1 g + s^2).
     """
     fitted, N = curve.law, points["N"].to_numpy(dtype=float)
-    misfit = max(np.nan_to_num(fitted.misfit), 1e-9 * float(curve.table["ce"].mean()))
+    misfit = max(np.nan_to_num(fitted.misfit), 1e-6 * float(curve.table["ce"].mean()))
     scatter = float(np.nan_to_num(fitted.scatter)) if curve.joint else 0.0
     variance = misfit**2 + points["variance"].to_numpy(dtype=float)
     V = np.diag(variance) + scatter**2 * np.equal.outer(N, N)
