@@ -15,7 +15,7 @@ from mergelaw.errors import MergelawError
 if TYPE_CHECKING:
     import pandas as pd
 
-    from mergelaw.decide import Best, Measured, Verdict
+    from mergelaw.decide import Best, Measured
 
 Base = Annotated[str | None, Option(help="a base of the study; default: all")]
 
@@ -74,6 +74,7 @@ def experts(
     Example: mergelaw experts ours.yaml --base 1B
     """
     from mergelaw import decide
+    from mergelaw.decide import tables
 
     study = load_study(file)
     results = for_each_base(study, base, lambda one: (one, decide.experts(one, method)))
@@ -83,30 +84,11 @@ def experts(
         return
     for one, verdicts in results:
         flagged = [f"{one.base}: {v.sentence}" for v in verdicts if v.flagged]
-        heads = ["expert", "verdict", "alone", "with it", "without", "when it joins", "left out"]
-        print(
-            "\n".join([*flagged, *columns([one.base, *heads[1:]], map(expert_row, verdicts)), ""])
-        )
-        rows = [
-            [v.expert, *(f"{value:+.4f}" for value in v.by_domain.values())]
-            for v in verdicts
-            if v.by_domain
-        ]
+        print("\n".join([*flagged, *columns(*tables.verdicts(verdicts)), ""]))
+        heads, rows = tables.donors(verdicts)
         if rows:
             print("change of a domain's loss when an expert joins a merge (negative: it helps)")
-            print("\n".join(columns(["", *one.domains], rows)))
-
-
-def expert_row(verdict: "Verdict") -> list[str]:
-    """An expert's verdict as the cells of a row."""
-    losses = (verdict.alone, verdict.with_it, verdict.without_it)
-    changes = (verdict.adds, verdict.left_out)
-    return [
-        verdict.expert,
-        verdict.word,
-        *("-" if loss is None else f"{loss:.4f}" for loss in losses),
-        *("-" if change is None else change.text() for change in changes),
-    ]
+            print("\n".join(columns(heads, rows)))
 
 
 def compare(
@@ -217,50 +199,17 @@ def numbers(option: str, text: str | None) -> dict[str, float]:
 
 def best_text(best: "Best", file: str, top: int, several_bases: bool) -> str:
     """A ranking as text for a terminal."""
-    measured, label = best.measured, best.label
-    kept = best.kept(best.model)
-    lines = [f"{measured.base}: {best.sentence}", f"rule: {best.model.recipe}", best.doubt]
-    if not math.isnan(kept):
-        lines.append(
-            f"It keeps {100 * kept:.0f}% of what the experts gain alone: the sum of (base - merge) "
-            f"over that of (base - best single expert), over {len(best.specialists)} domains."
-        )
-    ranked = zip(best.ranking[:top], best.values, strict=False)
-    rows = [
-        [
-            str(place),
-            f"{value:.4f}",
-            best.ahead[model.identity].text() if model.identity in best.ahead else "",
-            f"{100 * best.kept(model):.0f}%",
-            measured.name(model),
-            model.identity,
-        ]
-        for place, (model, value) in enumerate(ranked, 1)
-    ]
-    lines += ["", *columns(["", label, "behind", "kept", "merge", "id"], rows, right=(0, 1, 3))]
-    table = [
-        [
-            row["domain"] + (" (held out)" if row["held_out"] else ""),
-            f"{row['base']:.4f}",
-            f"{row['alone']:.4f} {row['expert']}" if row["expert"] else "-",
-            *(f"{value:.4f}" for value in row["baselines"].values()),
-            f"{row['merge']:.4f}",
-            row["against_base"].text(),
-        ]
-        for row in best.domains()
-    ]
-    heads = ["domain", "base", "best expert alone", *measured.baselines, "merge", "against base"]
-    lines += ["", *columns(heads, table)]
+    from mergelaw.decide import tables
+
+    lines = [f"{best.measured.base}: {best.sentence}", f"rule: {best.model.recipe}", best.doubt]
+    lines += [best.share] if best.share else []
+    lines += ["", *columns(*tables.ranking(best, top)), "", *columns(*tables.domains(best))]
     return "\n".join([*lines, "", f"write it: {best.command(file, several_bases)}"])
 
 
-def columns(
-    heads: list[str], rows: Iterable[list[str]], right: tuple[int, ...] = ()
-) -> Iterable[str]:
+def columns(heads: list[str], rows: Iterable[list[str]]) -> Iterable[str]:
     """A table's lines, in columns as wide as their longest cell."""
     table = [heads, *rows]
     widths = [max(len(row[i]) for row in table) for i in range(len(heads))]
     for row in table:
-        cells = [c.rjust(w) if i in right else c.ljust(w)
-                 for i, (c, w) in enumerate(zip(row, widths, strict=True))]  # fmt: skip
-        yield "  ".join(cells).rstrip()
+        yield "  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip()

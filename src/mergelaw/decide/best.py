@@ -203,6 +203,17 @@ class Best:
             possible += base[place] - expert.losses[place]
         return float(gained / possible) if possible else math.nan
 
+    @property
+    def share(self) -> str:
+        """The share of the experts' gains that the best merge keeps, as a sentence."""
+        share = self.kept(self.model)
+        if math.isnan(share):
+            return ""
+        return (
+            f"It keeps {100 * share:.0f}% of what the experts gain: the sum of (base - merge) "
+            f"over that of (base - best single expert), over {len(self.specialists)} domains."
+        )
+
     def domains(self) -> list[dict[str, Any]]:
         """Losses by domain: of the base, the best single expert, the merge, baselines.
 

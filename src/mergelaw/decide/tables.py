@@ -1,0 +1,73 @@
+"""Tables of decisions as text, for a terminal and for the report: headings, and rows of cells."""
+
+import math
+from collections.abc import Sequence
+
+from mergelaw.decide.best import Best
+from mergelaw.decide.experts import Verdict
+
+Table = tuple[list[str], list[list[str]]]
+NONE = "-"
+
+
+def ranking(best: Best, top: int) -> Table:
+    """The ``top`` lowest merges, with their identities."""
+    rows = []
+    for place, (model, value) in enumerate(zip(best.ranking[:top], best.values, strict=False), 1):
+        kept, behind = best.kept(model), best.ahead.get(model.identity)
+        rows.append(
+            [
+                f"{place}",
+                best.measured.name(model),
+                f"{value:.4f}",
+                behind.text() if behind else "",
+                NONE if math.isnan(kept) else f"{100 * kept:.0f}%",
+                model.identity,
+            ]
+        )
+    return ["", "merge", best.label, "behind the first", "gains kept", "id"], rows
+
+
+def domains(best: Best) -> Table:
+    """Losses of the best merge and its references by domain."""
+    rows = [
+        [
+            row["domain"] + (" (held out)" if row["held_out"] else ""),
+            row["expert"] or NONE,
+            f"{row['base']:.4f}",
+            f"{row['alone']:.4f}" if row["expert"] else NONE,
+            *(f"{loss:.4f}" for loss in row["baselines"].values()),
+            f"{row['merge']:.4f}",
+            row["against_base"].text(),
+        ]
+        for row in best.domains()
+    ]
+    heads = ["domain", "best expert", "base", "expert alone", *best.measured.baselines, "merge"]
+    return [*heads, "merge - base"], rows
+
+
+def verdicts(every: Sequence[Verdict]) -> Table:
+    """Verdicts on experts."""
+    rows = [
+        [
+            v.expert,
+            v.word,
+            *(NONE if x is None else f"{x:.4f}" for x in (v.alone, v.with_it, v.without_it)),
+            *(NONE if x is None else x.text() for x in (v.adds, v.left_out)),
+        ]
+        for v in every
+    ]
+    heads = ["alone", "with it", "without it", "when it joins", "when left out"]
+    return ["expert", "verdict", *heads], rows
+
+
+def donors(every: Sequence[Verdict]) -> Table:
+    """Change of each domain's loss when an expert joins; no rows where nothing says so."""
+    heads, rows = ["expert", "gives most to"], []
+    for verdict in every:
+        if changes := verdict.by_domain:
+            heads = [*heads[:2], *changes]
+            most = min(changes, key=changes.__getitem__)
+            cells = [f"{change:+.4f}" for change in changes.values()]
+            rows.append([verdict.expert, most if changes[most] < 0 else NONE, *cells])
+    return heads, rows
