@@ -182,7 +182,8 @@ def _floors(fits: pd.DataFrame) -> alt.TopLevelMixin:
         p, method = fit["parameters"], fit["method"]
         if fit["law"] == MERGING.name:
             sizes = [base["N"] for base in fit["floors"]]
-            for N in np.geomspace(min(sizes), max(sizes), 60):
+            # A fit that fails has no floors.
+            for N in np.geomspace(min(sizes), max(sizes), 60) if sizes else ():
                 marks.append(("floor", "law", method, N, p["L_star"] + p["B"] * N ** -p["beta"]))
                 marks.append(("tail", "law", method, N, p["A0"] * N ** -p["gamma"]))
         else:
