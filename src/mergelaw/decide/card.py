@@ -39,8 +39,6 @@ def write_card(
     parts = {"base": _part(base)} | {name: _part(path) for name, path in experts.items()}
     weights = recipe["weights"] or [1.0] * len(experts)
     shares = {"base": ""} | {n: f"{w:g}" for n, w in zip(experts, weights, strict=True)}
-    if recipe["method"]["method"] == "learned":
-        shares |= dict.fromkeys(experts, f"learned by part: {COEFFICIENTS}")
     licences = {part["licence"] for part in parts.values()}
     head = {
         "library_name": "transformers",
@@ -50,7 +48,7 @@ def write_card(
     }
     method = method_of(recipe["method"])
     if isinstance(method, Learned):
-        shares |= dict.fromkeys(experts, "learned, in coefficients.parquet")
+        shares |= dict.fromkeys(experts, f"learned by part: {COEFFICIENTS}")
     settings = method.model_dump(by_alias=True)
     rule = settings.pop("method")
     lines = [
