@@ -40,7 +40,7 @@ NEVER_READ = re.compile(
 
 
 def settings(folder: Path) -> dict[str, Any]:
-    """What a checkpoint's forward pass on text reads of its configuration, as dotted keys.
+    """Settings of a checkpoint that its forward pass on text reads, by dotted key.
 
     Spellings and defaults are transformers'. If transformers does not know the architecture, it is
     config.json as it stands.
@@ -210,8 +210,8 @@ def text_parameters(model: Any, text: Any, expert: Tensors) -> tuple[dict[str, s
         start, inner = prefixes
         return inner + key.removeprefix(start) if key.startswith(start) else key
 
-    found = {name: name_in_model(key) for name, key in parameters_of(text, expert).items()}
-    return found, {name_in_model(key) for key in values_of(text)}
+    placed = {name: name_in_model(key) for name, key in parameters_of(text, expert).items()}
+    return placed, {name_in_model(key) for key in values_of(text)}
 
 
 def matrices(base: Tensors, names: Sequence[str]) -> list[str]:

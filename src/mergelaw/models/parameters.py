@@ -82,7 +82,8 @@ def parameters_of(model: Any, tensors: Tensors) -> dict[str, str]:
     renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
     converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
     prefix = getattr(model, "base_model_prefix", None)
-    found, joined = {}, defaultdict(list)
+    placed: dict[str, str] = {}
+    joined = defaultdict(list)
     for name in sorted(tensors.names(), key=dot_natural_key):
         key, pattern = rename_source_key(name, renamings, converters, prefix, state)
         if key not in state:
@@ -90,15 +91,15 @@ def parameters_of(model: Any, tensors: Tensors) -> dict[str, str]:
         if key in state and pattern is not None:
             joined[key].append((name, pattern))
         elif key in state:
-            found[name] = first[id(state[key])]
+            placed[name] = first[id(state[key])]
     for key, parts in joined.items():
         (converter,) = {
             id(c): c for c in converters for _, p in parts if p in c.source_patterns
         }.values()
         names = joined_order(model, converter, key, parts, tensors)
         tensors.join(key, names, tuple(state[key].shape))
-        found[key] = first[id(state[key])]
-    return found
+        placed[key] = first[id(state[key])]
+    return placed
 
 
 def joined_order(
@@ -183,5 +184,5 @@ def check_complete(
 def parameters_by_tensor(model: "nn.Module", base: Tensors) -> dict[str, "nn.Parameter"]:
     """The parameters (and saved buffers) of a model by the name of their tensor in ``base``."""
     values = values_of(model)
-    found = {name: values[key] for name, key in parameter_names(model, base).items()}
-    return found  # type: ignore[return-value]
+    result = {name: values[key] for name, key in parameter_names(model, base).items()}
+    return result  # type: ignore[return-value]
