@@ -27,19 +27,9 @@ from mergelaw.errors import MergelawError
 LINEAGE = "lineage.json"
 SCHEMA = 2  # of lineage.json itself
 PACKAGES = (
-    "mergelaw",
-    "torch",
-    "transformers",
-    "datasets",
-    "tokenizers",
-    "safetensors",
-    "peft",
-    "numpy",
-    "scipy",
-    "pandas",
-    "pyarrow",
-    "statsmodels",
-)
+    "mergelaw", "torch", "transformers", "datasets", "tokenizers", "safetensors", "peft", "numpy",
+    "scipy", "pandas", "pyarrow", "statsmodels",
+)  # fmt: skip
 
 Digest = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 
@@ -53,7 +43,7 @@ class Input(BaseModel):
 
 
 class Facts(BaseModel):
-    """What a stage says about its result."""
+    """Facts of a stage about its result."""
 
     sources: list[str] = []
 

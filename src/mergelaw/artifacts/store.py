@@ -5,25 +5,20 @@ at any moment leaves nothing or the whole artifact.
 """
 
 import os
-import re
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from mergelaw.artifacts import keys, lineage
-from mergelaw.artifacts.files import disk_error, sync, unique, write_json
+from mergelaw.artifacts.files import disk_error, sync, write_json
 from mergelaw.artifacts.lineage import LINEAGE
-from mergelaw.artifacts.run_lock import MARK
 from mergelaw.errors import MergelawError
 
 Work = Callable[[Path, Path], dict[str, Any] | None]
-# The scratch folder of an artifact; with a unique name, one that is being removed.
-SCRATCH = re.compile(r"\.(.+?)(\.[0-9a-f]+-[0-9a-f]+)?\.work")
-SCRATCH_FILE = re.compile(r"\.[0-9a-f]+-[0-9a-f]+$")
 
 
 def make(
@@ -153,45 +148,3 @@ def _publish(folder: Path, output: Path) -> bool:
     (folder if is_new else aside).rename(output)
     sync(output.parent)
     return is_new
-
-
-def walk(root: Path) -> Iterator[Path]:
-    """Links to folders, artifacts, their scratch folders and scratch files in a results folder.
-
-    Links are not followed, and results folders in this one are left out.
-    """
-    for folder, names, files in os.walk(root):
-        place, inside = Path(folder), []
-        if place != root and MARK in files:
-            names.clear()
-        for name in names:
-            path = place / name
-            scratch = SCRATCH.fullmatch(name)
-            if path.is_symlink() or keys.digits(scratch[1] if scratch else name):
-                yield path
-            else:
-                inside.append(name)
-        names[:] = inside
-        yield from (place / name for name in files if SCRATCH_FILE.search(name))
-
-
-def remove(path: Path) -> bool:
-    """Remove an artifact, a scratch folder or a file; return False while a job works on it.
-
-    A folder is renamed first, so that a kill leaves no half of an artifact.
-    """
-    from filelock import FileLock, Timeout
-
-    if not path.is_dir():
-        path.unlink(missing_ok=True)
-        return True
-    match = SCRATCH.fullmatch(path.name)
-    name = match[1] if match else path.name
-    try:
-        with FileLock(path.parent / f".{name}.lock", timeout=0):
-            grave = path.with_name(f".{name}.{unique()}.work")
-            path.rename(grave)
-    except Timeout:
-        return False
-    shutil.rmtree(grave)
-    return True

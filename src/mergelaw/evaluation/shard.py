@@ -111,7 +111,7 @@ def encode(
 def expected(
     entries: Sequence[Mapping[str, Any]], sets: Mapping[str, tokens.Encoded]
 ) -> dict[str, dict[str, Any]]:
-    """What the cells of entries must hold, by identity: digests, tokens and bytes, but no loss."""
+    """Values that the cells of entries must have, by identity: digests, tokens and bytes."""
     counts = {domain: counts_of(encoded) for domain, encoded in sets.items()}
     return {
         entry["cell"]: counts[entry["domain"]] | {name: entry[name] for name in cells.ORIGIN}

@@ -1,19 +1,26 @@
 """A results folder: use of what lies in it, what no study needs, and what is not as written."""
 
 import math
+import os
+import re
+import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from random import Random
 
-from mergelaw.artifacts import keys, lineage, store
+from mergelaw.artifacts import keys, lineage
+from mergelaw.artifacts.files import unique
 from mergelaw.artifacts.lineage import LINEAGE
-from mergelaw.artifacts.run_lock import check_layout, lock_results
+from mergelaw.artifacts.run_lock import MARK, check_layout, lock_results
 from mergelaw.errors import MergelawError
 from mergelaw.evaluation import cells, read_rows
 from mergelaw.workflow.artifact import Artifact
 from mergelaw.workflow.study import Study
 
+# The scratch folder of an artifact; with a unique name, one that is being removed.
+SCRATCH = re.compile(r"\.(.+?)(\.[0-9a-f]+-[0-9a-f]+)?\.work")
+SCRATCH_FILE = re.compile(r"\.[0-9a-f]+-[0-9a-f]+$")
 TOLERANCES = {"float32": 1e-4, "bfloat16": 1e-2}  # of losses that other hardware measures again
 
 
@@ -30,6 +37,48 @@ def use(study: Study, artifacts: Iterable[Artifact]) -> list[Path]:
     return folders
 
 
+def walk(root: Path) -> Iterator[Path]:
+    """Links to folders, artifacts, their scratch folders and scratch files in a results folder.
+
+    Links are not followed, and results folders in this one are left out.
+    """
+    for folder, names, files in os.walk(root):
+        place, inside = Path(folder), []
+        if place != root and MARK in files:
+            names.clear()
+        for name in names:
+            path = place / name
+            scratch = SCRATCH.fullmatch(name)
+            if path.is_symlink() or keys.digits(scratch[1] if scratch else name):
+                yield path
+            else:
+                inside.append(name)
+        names[:] = inside
+        yield from (place / name for name in files if SCRATCH_FILE.search(name))
+
+
+def remove(path: Path) -> bool:
+    """Remove an artifact, a scratch folder or a file; return False while a job works on it.
+
+    A folder is renamed first, so that a kill leaves no half of an artifact.
+    """
+    from filelock import FileLock, Timeout
+
+    if not path.is_dir():
+        path.unlink(missing_ok=True)
+        return True
+    match = SCRATCH.fullmatch(path.name)
+    name = match[1] if match else path.name
+    try:
+        with FileLock(path.parent / f".{name}.lock", timeout=0):
+            grave = path.with_name(f".{name}.{unique()}.work")
+            path.rename(grave)
+    except Timeout:
+        return False
+    shutil.rmtree(grave)
+    return True
+
+
 def unused(studies: Sequence[Study]) -> list[tuple[Path, int]]:
     """Artifacts, scratch and prepared files that no study refers to, with their bytes.
 
@@ -43,12 +92,12 @@ def unused(studies: Sequence[Study]) -> list[tuple[Path, int]]:
     (root,) = roots
     kept = {str(root / path) for study in studies for path in study.known}
     listed = []
-    for path in store.walk(root):
+    for path in walk(root):
         place = str(path)
         if path.is_symlink() or place in kept:
             continue
         # A killed training resumes from the states in its scratch folder.
-        scratch = store.SCRATCH.fullmatch(path.name)
+        scratch = SCRATCH.fullmatch(path.name)
         if scratch and not scratch[2]:
             place = str(path.with_name(scratch[1]))
             if place in kept and not Path(place, LINEAGE).exists():
@@ -73,7 +122,7 @@ def collect_garbage(studies: Sequence[Study], delete: bool) -> Iterator[tuple[Pa
     root = studies[0].results
     with lock_results(root):
         for path, size in unused(studies):
-            if not delete or store.remove(path):
+            if not delete or remove(path):
                 yield path, size
 
 
@@ -84,7 +133,7 @@ def verify(root: Path) -> tuple[int, list[str]]:
     """
     check_layout(root)
     artifacts, wrong = artifacts_in(root), []
-    for path in sorted({*store.walk(root)} - {*artifacts}):
+    for path in sorted({*walk(root)} - {*artifacts}):
         if path.is_symlink():
             wrong.append(f"{path}: is a link; replace it by a copy of what it leads to")
         elif keys.digits(path.name) and path.is_dir() and lineage.entries(path):
@@ -132,5 +181,5 @@ def measure_again(study: Study, count: int) -> Iterator[str]:
 
 def artifacts_in(root: Path) -> list[Path]:
     """Folders of all artifacts in a results folder, links and other results folders left out."""
-    folders = (path for path in store.walk(root) if keys.digits(path.name))
+    folders = (path for path in walk(root) if keys.digits(path.name))
     return sorted(p for p in folders if not p.is_symlink() and (p / LINEAGE).exists())
