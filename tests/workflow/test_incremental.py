@@ -184,6 +184,20 @@ def test_a_new_domain_measures_one_column(ready, tmp_path):
     assert set(rows[rows["domain"] == "proverbs"]["cell"]) == set(measured) - cells
 
 
+def test_one_more_evaluation_document_measures_one_column(ready, tmp_path):
+    place = ready.copy(tmp_path)
+    cells, domains = set(place.cells()), place.config["domains"]
+    more = {"sums": {**domains["sums"], "eval_documents": 7}}
+    place.configure(place.config | {"domains": domains | more})
+    assert place.planned() == {
+        "build_corpus": 1, "check_overlap": 1, "evaluate_merges": 1, **FOLLOWS,
+    }  # fmt: skip
+    place.finish("--until", "evaluate_merges")
+    rows, measured = place.rows(), place.cells()
+    assert len(measured) == len(set(measured)) == len(cells) + 64
+    assert set(rows[rows["domain"] == "sums"]["cell"]) == set(measured) - cells
+
+
 # A stage's raised version
 
 
