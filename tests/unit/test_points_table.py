@@ -79,8 +79,8 @@ def test_what_errors_and_losses_are_taken_for_is_said(tmp_path):
     assert "exact" not in warnings[0]
     few, exact = (sampling_covariance(points)[0] for points in (rough, table))
     assert few / exact == pytest.approx((2.919986 / 1.644854) ** 2)
-    _, warnings = read_points(saved(grid().assign(M=9, loss=80.0 + grid()["k"]), tmp_path))
-    assert [warning.code for warning in warnings] == ["unit"] and "89 nats" in warnings[0]
+    _, warnings = read_points(saved(grid().assign(M=9, loss=30.0 + grid()["k"]), tmp_path))
+    assert [warning.code for warning in warnings] == ["unit"] and "39 nats" in warnings[0]
 
 
 def test_sizes_that_fit_no_unit_are_refused(tmp_path):
