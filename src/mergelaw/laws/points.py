@@ -160,7 +160,8 @@ def read_points(path: Path) -> tuple[pd.DataFrame, list[Note]]:
         if name not in table:
             table[name] = None
         names = table[name].astype(object)
-        table[name] = names.where(names.notna(), empty).astype(str)
+        names = names.where(names.notna(), empty).astype(str)
+        table[name] = names.str.split().str.join(" ")  # messages are one line
     columns = [*POINT, "ce", *(n for n in ("se", "circles") if n in table), "M"]
     distinct = table[columns].drop_duplicates()
     if len(distinct) < len(table):
