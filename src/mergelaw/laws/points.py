@@ -161,7 +161,7 @@ def read_points(path: Path) -> tuple[pd.DataFrame, list[Note]]:
             table[name] = None
         names = table[name].astype(object)
         names = names.where(names.notna(), empty).astype(str)
-        table[name] = names.str.split().str.join(" ")  # messages are one line
+        table[name] = names.map(lambda text: " ".join(text.split())).astype(str)  # one line
     columns = [*POINT, "ce", *(n for n in ("se", "circles") if n in table), "M"]
     distinct = table[columns].drop_duplicates()
     if len(distinct) < len(table):
