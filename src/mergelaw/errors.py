@@ -25,10 +25,10 @@ def out_of_memory(error: BaseException) -> bool:
     return type(error).__name__ in kinds or any(word in text for word in words)
 
 
-def nearest(name: str, known: Iterable[str]) -> str:
+def nearest(name: str, names: Iterable[str]) -> str:
     """Hint for an unknown name: the most similar known name, or a list of the known names."""
-    known = list(known)
-    close = difflib.get_close_matches(name, known, n=1)
+    names = list(names)
+    close = difflib.get_close_matches(name, names, n=1)
     if close:
         return f"; did you mean {close[0]!r}?"
-    return f"; there is {', '.join(known[:12])}{', ...' if len(known) > 12 else ''}"
+    return f"; there is {', '.join(names[:12])}{', ...' if len(names) > 12 else ''}"

@@ -69,12 +69,12 @@ class Lineage(BaseModel):
 
 def entries(folder: Path) -> dict[str, Path]:
     """Files of an artifact except its lineage, and links to folders, by relative path."""
-    found = {}
+    paths = {}
     for place, folders, names in os.walk(folder):
         linked = [name for name in folders if Path(place, name).is_symlink()]
         for path in (Path(place, name) for name in names + linked):
-            found[path.relative_to(folder).as_posix()] = path
-    return {n: found[n] for n in sorted(found) if n not in (LINEAGE, ".snakemake_timestamp")}
+            paths[path.relative_to(folder).as_posix()] = path
+    return {n: paths[n] for n in sorted(paths) if n not in (LINEAGE, ".snakemake_timestamp")}
 
 
 def content(folder: Path) -> dict[str, str]:

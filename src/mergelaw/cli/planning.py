@@ -36,7 +36,7 @@ CostsFile = Annotated[
 
 
 class Population(StrEnum):
-    """What intervals speak of."""
+    """Population that intervals are for."""
 
     pool = "pool"
     documents = "documents"

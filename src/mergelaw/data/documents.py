@@ -72,13 +72,13 @@ def document_of(record: Mapping[str, Any], columns: Mapping[Any, str] | None = N
     record = {column: value for column, value in record.items() if value is not None}
     blank = {column for column, value in record.items() if not value or not str(value).strip()}
     extra = [name for name in (*BEFORE, *CONTEXTS, *LOST) if name in {*record} - blank]
-    found: dict[str, Document] = {}
+    documents: dict[str, Document] = {}
 
     def add(form: str, turns: list[Message]) -> None:
         unused = LOST if "/" in form else (*LOST, *CONTEXTS)
         if lost := [name for name in extra if name in unused]:
             raise ValueError(f"{lost[0]!r} beside {form!r} would be lost; name one in 'columns'")
-        found[form] = _identified(*_last_answer(_before(record, extra, turns) + turns))
+        documents[form] = _identified(*_last_answer(_before(record, extra, turns) + turns))
 
     for column in CHATS:
         if column in record:
@@ -86,7 +86,7 @@ def document_of(record: Mapping[str, Any], columns: Mapping[Any, str] | None = N
     for form in FORMS.split(", "):
         prompt, response = form.split("/")
         # Beside another prompt, the column `input` is its context.
-        if prompt in record and response in record and not (prompt == "input" and found):
+        if prompt in record and response in record and not (prompt == "input" and documents):
             turns = _turns(record[prompt], prompt, role="user")
             for name in extra:
                 if name in CONTEXTS and name != prompt:
@@ -96,19 +96,21 @@ def document_of(record: Mapping[str, Any], columns: Mapping[Any, str] | None = N
                 raise ValueError(f"{response!r} holds no assistant turn")
             add(form, turns + answer)
     # A `text` beside these is the same once more, formatted, as in Alpaca's records.
-    if "text" in record and not any(one.response in str(record["text"]) for one in found.values()):
-        if found or extra:
-            raise ValueError(f"'text' beside {[*found, *extra][0]!r}; name one in 'columns'")
+    if "text" in record and not any(
+        one.response in str(record["text"]) for one in documents.values()
+    ):
+        if documents or extra:
+            raise ValueError(f"'text' beside {[*documents, *extra][0]!r}; name one in 'columns'")
         return _identified(None, _text(record["text"], "text"))
-    if not found:
+    if not documents:
         raise ValueError(
             f"no response among its columns {reprlib.repr(sorted(record))}; a record needs {FORMS},"
             f" {', '.join(CHATS)} or text; name other columns in 'columns'"
         )
-    document, *others = found.values()
+    document, *others = documents.values()
     if any(other.document != document.document for other in others):
         raise ValueError(
-            f"{' and '.join(found)} are different documents; name one of them in 'columns'"
+            f"{' and '.join(documents)} are different documents; name one of them in 'columns'"
         )
     return document
 

@@ -35,9 +35,9 @@ def inspect(
     without a document, a document that the chat template refuses or changes, and a token without a
     row in the embedding.
     """
-    found = Inspection()
+    inspection = Inspection()
     if not source.is_local:
-        return found
+        return inspection
     files = local_files(source) if source.files else [None]
     for file in files:
         documents: list[Document] = []
@@ -47,7 +47,7 @@ def inspect(
             except ValueError as error:
                 if source.invalid_records == "refuse":
                     raise MergelawError(f"{place}: {error}; correct or remove the record") from None
-        found.documents += documents
+        inspection.documents += documents
         if tokenizer is None or not documents:
             continue
         where = str(file or source)
@@ -56,6 +56,8 @@ def inspect(
         except MergelawError as error:
             text = str(error)
             raise MergelawError(text if text.startswith(where) else f"{where}: {text}") from None
-        found.changes.update(encoded.changes)
-        found.longest = max(found.longest, *(len(window.ids) for window in encoded.windows))
-    return found
+        inspection.changes.update(encoded.changes)
+        inspection.longest = max(
+            inspection.longest, *(len(window.ids) for window in encoded.windows)
+        )
+    return inspection

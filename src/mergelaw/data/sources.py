@@ -103,7 +103,7 @@ def _keeps(source: Source, record: dict[str, Any]) -> bool:
 
 def file_records(source: Source, file: Path | None) -> Records:
     """The records of one file of a source (None: of its dataset) that pass ``where``."""
-    return (found for found in _records(source, file) if _keeps(source, found[1]))
+    return (pair for pair in _records(source, file) if _keeps(source, pair[1]))
 
 
 def _records(source: Source, file: Path | None) -> Records:

@@ -12,7 +12,7 @@ import re
 import reprlib
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime, tzinfo
@@ -344,24 +344,36 @@ def encode(
         if not whole:
             text = tokenizer.decode(ids[start:end], skip_special_tokens=True)
         scored_bytes += len(text.encode())
-        for first in range(0, len(kept) - 1, max_tokens - 1):
-            last = min(first + max_tokens, len(kept))
-            window = max(start, first + 1), min(stop, last)
-            if window[0] < window[1]:
-                begin, finish = (place - first for place in window)
-                windows.append(Window(number, tuple(kept[first:last]), begin, finish))
+        windows += _windows(number, kept, start, stop, max_tokens)
     if not windows:
         raise MergelawError(
             f"{where}: no token to score in {len(documents)} documents; check the data"
         )
+    if rows is not None:
+        _check_ids(tokenizer, windows, rows, where)
+    for change, count in changes.items():
+        text = f"the chat template {change} in {count} of {len(documents)} documents"
+        print(f"mergelaw: {where}: {text}", file=sys.stderr)
+    return Encoded(windows, len(documents), long, dropped, scored_bytes, dict(changes))
+
+
+def _windows(
+    document: int, ids: list[int], start: int, stop: int, max_tokens: int
+) -> Iterator[Window]:
+    """Windows of one document that score its tokens from ``start`` to ``stop``."""
+    for first in range(0, len(ids) - 1, max_tokens - 1):
+        last = min(first + max_tokens, len(ids))
+        begin, end = max(start, first + 1), min(stop, last)
+        if begin < end:
+            yield Window(document, tuple(ids[first:last]), begin - first, end - first)
+
+
+def _check_ids(tokenizer: Any, windows: Sequence[Window], rows: int, where: str) -> None:
+    """Refuse a token that an embedding of ``rows`` rows lacks."""
     highest = max(max(window.ids) for window in windows)
-    if rows is not None and highest >= rows:
+    if highest >= rows:
         raise MergelawError(
             f"{where}: the documents have the token {tokenizer.convert_ids_to_tokens(highest)!r}"
             f" ({highest}), but the base's embedding has {rows} rows; use the base's own tokenizer,"
             " or resize its embedding"
         )
-    for change, count in changes.items():
-        text = f"the chat template {change} in {count} of {len(documents)} documents"
-        print(f"mergelaw: {where}: {text}", file=sys.stderr)
-    return Encoded(windows, len(documents), long, dropped, scored_bytes, dict(changes))

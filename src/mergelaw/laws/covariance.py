@@ -49,7 +49,7 @@ class Errors:
     Attributes:
         scale: (points,), factors of losses and columns; a point's misfit is in inverse proportion.
         blocks: places and eigenvectors of each block of several points.
-        known: (points,), variances along the eigenvectors (nats^2).
+        variances: (points,), variances along the eigenvectors (nats^2).
         starts: first place of each base; empty if no points share a base's scatter.
         ones: (points,), rotated vector of ones.
         least: least misfit (nats per token) that the losses' digits allow.
@@ -58,14 +58,14 @@ class Errors:
 
     scale: Array
     blocks: tuple[tuple[NDArray[np.intp], Array], ...]
-    known: Array
+    variances: Array
     starts: NDArray[np.intp]
     ones: Array
     least: float
     typical: float
 
     def rotate(self, columns: Array) -> Array:
-        """Rows (..., points, columns) in the coordinates of ``known``."""
+        """Rows (..., points, columns) in the coordinates of ``variances``."""
         columns = columns * self.scale[:, None]
         for places, vectors in self.blocks:
             columns[..., places, :] = vectors.T @ columns[..., places, :]
@@ -73,7 +73,7 @@ class Errors:
 
     def whiten(self, rotated: Array, misfit: float, scatter: float) -> Array:
         """Rotated rows (..., points, columns) times V^-1/2."""
-        scale = 1 / np.sqrt(self.known + max(misfit, self.least / 100) ** 2)
+        scale = 1 / np.sqrt(self.variances + max(misfit, self.least / 100) ** 2)
         white: Array = rotated * scale[:, None]
         if scatter and len(self.starts):
             ones = (self.ones * scale)[:, None]
@@ -92,10 +92,10 @@ class Errors:
         """Inner products of rotated columns (draws or 1, points, columns) under each V^-1."""
         added = np.maximum(misfit, self.least / 100)[:, None] ** 2
         # Without known errors all points weigh the same, and one sum serves all misfits.
-        even = not self.known.any()
-        weights = np.ones((1, len(self.known))) if even else 1 / (self.known + added)
+        even = not self.variances.any()
+        weights = np.ones((1, len(self.variances))) if even else 1 / (self.variances + added)
         rest = 1 / added if even else np.ones_like(added)
-        log_det = -np.log(weights).sum(axis=1) - np.log(rest[:, 0]) * len(self.known)
+        log_det = -np.log(weights).sum(axis=1) - np.log(rest[:, 0]) * len(self.variances)
         if not len(self.starts):
             return Grams(_inner(rotated, weights) * rest[:, :, None], log_det)
         # Within bases and between them apart: a difference of two large sums would be rounding.
@@ -136,7 +136,7 @@ class Errors:
         columns = np.linalg.svd(columns, full_matrices=False).U[:, :rank] if rank else columns
         deviation = math.sqrt(float(residuals @ residuals) / max(count - rank, 1))
         grouped = scatter is None and len(self.starts) > 0
-        if not grouped and not self.known.any() and misfit is None and not scatter:
+        if not grouped and not self.variances.any() and misfit is None and not scatter:
             misfit = max(deviation, self.least)
             return misfit, 0.0, self._deviance(residuals, columns, misfit, 0.0)
         top = math.log(max(deviation * 2, self.least * 10))

@@ -46,8 +46,8 @@ class Diagnostics(Result):
         from statsmodels.tools.eval_measures import aicc
 
         solution = self.solution
-        estimated = (solution.given[0] is None) + (
-            solution.given[1] is None and len(solution.errors.starts) > 0
+        estimated = (solution.fixed[0] is None) + (
+            solution.fixed[1] is None and len(solution.errors.starts) > 0
         )
         count = len(self.law.parameters) + estimated
         if not estimated:
@@ -68,7 +68,7 @@ class Diagnostics(Result):
 
     @cached_property
     def verdict(self) -> dict[str, Any]:
-        """Whether the law ``holds``, is ``doubtful`` or ``fails``: state and reasons.
+        """State of the law, ``holds``, ``doubtful`` or ``fails``, and reasons for it.
 
         A law fails if it is no better than one without k (AICc), if the loss does not fall with k,
         or if a rival excludes it (AICc) and forecasts the largest k better. It is doubtful if
@@ -201,12 +201,12 @@ class Diagnostics(Result):
         with np.errstate(divide="ignore", invalid="ignore"):
             student = np.abs(white) / np.sqrt(others * rest)
         chance = 2 * stdtr(left, -student) * self.n_points
-        found = np.flatnonzero((chance < UNLIKELY) & (leverage < 0.99))
+        rows = np.flatnonzero((chance < UNLIKELY) & (leverage < 0.99))
         errors = self.solution.residuals / rest
         return tuple(
             {name: float(values[i]) for name, values in self.variables.items()}
             | {"loss": float(self.loss[i]), "error": float(errors[i])}
-            for i in found[np.argsort(chance[found])]
+            for i in rows[np.argsort(chance[rows])]
         )
 
     @cached_property
@@ -256,11 +256,11 @@ def _held(whole: Result, rest: Result, kept: NDArray[np.bool_]) -> bool | None:
     if rest.posterior is None or rest.freedom == math.inf:
         return None
     target = {name: values[~kept] for name, values in whole.variables.items()}
-    own = [Form(rest.law, 1.0, rest.posterior)]
-    draws = rest.draws(target, new=True, forms=own).mean(axis=1)
+    forms = [Form(rest.law, 1.0, rest.posterior)]
+    draws = rest.draws(target, new=True, forms=forms).mean(axis=1)
     # The points have sampling errors besides.
-    known = float(np.mean(whole.solution.errors.known[~kept])) / int((~kept).sum())
-    draws = draws + math.sqrt(known) * np.random.default_rng(0).standard_normal(len(draws))
+    variance = float(np.mean(whole.solution.errors.variances[~kept])) / int((~kept).sum())
+    draws = draws + math.sqrt(variance) * np.random.default_rng(0).standard_normal(len(draws))
     low, high = np.quantile(draws, [0.025, 0.975])
     return bool(low <= whole.loss[~kept].mean() <= high)
 

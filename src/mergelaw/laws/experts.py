@@ -74,9 +74,11 @@ def pair_scale(merges: pd.DataFrame) -> float | None:
     tau^2 = ||B||_F^2 / (2M (M - 3)) for effects B of pairs. What else the merges show beside
     additive effects is counted as pairs, so it is rather too large.
     """
-    found = effects(merges)
+    estimate = effects(merges)
     return (
-        None if found is None or len(found.experts) < 4 else found.pairs / (len(found.experts) - 3)
+        None
+        if estimate is None or len(estimate.experts) < 4
+        else estimate.pairs / (len(estimate.experts) - 3)
     )
 
 
@@ -96,12 +98,12 @@ def outlying(merges: pd.DataFrame) -> Iterator[dict[str, Any]]:
     for family, group in merges.groupby("family"):
         bases = list(group.groupby("base"))
         for base, rows in bases:
-            found = [effects(one) for _, one in rows.groupby("method")]
-            known = [one for one in found if one is not None]
-            if not known or len({one.experts for one in known}) > 1:
+            estimates = [effects(one) for _, one in rows.groupby("method")]
+            methods = [one for one in estimates if one is not None]
+            if not methods or len({one.experts for one in methods}) > 1:
                 continue
-            values = np.mean([one.values for one in known], axis=0)
-            error = np.sqrt(np.mean([one.errors**2 for one in known], axis=0))
+            values = np.mean([one.values for one in methods], axis=0)
+            error = np.sqrt(np.mean([one.errors**2 for one in methods], axis=0))
             pool = len(values)
             for i in range(pool):
                 others = np.delete(values, i)
@@ -114,7 +116,7 @@ def outlying(merges: pd.DataFrame) -> Iterator[dict[str, Any]]:
                     yield {
                         "family": family,
                         "base": base,
-                        "expert": known[0].experts[i],
+                        "expert": methods[0].experts[i],
                         "effect": effect,
                         "interval": [effect - reach, effect + reach],
                     }

@@ -1,7 +1,8 @@
 """Fitting a law to points: generalised least squares, intervals and diagnostics."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -37,7 +38,7 @@ class Fit(Diagnostics):
         covariance = solution.covariance
         if covariance is not None:
             covariance = covariance[kept] if covariance.ndim == 1 else covariance[kept][:, kept]
-        misfit, scatter = solution.given
+        misfit, scatter = solution.fixed
         near = solution.state.theta if law is self.law else None
         scale = solution.errors.scale[kept]
         return _fitted(
@@ -127,42 +128,32 @@ def fit(
         if value is not None and not (math.isfinite(value) and value >= 0):
             raise MergelawError(f"{name} is {value:g}: give a standard deviation of 0 or more")
     variables, loss = _checked(law, table)
-    known = _known(table, covariance, len(loss))
-    if misfit == 0 and known is None:
+    noise = _noise(table, covariance, len(loss))
+    if misfit == 0 and noise is None:
         raise MergelawError(
             "misfit 0 without standard errors leaves no uncertainty at all: omit it"
         )
     # Sums of floats depend on the order of the points, so sort them.
     order = np.lexsort((loss, *reversed(variables.values())))
-    if known is not None:
-        known = known[order] if known.ndim == 1 else known[order][:, order]
+    if noise is not None:
+        noise = noise[order] if noise.ndim == 1 else noise[order][:, order]
     factor = None if documents is None else np.asarray(documents, dtype=float)[order]
     ordered = {name: values[order] for name, values in variables.items()}
-    fitted = _fitted(
-        law, ordered, loss[order], known, misfit, scatter, factor, np.argsort(order), jackknife
-    )
-    if not (robust or relative):
-        return fitted
-    scale = np.ones(len(loss))
+    once = partial(_fitted, law, ordered, loss[order], noise, misfit, scatter)
+    once = partial(once, documents=factor, order=np.argsort(order), jackknife=jackknife)
+    fitted = once()
+    return _reweighted(fitted, once, robust, relative) if robust or relative else fitted
+
+
+def _reweighted(fitted: Fit, once: Callable[..., Fit], robust: bool, relative: bool) -> Fit:
+    """The fit repeated with weights from its own residuals, until these stay the same."""
+    scale = np.ones(len(fitted.loss))
     for _ in range(REWEIGHTED):
         weights = _weights(fitted, robust, relative)
-        done = np.abs(weights - scale).max() < 1e-6
-        scale = weights
-        if done:
+        if np.abs(weights - scale).max() < 1e-6:
             break
-        fitted = _fitted(
-            law,
-            ordered,
-            loss[order],
-            known,
-            misfit,
-            scatter,
-            factor,
-            np.argsort(order),
-            jackknife,
-            near=fitted.solution.state.theta,
-            scale=scale,
-        )
+        scale = weights
+        fitted = once(near=fitted.solution.state.theta, scale=scale)
     return fitted
 
 
@@ -256,15 +247,15 @@ def _fitted(
     plain_problem = Problem(law, variables, loss)
     state = plain_problem.minimum(near)
     saturated = len(loss) <= len(law.parameters)
-    given = misfit, scatter
+    fixed = misfit, scatter
     if saturated and misfit is None and covariance is not None:
-        given = 0.0, scatter  # the standard errors are all that is known
-    if saturated and given[0] is None:
+        fixed = 0.0, scatter  # the standard errors are all that is known
+    if saturated and fixed[0] is None:
         problem, likeliest, freedom = plain_problem, (math.nan, scatter or 0.0, math.nan), 0.0
     else:
-        problem, state, likeliest = _weighted(plain_problem, state, errors, *given)
+        problem, state, likeliest = _weighted(plain_problem, state, errors, *fixed)
         free = int(free_parameters(problem, state).sum())
-        freedom = float(len(loss) - free) if given[0] is None else math.inf
+        freedom = float(len(loss) - free) if fixed[0] is None else math.inf
     solution = Solution(
         problem=problem,
         state=state,
@@ -272,7 +263,7 @@ def _fitted(
         errors=errors,
         misfit=likeliest[0],
         scatter=likeliest[1],
-        given=given,
+        fixed=fixed,
         deviance=likeliest[2],
         covariance=covariance,
         documents=documents,
@@ -300,7 +291,7 @@ def _weighted(
     problem = plain_problem
     # Equal errors do not weight the points, and losses without noise need no weights.
     exact = state.squares * plain_problem.size**2 < len(loss) * errors.least**2
-    even = not errors.known.any() and (exact or not len(errors.starts))
+    even = not errors.variances.any() and (exact or not len(errors.starts))
     even = even and bool((errors.scale == 1).all())
     for _ in range(1 if even else 2):
         left = loss - law.predict(problem.parameters(state), **variables)
@@ -321,7 +312,7 @@ def _again(solution: Solution, variables: Mapping[str, Array], loss: Array) -> d
     return problem.parameters(problem.descend(problem.project(solution.state.theta)))
 
 
-def _known(table: pd.DataFrame | Mapping[str, ArrayLike], covariance: Any, points: int) -> Any:
+def _noise(table: pd.DataFrame | Mapping[str, ArrayLike], covariance: Any, points: int) -> Any:
     """Known variances (points,) or sparse covariance, checked; None if all are 0."""
     if covariance is not None:
         if getattr(covariance, "ndim", 2) == 1:  # made by fit_points

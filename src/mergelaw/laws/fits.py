@@ -139,14 +139,14 @@ def fit_study(
 def _outlying(rows: pd.DataFrame, fits: Sequence[StudyFit]) -> Iterator[dict[str, Any]]:
     """Experts unlike the others, with the macro fits with and without each."""
     merges = with_macro(rows)
-    for found in outlying(merges[merges["domain"] == MACRO]):
-        rest = rows[[found["expert"] not in experts for experts in rows["experts"]]]
+    for outlier in outlying(merges[merges["domain"] == MACRO]):
+        rest = rows[[outlier["expert"] not in experts for experts in rows["experts"]]]
         try:
             study = fit_all(_described(rest, ())[0].query("domain == @MACRO"))
         except MergelawError:
             continue
         without = {(one.method, one.family, one.base): one.fit for one in study.fits}
-        yield found | {
+        yield outlier | {
             "fits": [
                 {
                     "method": one.method,
@@ -158,18 +158,18 @@ def _outlying(rows: pd.DataFrame, fits: Sequence[StudyFit]) -> Iterator[dict[str
                     },
                 }
                 for one in fits
-                if one.domain == MACRO and one.base in (found["base"], None)
+                if one.domain == MACRO and one.base in (outlier["base"], None)
                 if (other := without.get((one.method, one.family, one.base))) is not None
             ]
         }
 
 
-def _outlying_text(found: Mapping[str, Any]) -> str:
-    low, high = found["interval"]
-    verb = "raises" if found["effect"] > 0 else "lowers"
+def _outlying_text(outlier: Mapping[str, Any]) -> str:
+    low, high = outlier["interval"]
+    verb = "raises" if outlier["effect"] > 0 else "lowers"
     return (
-        f"expert {found['expert']} is unlike the others on {found['base']}: it {verb} the macro "
-        f"loss of a merge of k by {abs(found['effect']):.3g} / k nats (90%: {low:.3g} to "
+        f"expert {outlier['expert']} is unlike the others on {outlier['base']}: it {verb} the "
+        f"macro loss of a merge of k by {abs(outlier['effect']):.3g} / k nats (90%: {low:.3g} to "
         f"{high:.3g}, / k); laws.json has the laws without it"
     )
 

@@ -239,8 +239,8 @@ def _documents(
     if domain == MACRO:
         domains = sorted({place[3] for place in sums if place[:2] == (method, family)})
         parts = [_documents(sums, points, method, family, name) for name in domains]
-        known = [part for part in parts if part is not None]
-        return np.hstack(known) / len(domains) if len(known) == len(parts) else None
+        present = [part for part in parts if part is not None]
+        return np.hstack(present) / len(domains) if len(present) == len(parts) else None
     errors: list[Array] = []
     for base, k in points[["base", "k"]].itertuples(index=False):
         circles = sums.get((method, family, base, domain, k))

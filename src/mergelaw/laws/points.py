@@ -162,11 +162,16 @@ def read_points(path: Path) -> tuple[pd.DataFrame, list[Note]]:
         names = table[name].astype(object)
         names = names.where(names.notna(), empty).astype(str)
         table[name] = names.map(lambda text: " ".join(text.split())).astype(str)  # one line
+    distinct, notes = _distinct(path, table)
+    return distinct, [*warnings, *notes]
+
+
+def _distinct(path: Path, table: pd.DataFrame) -> tuple[pd.DataFrame, list[Note]]:
+    """The points, sorted, each once; refuses two losses of one point."""
     columns = [*POINT, "ce", *(n for n in ("se", "circles") if n in table), "M"]
     distinct = table[columns].drop_duplicates()
-    if len(distinct) < len(table):
-        repeated = len(table) - len(distinct)
-        warnings.append(Note("repeated", f"{repeated} rows repeat others and were dropped"))
+    repeated = len(table) - len(distinct)
+    text = f"{repeated} rows repeat others and were dropped"
     repeats = distinct[distinct.duplicated(POINT, keep=False)].sort_values(POINT)
     if len(repeats):
         first, second = repeats.iloc[0], repeats.iloc[1]
@@ -176,7 +181,8 @@ def read_points(path: Path) -> tuple[pd.DataFrame, list[Note]]:
             "column method, family, domain or base"
         )
     distinct = distinct.join(table[[name for name in WRITTEN if name in table]])
-    return distinct.sort_values(POINT, ignore_index=True), warnings
+    notes = [Note("repeated", text)] if repeated else []
+    return distinct.sort_values(POINT, ignore_index=True), notes
 
 
 def _named(path: Path, table: pd.DataFrame) -> pd.DataFrame:

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
+from numpy.typing import NDArray
 from scipy.special import gammaln, logsumexp
 
 from mergelaw.laws.covariance import Errors
@@ -204,13 +205,8 @@ def draw(
     used = np.flatnonzero(coefficients)
     if (posterior is not None and len(posterior.misfit) > RARE * DRAWS) or len(used) == linear:
         return posterior
-    part = replace(
-        law,
-        linear=tuple(law.linear[j] for j in used),
-        basis=lambda **named: tuple(law.basis(**named)[j] for j in used),
-    )
     rest = draw(
-        part,
+        _with_terms(law, used),
         variables,
         loss,
         errors,
@@ -225,6 +221,15 @@ def draw(
     parameters = np.zeros((len(rest.parameters), len(law.parameters)))
     parameters[:, [*used, *range(linear, len(law.parameters))]] = rest.parameters
     return replace(rest, parameters=parameters)
+
+
+def _with_terms(law: Law, terms: NDArray[np.intp]) -> Law:
+    """The law with these of its linear terms only."""
+    return replace(
+        law,
+        linear=tuple(law.linear[j] for j in terms),
+        basis=lambda **named: tuple(law.basis(**named)[j] for j in terms),
+    )
 
 
 def _sampled(

@@ -35,7 +35,7 @@ class Solution:
 
     Attributes:
         misfit, scatter: likeliest values (nats per token); NaN if unknown.
-        given: the caller's misfit and scatter; None was estimated.
+        fixed: the caller's misfit and scatter; None was estimated.
         deviance: minus twice the greatest log-likelihood, up to a constant.
         covariance: known variances (points,), sparse covariance (points, points), or None.
         documents: (points, any), factor of the documents' covariance; None if unknown.
@@ -47,7 +47,7 @@ class Solution:
     errors: Errors
     misfit: float
     scatter: float
-    given: tuple[float | None, float | None]
+    fixed: tuple[float | None, float | None]
     deviance: float
     covariance: Any
     documents: Array | None
@@ -179,8 +179,8 @@ class Result:
             theta=solution.state.theta,
             coefficients=solution.state.coefficients,
             influence=influence,
-            misfit=(solution.given[0], solution.misfit),
-            scatter=(solution.given[1], solution.scatter),
+            misfit=(solution.fixed[0], solution.misfit),
+            scatter=(solution.fixed[1], solution.scatter),
         )
 
     @property

@@ -67,8 +67,8 @@ def _number(value: float | None, form: str = ".2g") -> str:
 def pooled_text(pooled: Mapping[str, Any]) -> str:
     """A pooled fit in one line: means over domains, their spread, and errors out of sample."""
     values = ", ".join(
-        f"{name} = {of['mean']:.4g} (90%: {interval(of['interval'], 4)}) +- {of['between']:.2g}"
-        for name, of in pooled["parameters"].items()
+        f"{name} = {one['mean']:.4g} (90%: {interval(one['interval'], 4)}) +- {one['between']:.2g}"
+        for name, one in pooled["parameters"].items()
     )
     text = f"{len(pooled['domains'])} domains, mean and spread between domains: {values}"
     scores = pooled["out_of_sample"].items()

@@ -54,8 +54,8 @@ def settings(folder: Path) -> dict[str, Any]:
         common = PreTrainedConfig().to_dict()
         shown = text.to_dict()
         # What the configuration's class does not know is not read either.
-        known = getattr(type(text), "__dataclass_fields__", shown).keys() - common.keys()
-        flat = flatten({key: shown[key] for key in shown if key in known})
+        names = getattr(type(text), "__dataclass_fields__", shown).keys() - common.keys()
+        flat = flatten({key: shown[key] for key in shown if key in names})
     except Exception:  # a foreign configuration raises anything
         return {k: v for k, v in flatten(raw).items() if not unread(k)}
     heads = getattr(text, "num_attention_heads", None) or 1

@@ -109,9 +109,7 @@ def budget(
     Raises:
         MergelawError: there is no larger size, or the amount buys no step.
     """
-    for name, number in (("budget", amount), ("serve", serve)):
-        if number is not None and not 0 <= number < math.inf:
-            raise MergelawError(f"{name} = {number:g}; give an amount of 0 or more")
+    _check_amounts(budget=amount, serve=serve)
     curve.variables(k)
     if curve.fails:
         return curve.measured_only("budget")
@@ -119,14 +117,13 @@ def budget(
     chosen, *others = _best_of_each(steps, amount, costs.unit)
     after = curve.estimate(chosen["k"], chosen["N"])
     value, ends = minus(curve.estimate(k), after)
-    reason, lead = "", None
-    for other in others:
+    lead = None
+    if others:
+        (other,) = others
         reason = f"{_name(other)} gains {other['gain']:.3g} nats for {other['cost']:.4g}"
         lead = minus(curve.estimate(other["k"], other["N"]), after)[1]
-    if not others:
-        kind = LARGER if chosen["step"] == MORE else MORE
-        cheapest = min(step["cost"] for step in steps if step["step"] == kind)
-        reason = f"no {kind} is to be had for less than {cheapest:.4g}"
+    else:
+        reason = _missing(steps, LARGER if chosen["step"] == MORE else MORE)
     answer = f"neither: nothing for this budget lowers the loss of {curve.name}, k = {k}"
     if chosen["gain"] > 0:
         answer = f"{_name(chosen)}: gains {with_interval(value, ends, curve.level)} over k = {k} "
@@ -143,6 +140,12 @@ def budget(
         + curve.assumption(k),
         table=(chosen, *others),
     )
+
+
+def _check_amounts(**amounts: float | None) -> None:
+    for name, number in amounts.items():
+        if number is not None and not 0 <= number < math.inf:
+            raise MergelawError(f"{name} = {number:g}; give an amount of 0 or more")
 
 
 def _steps(
@@ -189,6 +192,11 @@ def _best_of_each(steps: Sequence[Step], amount: float | None, unit: str) -> lis
         if step["cost"] <= limit:
             best.setdefault(step["step"], step)
     return list(best.values())
+
+
+def _missing(steps: Sequence[Step], kind: str) -> str:
+    cheapest = min(step["cost"] for step in steps if step["step"] == kind)
+    return f"no {kind} is to be had for less than {cheapest:.4g}"
 
 
 def _name(step: Step) -> str:

@@ -85,7 +85,7 @@ class Curve:
 
     @property
     def fails(self) -> bool:
-        """Whether the law gives no answers."""
+        """True where the law gives no answers."""
         return self.state == FAILS
 
     @property
@@ -142,8 +142,8 @@ class Curve:
     @cached_property
     def gains(self) -> dict[int, Estimate]:
         """Gains of one more expert (nats per token) between measured means of known error."""
-        known = self.losses if "se" in self.table else {}
-        return {k: minus(known[k], known[k + 1]) for k in known if k + 1 in known}
+        losses = self.losses if "se" in self.table else {}
+        return {k: minus(losses[k], losses[k + 1]) for k in losses if k + 1 in losses}
 
     def gain(self, k: int) -> Estimate:
         """Gain of one more expert than k (nats per token): measured, or by the law."""
@@ -183,7 +183,7 @@ class Curve:
         return (warning,) if k > self.M else ()
 
     def forms(self, k: float) -> list[dict[str, Any]]:
-        """What each form that the points do not exclude says: form, weight, loss at k, floor."""
+        """Forms that the points do not exclude: form, weight, loss at k, floor."""
         rows = []
         for form in sorted(self.law.forms, key=lambda form: -form.weight):
             if form.weight >= SHOWN:
@@ -232,7 +232,7 @@ class Curve:
 
     @property
     def beside(self) -> str:
-        """What stands beside an answer of the law: nothing, or that it is doubtful."""
+        """Suffix of the law's answers: empty, or the verdict of a law that does not hold."""
         return "" if self.state == HOLDS else f"; the law {self._verdict}"
 
     def answer(

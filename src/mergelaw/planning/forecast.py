@@ -10,7 +10,7 @@ fewer than two such bases the interval comes from standard errors and a given mi
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import numpy as np
@@ -30,6 +30,7 @@ LAWS = {THREE_POINT: MERGING_FIXED_N, END_POINT: INVERSE_FIXED_N, SIZE: MERGING}
 # A record needs this many other bases.
 BASES = 2
 Rows = list[dict[str, Any]]
+Record = list[tuple[str, np.ndarray]]
 
 
 def forecast(
@@ -70,43 +71,64 @@ def forecast(
     name = base if scheme == SIZE else name
     used = _used(points, scheme, N, name)
     curve = Curve(used, N, level=level, population=population, law=LAWS[scheme], misfit=misfit)
-    taken = set() if scheme == SIZE else set(used["k"])
-    sizes = sorted(set(range(1, min(curve.M, LISTED) + 1)) - taken if k is None else k)
-    if not sizes:
-        raise MergelawError(f"{scheme} forecast: uses every k of a pool of {curve.M}; give other k")
-    rows: Rows = []
-    for count in sizes:
-        value, ends = curve.by_law(count)
-        low, high = ends or (math.nan, math.nan)
-        rows.append({"k": count, "forecast": value, "low": low, "high": high})
-    basis = "the law with its misfit" if misfit is None else f"the law with a misfit of {misfit:g}"
-    if curve.law.freedom == 0:
-        basis = "none: give --misfit, or measure the whole curve of two other bases"
-    elif math.isinf(curve.law.freedom) and misfit is None:
-        basis = "the law with the points' standard errors"
-    warnings, assumption = list(curve.warnings), f"the loss falls as {curve.formula}"
+    rows = _forecasts(curve, scheme, _levels(curve.M, used, scheme) if k is None else k)
+    basis, warnings = _basis(curve, misfit), list(curve.warnings)
+    assumption = f"the loss falls as {curve.formula}"
     others = [] if misfit is not None or scheme == SIZE else _record(points, name, scheme, rows)
     if len(others) >= BASES:
-        warnings = without_errors(used)
-        warnings += _set_intervals(rows, [shares for _, shares in others], used, level)
+        warnings = without_errors(used) + _set_intervals(rows, others, used, level)
         bases = ", ".join(other for other, _ in others)
         basis = f"the scheme's errors at {bases}, as shares of the gain"
         assumption = "the scheme is off at this base by as much as at the other bases"
-    place = {column: str(points[column].iloc[0]) for column in ("method", "family", "domain")}
-    fitted = used["N" if scheme == SIZE else "k"].unique().tolist()
-    details: dict[str, Any] = {"scheme": scheme, **place, "base": name, "N": N, "used": fitted}
+    details = _details(points, used, scheme, name, N)
     details |= _score(rows, points[points["base"] == name], used, scheme)
-    known = None if math.isnan(rows[0]["low"]) else (rows[0]["low"], rows[0]["high"])
+    ends = None if math.isnan(rows[0]["low"]) else (rows[0]["low"], rows[0]["high"])
     return curve.answer(
         "forecast",
         _sentence(details),
-        (rows[0]["forecast"], known) if len(rows) == 1 else None,
+        (rows[0]["forecast"], ends) if len(rows) == 1 else None,
         f"intervals: {basis}",
         assumption,
-        warnings=(*warnings, *curve.beyond_pool(sizes[-1])),
+        warnings=(*warnings, *curve.beyond_pool(rows[-1]["k"])),
         table=rows,
         details=details,
     )
+
+
+def _levels(M: int, used: pd.DataFrame, scheme: str) -> set[int]:
+    """The k of a pool of M that a scheme does not use."""
+    return set(range(1, min(M, LISTED) + 1)) - (set() if scheme == SIZE else set(used["k"]))
+
+
+def _forecasts(curve: Curve, scheme: str, levels: Collection[float]) -> Rows:
+    """The law's loss and interval (nats per token) at each k."""
+    rows: Rows = []
+    if not levels:
+        raise MergelawError(f"{scheme} forecast: uses every k of a pool of {curve.M}; give other k")
+    for k in sorted(levels):
+        value, ends = curve.by_law(k)
+        low, high = ends or (math.nan, math.nan)
+        rows.append({"k": k, "forecast": value, "low": low, "high": high})
+    return rows
+
+
+def _details(
+    points: pd.DataFrame, used: pd.DataFrame, scheme: str, base: str | None, N: float
+) -> dict[str, Any]:
+    place = {column: str(points[column].iloc[0]) for column in ("method", "family", "domain")}
+    fitted = used["N" if scheme == SIZE else "k"].unique().tolist()
+    return {"scheme": scheme, **place, "base": base, "N": N, "used": fitted}
+
+
+def _basis(curve: Curve, misfit: float | None) -> str:
+    """The source of the law's intervals."""
+    if curve.law.freedom == 0:
+        return "none: give --misfit, or measure the whole curve of two other bases"
+    if misfit is not None:
+        return f"the law with a misfit of {misfit:g}"
+    if math.isinf(curve.law.freedom):
+        return "the law with the points' standard errors"
+    return "the law with its misfit"
 
 
 def _used(points: pd.DataFrame, scheme: str, N: float, base: str | None) -> pd.DataFrame:
@@ -139,11 +161,9 @@ def _gain(used: pd.DataFrame) -> float:
     return float(used["ce"].iloc[0] - used["ce"].iloc[-1])
 
 
-def _record(
-    points: pd.DataFrame, base: str | None, scheme: str, rows: Rows
-) -> list[tuple[str, np.ndarray]]:
+def _record(points: pd.DataFrame, base: str | None, scheme: str, rows: Rows) -> Record:
     """A scheme's errors at the other bases, as shares of their gain; NaN beyond measured k."""
-    record = []
+    record: Record = []
     for name in points["base"].unique():
         curve = base_points(points, name)
         used = curve[curve["k"].isin(_needed(scheme, curve))]
@@ -152,16 +172,14 @@ def _record(
             continue
         errors = curve["ce"] - fit_points(LAWS[scheme], used).predict(k=curve["k"])
         shares = np.where(curve["k"].isin(used["k"]), 0.0, errors / _gain(used))
-        asked = [row["k"] for row in rows]
-        record.append((name, np.interp(asked, curve["k"], shares, left=math.nan, right=math.nan)))
+        levels = [row["k"] for row in rows]
+        record.append((name, np.interp(levels, curve["k"], shares, left=math.nan, right=math.nan)))
     return record
 
 
-def _set_intervals(
-    rows: Rows, record: Sequence[np.ndarray], used: pd.DataFrame, level: float
-) -> list[str]:
+def _set_intervals(rows: Rows, record: Record, used: pd.DataFrame, level: float) -> list[str]:
     """Set the intervals of a forecast from a scheme's record; return warnings."""
-    shares = np.sqrt(np.mean(np.square(record), axis=0))
+    shares = np.sqrt(np.mean([share**2 for _, share in record], axis=0))
     reach = stdtrit(len(record), (1 + level) / 2) * shares * abs(_gain(used))
     for row, width in zip(rows, reach, strict=True):
         row["low"], row["high"] = row["forecast"] - width, row["forecast"] + width

@@ -19,6 +19,7 @@ from mergelaw.planning.points import SAME_SIZE
 PURCHASES = 8
 # A purchase has to narrow the interval by more than this share.
 LITTLE = 1e-3
+Rows = list[dict[str, Any]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,7 +54,7 @@ def measure(curve: Curve, k: float, costs: Costs | None = None, *, share: float 
         raise MergelawError(f"share = {share:g}; give a number between 0 and 1")
     curve.variables(k)
     left, reason = 1.0, "a measured mean needs no law"
-    rows: list[dict[str, Any]] = []
+    rows: Rows = []
     if k in curve.losses:
         value, ends = curve.losses[int(k)]
         answer = f"nothing to buy, it is measured: {with_interval(value, ends, curve.level)}"
@@ -62,31 +63,12 @@ def measure(curve: Curve, k: float, costs: Costs | None = None, *, share: float 
     elif curve.fails:
         return curve.measured_only("measure")
     else:
-        ends = curve.by_law(k)[1]
-        if ends is None:
-            raise MergelawError(
-                f"{curve.name}: there is no interval to narrow, because the law has as many "
-                "parameters as points; measure one more k, or give standard errors"
-            )
-        half = (ends[1] - ends[0]) / 2
-        for purchase, left in _buy(curve, k, costs, share):
-            price = {} if costs is None else {"cost": purchase.cost}
-            row = {"buy": purchase.name, "interval after": 2 * half * left, "share": left}
-            rows.append(row | price)
+        answer, rows = _to_buy(curve, k, costs, share)
+        left = rows[-1]["share"] if rows else 1.0
         reason = (
             "derivatives of the law at the points and at what may be added, with a misfit of "
             f"{curve.law.misfit:.2g} and a scatter of bases of {curve.law.scatter:.2g} nats"
         )
-        answer = f"nothing to buy narrows the interval of ±{half:.2g} nats; "
-        answer += "" if curve.joint else f"all k of this pool of {curve.M} are measured, and "
-        answer += "what is left is the law's own error"
-        if rows:
-            answer = "" if left <= share else f"{100 * share:g}% is not reached; the best is to "
-            answer += f"measure {'; '.join(row['buy'] for row in rows)}: the interval narrows from "
-            answer += f"±{half:.2g} to ±{half * left:.2g} nats"
-            if costs is not None:
-                answer += f", for {sum(row['cost'] for row in rows):.4g} {costs.unit}"
-        answer += curve.beside
     return curve.answer(
         "measure",
         f"{curve.name}, k = {k:g}: {answer}",
@@ -96,6 +78,32 @@ def measure(curve: Curve, k: float, costs: Costs | None = None, *, share: float 
         warnings=(*curve.beyond_pool(k), *curve.warnings),
         table=rows,
     )
+
+
+def _to_buy(curve: Curve, k: float, costs: Costs | None, share: float) -> tuple[str, Rows]:
+    """The purchases as a sentence and as rows."""
+    ends = curve.by_law(k)[1]
+    if ends is None:
+        raise MergelawError(
+            f"{curve.name}: there is no interval to narrow, because the law has as many "
+            "parameters as points; measure one more k, or give standard errors"
+        )
+    half = (ends[1] - ends[0]) / 2
+    rows: Rows = []
+    for purchase, left in _buy(curve, k, costs, share):
+        price = {} if costs is None else {"cost": purchase.cost}
+        row = {"buy": purchase.name, "interval after": 2 * half * left, "share": left}
+        rows.append(row | price)
+    if not rows:
+        answer = f"nothing to buy narrows the interval of ±{half:.2g} nats; "
+        answer += "" if curve.joint else f"all k of this pool of {curve.M} are measured, and "
+        return f"{answer}what is left is the law's own error{curve.beside}", rows
+    answer = "" if left <= share else f"{100 * share:g}% is not reached; the best is to "
+    answer += f"measure {'; '.join(row['buy'] for row in rows)}: the interval narrows from "
+    answer += f"±{half:.2g} to ±{half * left:.2g} nats"
+    if costs is not None:
+        answer += f", for {sum(row['cost'] for row in rows):.4g} {costs.unit}"
+    return answer + curve.beside, rows
 
 
 def _buy(
@@ -138,15 +146,15 @@ def _candidates(curve: Curve, table: pd.DataFrame, costs: Costs | None) -> Itera
         return experts * costs.at(N, "training") + merges * costs.of_merge(N)
 
     usual = float(table["variance"].median())
-    for base, own in table.groupby("base"):
-        N, M = float(own["N"].iloc[0]), int(own["M"].iloc[0])
-        for k in sorted(set(range(1, min(M, LISTED) + 1)) - set(own["k"])):
+    for base, rows in table.groupby("base"):
+        N, M = float(rows["N"].iloc[0]), int(rows["M"].iloc[0])
+        for k in sorted(set(range(1, min(M, LISTED) + 1)) - set(rows["k"])):
             points = pd.DataFrame({"N": [N], "k": float(k), "variance": usual})
             yield Purchase(f"k = {k} at {base}", points, price(N, min(M, math.comb(M, k))))
-        if (own["variance"] > 0).any():
-            circles = int(own["replicates"].max()) if "replicates" in own else 1
-            cost = price(N, M * int((own["variance"] > 0).sum()) * circles)
-            better = own.assign(variance=own["variance"] / 2)
+        if (rows["variance"] > 0).any():
+            circles = int(rows["replicates"].max()) if "replicates" in rows else 1
+            cost = price(N, M * int((rows["variance"] > 0).sum()) * circles)
+            better = rows.assign(variance=rows["variance"] / 2)
             yield Purchase(f"as many circles again at {base}", better, cost)
     levels, sizes = sorted(table["k"].unique()), sorted(table["N"].unique())
     new = [math.sqrt(a * b) for a, b in pairwise([*sizes, curve.N]) if b > 1.5 * a]

@@ -117,8 +117,8 @@ def without_errors(points: pd.DataFrame) -> list[str]:
     if "subsets" not in points:
         return []
     every = [math.comb(int(M), int(k)) for M, k in zip(points["M"], points["k"], strict=True)]
-    known = points["se"].to_numpy() > 0 if "se" in points else np.zeros(len(points), dtype=bool)
-    levels = points["k"][(points["subsets"].to_numpy() < np.array(every, dtype=float)) & ~known]
+    uncertain = points["se"].to_numpy() > 0 if "se" in points else np.zeros(len(points), dtype=bool)
+    levels = points["k"][(points["subsets"].to_numpy() < np.array(every, dtype=float)) & ~uncertain]
     if levels.empty:
         return []
     return [

@@ -2,6 +2,7 @@
 
 import math
 from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import pandas as pd
@@ -43,25 +44,9 @@ def rule(
     rows: list[dict[str, Any]] = []
     warnings: list[str] = []
     for size in sizes:
-        curves: dict[str, Curve] = {}
-        for method, table in points.groupby("method"):
-            try:
-                curve = Curve(table, size, level=level, population=population)
-                curves[str(method)] = curve
-                warnings += [f"{method} at {curve.name}: {text}" for text in curve.warnings]
-            except MergelawError as error:  # the other methods can still be compared
-                warnings.append(f"{method} at N = {size:.4g}: not compared: {error}")
-        measured = sorted({int(count) for c in curves.values() for count in c.table["k"]})
-        for count in measured if k is None else (k,):
-            known = {m: c for m, c in curves.items() if not c.fails or count in c.losses}
-            losses = {method: curve.estimate(count) for method, curve in known.items()}
-            best, second, *_ = [*sorted(losses, key=lambda m: losses[m][0]), "", ""]
-            if second:
-                ahead, ends = minus(losses[second], losses[best])
-                low, high = ends or (math.nan, math.nan)
-                row: dict[str, Any] = {"size": curves[best].name, "k": count, "best": best}
-                row |= {"loss": losses[best][0], "second": second, "ahead": ahead}
-                rows.append(row | {"low": low, "high": high, "clear": bool(low > 0)})
+        curves, notes = _curves(points, size, level, population)
+        rows += _leads(curves, k)
+        warnings += notes
     if not rows:
         raise MergelawError(
             "rule: no size has the curves of two methods; measure another method at the same sizes "
@@ -75,10 +60,7 @@ def rule(
         answer = f"{row['size']}, k = {row['k']}: {row['best']}, {verb} {row['second']}, by "
         answer += with_interval(value, ends, level)
     else:
-        wins = Counter(row["best"] for row in rows).most_common()
-        answer = "; ".join(f"{name} is best at {n} of {len(rows)} (N, k)" for name, n in wins)
-        clear = sum(row["clear"] for row in rows)
-        answer += f"; {clear} of these leads are clear at {100 * level:g}%"
+        answer = _wins(rows, level)
     return Answer(
         "rule",
         answer,
@@ -92,3 +74,45 @@ def rule(
         tuple(rows),
         population=population,
     )
+
+
+def _wins(rows: Sequence[Mapping[str, Any]], level: float) -> str:
+    wins = Counter(row["best"] for row in rows).most_common()
+    best = "; ".join(f"{name} is best at {n} of {len(rows)} (N, k)" for name, n in wins)
+    clear = sum(row["clear"] for row in rows)
+    return f"{best}; {clear} of these leads are clear at {100 * level:g}%"
+
+
+def _curves(
+    points: pd.DataFrame, N: float, level: float, population: str
+) -> tuple[dict[str, Curve], list[str]]:
+    """Each method's curve at one size, and warnings on them and on methods without one."""
+    curves: dict[str, Curve] = {}
+    warnings: list[str] = []
+    for method, table in points.groupby("method"):
+        try:
+            curve = Curve(table, N, level=level, population=population)
+        except MergelawError as error:  # the other methods can still be compared
+            warnings.append(f"{method} at N = {N:.4g}: not compared: {error}")
+            continue
+        curves[str(method)] = curve
+        warnings += [f"{method} at {curve.name}: {text}" for text in curve.warnings]
+    return curves, warnings
+
+
+def _leads(curves: Mapping[str, Curve], k: int | None) -> Iterator[dict[str, Any]]:
+    """The best method and its lead over the second, at k or at each measured k of one size."""
+    measured = sorted({int(count) for c in curves.values() for count in c.table["k"]})
+    for count in measured if k is None else (k,):
+        losses = {
+            method: curve.estimate(count)
+            for method, curve in curves.items()
+            if not curve.fails or count in curve.losses
+        }
+        best, second, *_ = [*sorted(losses, key=lambda m: losses[m][0]), "", ""]
+        if second:
+            ahead, ends = minus(losses[second], losses[best])
+            low, high = ends or (math.nan, math.nan)
+            row: dict[str, Any] = {"size": curves[best].name, "k": count, "best": best}
+            row |= {"loss": losses[best][0], "second": second, "ahead": ahead}
+            yield row | {"low": low, "high": high, "clear": bool(low > 0)}

@@ -170,11 +170,11 @@ def measure_again(study: Study, count: int) -> Iterator[str]:
                 recipe, rows, base, vectors, corpora, scratch / "cells", "again", scratch
             )
             again = losses(scratch)
-        known, tolerance = losses(folder), TOLERANCES[recipe["evaluation"]["dtype"]]
+        before, tolerance = losses(folder), TOLERANCES[recipe["evaluation"]["dtype"]]
         for cell, loss in again.items():
-            if not math.isclose(loss, known[cell], rel_tol=tolerance) and math.isfinite(loss):
+            if not math.isclose(loss, before[cell], rel_tol=tolerance) and math.isfinite(loss):
                 yield (
-                    f"{folder}: cell {cell} has {known[cell]:.6g} nats per token, but {loss:.6g} "
+                    f"{folder}: cell {cell} has {before[cell]:.6g} nats per token, but {loss:.6g} "
                     "when measured again; delete this folder and its cells and rerun"
                 )
 
