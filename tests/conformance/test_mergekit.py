@@ -23,6 +23,7 @@ import jobs
 from mergelaw.artifacts import store
 from mergelaw.cli.app import app
 from mergelaw.merging.engine import Prepared
+from mergelaw.merging.export import export
 from mergelaw.merging.methods import method_of
 from mergelaw.merging.methods.dare import keep_mask
 from mergelaw.merging.methods.ties import kept
@@ -91,8 +92,12 @@ class Study:
     def merge(self, name: str, method: dict, weights: list[float] | None = None) -> Path:
         recipe = {"method": method, "experts": list(self.vectors), "weights": weights}
         output = self.folder / f"{name}@1"
-        inputs = {"base": self.base, "task_vectors": self.vectors}
-        self._run("merge", "merge", output, recipe, inputs)
+        inputs = {"base": self.base, **self.vectors}
+
+        def work(folder: Path, state: Path) -> dict:
+            return export(recipe, self.base, self.vectors, folder, output)
+
+        store.make(output, "merge", recipe, inputs, work)
         return output
 
     def config(self, name: str, rule: str, parameters: dict, weights: list[float] | None) -> Path:
