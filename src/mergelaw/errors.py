@@ -32,3 +32,8 @@ def nearest(name: str, names: Iterable[str]) -> str:
     if close:
         return f"; did you mean {close[0]!r}?"
     return f"; there is {', '.join(names[:12])}{', ...' if len(names) > 12 else ''}"
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of a library's error message."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__).rstrip(".")

@@ -18,9 +18,9 @@ from typing import Any
 from mergelaw.artifacts.cache import FileCache
 from mergelaw.artifacts.keys import STAGES, canonical_json, digest
 from mergelaw.data.recipe import PLACE, Source, SplitRecipe
-from mergelaw.data.sources import first_line, kept_records, local_files, unreadable
+from mergelaw.data.sources import kept_records, local_files, unreadable
 from mergelaw.demo import GENERATOR_VERSION, draw
-from mergelaw.errors import MergelawError
+from mergelaw.errors import MergelawError, first_line
 
 DOCUMENTS = "documents.parquet"
 DOCUMENT_DIGITS = 16

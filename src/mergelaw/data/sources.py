@@ -20,7 +20,7 @@ from typing import IO, Any
 
 from mergelaw.artifacts.keys import canonical_json
 from mergelaw.data.recipe import Source
-from mergelaw.errors import MergelawError
+from mergelaw.errors import MergelawError, first_line
 
 Records = Iterator[tuple[str, Any]]  # (place for messages, record)
 
@@ -135,11 +135,6 @@ def unreadable(path: Path, error: OSError) -> MergelawError:
     if isinstance(error, FileNotFoundError):
         return MergelawError(f"{path}: no such file; correct the path in the domain's source")
     return MergelawError(f"{path}: the file cannot be read: {error.strerror or first_line(error)}")
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of a library's error message."""
-    return next(iter(str(error).strip().splitlines()), type(error).__name__).rstrip(".")
 
 
 # Files

@@ -20,8 +20,7 @@ from typing import Any, Self
 from unittest.mock import patch
 
 from mergelaw.data.documents import Document
-from mergelaw.data.sources import first_line
-from mergelaw.errors import MergelawError
+from mergelaw.errors import MergelawError, first_line
 
 # For tokenizers without a chat template.
 PLAIN_TEMPLATE = (

@@ -12,7 +12,7 @@ from pydantic import Field, ValidationError
 
 from mergelaw.artifacts.recipe import Model
 from mergelaw.decide.measured import Difference, Documents
-from mergelaw.errors import MergelawError, nearest
+from mergelaw.errors import MergelawError, first_line, nearest
 
 ROUNDING = 1e-5  # nats per token by which devices and batches differ
 
@@ -37,7 +37,7 @@ def read_guard(path: Path, domains: Sequence[str]) -> Guard:
     except OSError as error:
         raise MergelawError(f"{path}: cannot be read ({error.strerror}); correct it") from None
     except yaml.YAMLError as error:
-        reason = str(error).splitlines()[0]
+        reason = first_line(error)
         raise MergelawError(f"{path}: is not YAML ({reason}); correct it") from None
     except ValidationError as error:
         problem = error.errors()[0]

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mergelaw.artifacts.keys import canonical_json
-from mergelaw.errors import MergelawError
+from mergelaw.errors import MergelawError, first_line
 from mergelaw.evaluation.recipe import BASELINES
 
 if TYPE_CHECKING:
@@ -90,6 +90,6 @@ def read_rows(
             tables.append(pd.read_parquet(file, columns=columns, filters=filters))
         except (OSError, ValueError) as error:
             raise MergelawError(
-                f"{file}: cannot be read ({str(error).splitlines()[0]}); delete {shard} and rerun"
+                f"{file}: cannot be read ({first_line(error)}); delete {shard} and rerun"
             ) from None
     return pd.concat(tables, ignore_index=True)

@@ -252,7 +252,7 @@ def _left_one_out(fitted: Result) -> float:
 
 
 def _held(whole: Result, rest: Result, kept: NDArray[np.bool_]) -> bool | None:
-    """Whether the 95% interval of the held-out points' mean holds it; None if unknown."""
+    """True if the 95% interval of the held-out points' mean holds it; None if unknown."""
     if rest.posterior is None or rest.freedom == math.inf:
         return None
     target = {name: values[~kept] for name, values in whole.variables.items()}
@@ -425,7 +425,7 @@ def _groups(variables: Mapping[str, Array], along: str) -> Iterable[NDArray[np.i
 
 
 def _rises(fitted: Result) -> bool:
-    """Whether the loss at the largest k exceeds a loss at a smaller k, all else equal."""
+    """True if the loss at the largest k exceeds a loss at a smaller k, all else equal."""
     k, loss = fitted.variables["k"], fitted.loss
     groups = _groups(fitted.variables, "k")
     return any(loss[chosen[np.argmax(k[chosen])]] > loss[chosen].min() for chosen in groups)

@@ -21,7 +21,7 @@ from mergelaw.laws.notes import Note
 from mergelaw.laws.points import MACRO, points
 from mergelaw.laws.pooled import pool_domains
 from mergelaw.laws.result import DOCUMENTS, EXPERTS, POOL
-from mergelaw.laws.summary import study_text
+from mergelaw.laws.summary import interval, study_text
 
 # Distances from the floor (nats per token) for which the needed number of experts is reported.
 WITHIN = (0.05, 0.02, 0.01)
@@ -165,12 +165,11 @@ def _outlying(rows: pd.DataFrame, fits: Sequence[StudyFit]) -> Iterator[dict[str
 
 
 def _outlying_text(outlier: Mapping[str, Any]) -> str:
-    low, high = outlier["interval"]
     verb = "raises" if outlier["effect"] > 0 else "lowers"
     return (
         f"expert {outlier['expert']} is unlike the others on {outlier['base']}: it {verb} the "
-        f"macro loss of a merge of k by {abs(outlier['effect']):.3g} / k nats (90%: {low:.3g} to "
-        f"{high:.3g}, / k); laws.json has the laws without it"
+        f"macro loss of a merge of k by {abs(outlier['effect']):.3g} / k nats "
+        f"(90%: {interval(outlier['interval'], 3)}, / k); laws.json has the laws without it"
     )
 
 

@@ -27,7 +27,7 @@ MILLIONS, MILLIONS_ALONE = 30, 1000
 # The loss of a uniform guess among a million tokens is 14 nats.
 MANY_NATS = 20
 MOST = 1_000_000  # experts in a pool
-# Of a vocabulary of 1e9 tokens, guessing has 21 nats per token.
+# Guessing among 1e9 tokens has 21 nats per token.
 MOST_NATS = 50
 
 

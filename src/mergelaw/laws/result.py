@@ -2,7 +2,7 @@
 
 import bisect
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -20,7 +20,7 @@ from mergelaw.laws.projection import ROUNDING, STEP, Problem, State, columns_of
 
 # Level of the reported intervals.
 LEVEL = 0.9
-# What an interval speaks of: the mean over subsets of this pool on this evaluation set; or on other
+# Populations of intervals: the mean over subsets of this pool on this evaluation set; or on other
 # documents, or of other experts, from the same populations.
 POOL = "this pool on this evaluation set"
 DOCUMENTS = "this pool on documents like these"
@@ -228,19 +228,12 @@ class Result:
         if not nats > 0:
             raise MergelawError(f"nats = {nats:g}: give a distance above 0")
 
-        def too_far(k: float) -> bool:
-            return float(self.predict(k=k, **others)) > floor + nats
-
         with np.errstate(divide="ignore", invalid="ignore"):
             floor = float(self.predict(k=math.inf, **others))
         if not math.isfinite(floor):
             return None
-        above = 1
-        while too_far(above):
-            above *= 2
-            if above > MANY:
-                return None
-        return bisect.bisect_left(range(above), True, lo=1, key=lambda k: not too_far(k))
+        count = least_count(lambda k: not self.predict(k=k, **others) > floor + nats, MANY)
+        return None if math.isinf(count) else int(count)
 
     def interval(
         self, name: str, level: float = LEVEL, population: str = POOL
@@ -469,3 +462,13 @@ def _check(level: float, population: str) -> None:
         )
     if not 0 < level < 1:
         raise MergelawError(f"level {level:g} is not a probability: give one between 0 and 1")
+
+
+def least_count(holds: Callable[[int], bool], most: int) -> float:
+    """Least k >= 1 from which on a condition holds; infinite above ``most``."""
+    end = 1
+    while not holds(end):
+        end *= 2
+        if end > most:
+            return math.inf
+    return bisect.bisect_left(range(end), True, lo=end // 2 + 1, key=holds)

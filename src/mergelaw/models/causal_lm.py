@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from mergelaw.data.tokenize import Window
-from mergelaw.errors import MergelawError, out_of_memory
+from mergelaw.errors import MergelawError, first_line, out_of_memory
 from mergelaw.models.checkpoint import COMPANIONS, WRAPPERS, read_config
 
 
@@ -37,8 +37,7 @@ def load(folder: Path, dtype: str, device_map: Any = None) -> Any:
             raise
         architecture = read_config(folder)["model_type"]
         raise MergelawError(
-            f"{folder}: transformers cannot load this {architecture} model "
-            f"({str(error).strip().splitlines()[0]})"
+            f"{folder}: transformers cannot load this {architecture} model ({first_line(error)})"
         ) from None
     if missing := sorted(report["missing_keys"]):
         raise MergelawError(
@@ -57,7 +56,7 @@ def load_tokenizer(folder: Path) -> Any:
     except Exception as error:  # a damaged or foreign tokenizer raises anything
         if out_of_memory(error):
             raise
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = first_line(error)
         raise MergelawError(
             f"{folder}: transformers cannot load its tokenizer ({reason}); copy the tokenizer's "
             "files into the checkpoint"

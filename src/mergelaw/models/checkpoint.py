@@ -9,7 +9,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mergelaw.errors import MergelawError, out_of_memory
+from mergelaw.errors import MergelawError, first_line, out_of_memory
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -166,7 +166,7 @@ class Tensors:
         except (SafetensorError, AttributeError, TypeError, ValueError, RuntimeError) as error:
             if out_of_memory(error):
                 raise
-            reason = str(error).splitlines()[0]
+            reason = first_line(error)
             raise MergelawError(
                 f"{self.folder}: tensor {name!r} cannot be read ({reason}); copy it again"
             ) from None
@@ -217,7 +217,7 @@ def open_mapped(path: Path, stack: ExitStack) -> Any:
     except (SafetensorError, OSError, ValueError) as error:
         if out_of_memory(error):
             raise
-        reason = str(error).splitlines()[0]
+        reason = first_line(error)
         raise MergelawError(f"{path}: corrupt or half-copied ({reason}); copy it again") from None
 
 

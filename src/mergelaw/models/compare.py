@@ -1,4 +1,4 @@
-"""Whether an expert is a fine-tune of its base: configurations, tokenizers and tensors."""
+"""Checks that an expert is a fine-tune of its base: configurations, tokenizers and tensors."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -53,7 +53,7 @@ def settings(folder: Path) -> dict[str, Any]:
         text = config.get_text_config(decoder=True)
         common = PreTrainedConfig().to_dict()
         shown = text.to_dict()
-        # What the configuration's class does not know is not read either.
+        # Keys that the configuration's class does not know are not read either.
         names = getattr(type(text), "__dataclass_fields__", shown).keys() - common.keys()
         flat = flatten({key: shown[key] for key in shown if key in names})
     except Exception:  # a foreign configuration raises anything

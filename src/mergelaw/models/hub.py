@@ -6,7 +6,7 @@ from typing import Any
 
 from mergelaw.artifacts.files import file_digest
 from mergelaw.artifacts.keys import canonical_json
-from mergelaw.errors import MergelawError
+from mergelaw.errors import MergelawError, first_line
 from mergelaw.models.checkpoint import ADAPTER_CONFIG, COMPANIONS, Tensors, files, is_adapter
 from mergelaw.models.lora import read_adapter_config
 
@@ -107,7 +107,7 @@ def locate(checkpoint: Mapping[str, Any]) -> Path:
             "'hf auth login'"
         ) from None
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = first_line(error)
         raise MergelawError(
             f"{hub} at {revision}: not in the hub's cache and cannot be fetched ({reason}); "
             "check id, revision and network, or download it before"

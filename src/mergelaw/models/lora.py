@@ -11,7 +11,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mergelaw.errors import MergelawError
+from mergelaw.errors import MergelawError, first_line
 from mergelaw.models.checkpoint import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
@@ -145,7 +145,7 @@ def wrap(
 
 
 def cannot_merge(folder: Path, base: Path, error: Exception) -> MergelawError:
-    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+    reason = first_line(error)
     return MergelawError(f"{folder}: peft cannot merge it into {base} ({reason}); {ADVICE}")
 
 

@@ -11,7 +11,7 @@ from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mergelaw.errors import MergelawError
+from mergelaw.errors import MergelawError, first_line
 from mergelaw.models.checkpoint import COMPUTED, Tensors, read_config
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ def build(folder: Path) -> Any:
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     except Exception as error:  # a foreign configuration raises anything
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = first_line(error)
         raise MergelawError(
             f"{folder}: transformers cannot build this {kind} model ({reason}); fix its "
             "config.json, or give a model that transformers knows"

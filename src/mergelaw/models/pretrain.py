@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from mergelaw.data.documents import Document
-from mergelaw.errors import MergelawError
+from mergelaw.errors import MergelawError, first_line
 from mergelaw.models import causal_lm, trainer
 from mergelaw.models.recipe import Pretraining
 
@@ -121,8 +121,7 @@ def new_model(recipe: Pretraining, tokenizer: Any) -> Any:
         return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     except (ValueError, KeyError, TypeError) as error:
         raise MergelawError(
-            f"pretraining.architecture: transformers refuses it ({str(error).splitlines()[0]}); "
-            "change it"
+            f"pretraining.architecture: transformers refuses it ({first_line(error)}); change it"
         ) from None
 
 

@@ -1,10 +1,10 @@
 """Questions about the number of experts: the loss of k, how many reach a target, where to stop."""
 
-import bisect
 import math
 from collections.abc import Callable, Mapping
 
 from mergelaw.errors import MergelawError
+from mergelaw.laws.result import least_count
 from mergelaw.planning.answer import Answer, Estimate, with_interval
 from mergelaw.planning.curve import LISTED, Curve
 
@@ -156,21 +156,11 @@ def _count(
             missing = [k for k in missing if k < min(reaching, default=math.inf)]
         short = max(missing, default=0)
         reached = min((k for k in reaching if k > short), default=math.inf)
-        return min(reached, max(_least_count(lambda k: end(law(k)) <= limit), short + 1))
+        return min(reached, max(least_count(lambda k: end(law(k)) <= limit, MOST), short + 1))
 
     value = least(None)
     ends = None if law(1)[1] is None else (min(least(0), value), max(least(1), value))
     return value, ends
-
-
-def _least_count(holds: Callable[[int], bool]) -> float:
-    """Least k >= 1 from which on a condition holds; infinite above ``MOST``."""
-    end = 1
-    while not holds(end):
-        end *= 2
-        if end > MOST:
-            return math.inf
-    return bisect.bisect_left(range(end), True, lo=end // 2 + 1, key=holds)
 
 
 def _count_text(estimate: Estimate, level: float) -> str:

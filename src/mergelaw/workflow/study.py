@@ -30,10 +30,10 @@ from mergelaw.workflow.artifact import Artifact
 class Study:
     """Every artifact of a configuration, by stage."""
 
-    def __init__(self, config: Config, cache: Path | None = None):
+    def __init__(self, config: Config):
         self.config = config
         self.results = Path(config.results)
-        self._cache = FileCache(cache or self.results / "cache" / "digests.json")
+        self._cache = FileCache(self.results / "cache" / "digests.json")
         self._sizes: dict[str, Size] = {}
 
     # -- sources -------------------------------------------------------------------------------
