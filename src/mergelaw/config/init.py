@@ -152,7 +152,7 @@ def domains_of(data: Sequence[Path]) -> dict[str, dict[str, Path]]:
 
 
 def _looked_at(base: Path, domains: Mapping[str, Mapping[str, Path]]) -> Iterator[Inspection]:
-    """Documents and tokens of all files of a domain."""
+    """Documents and tokens of each file, one after the other."""
     from mergelaw.models.causal_lm import load_tokenizer
 
     tokenizer, rows = load_tokenizer(base), vocabulary_size(read_config(base))
