@@ -168,6 +168,14 @@ def test_a_known_optimum_is_found(by):
     assert learned.chosen.by == finest
 
 
+@pytest.mark.parametrize("by", ["scale", "expert", "auto"])
+def test_an_optimum_between_base_and_average_is_found(by):
+    """Where the base beats the average, a step onto the base is not the end of the search."""
+    optimum = np.repeat([[0.1], [0.12], [0.08], [0.1]], len(TENSORS), axis=1)
+    learned = learn(Bowl(optimum, 4), TENSORS, np.ones(optimum.shape), by, 20)
+    assert learned.coefficients == pytest.approx(optimum, abs=3e-2)
+
+
 def test_what_held_out_documents_refuse_is_not_learned():
     optimum = np.full((3, len(TENSORS)), 0.8)
     learned = learn(Bowl(optimum, 3, noise=0.5), TENSORS, np.ones(optimum.shape), "auto", 20)
@@ -213,14 +221,14 @@ def test_blocks_have_names():
 
 
 def test_a_rise_is_followed_by_a_shorter_step():
-    path = descend(lambda x: (float(x @ x), 2 * x), np.array([1.0]), deque())
+    path = descend(lambda x: (float(x @ x), 2 * x), np.array([1.0]), deque(), 1.0)
     places = [abs(float(x[0])) for x in islice(path, 6)]
     assert places[-1] < 1e-6
 
     def cliff(x):
         return (math.inf if x[0] > 1.5 else float((x[0] - 1.4) ** 2)), 2 * (x - 1.4)
 
-    *_, last = islice(descend(cliff, np.array([1.0]), deque()), 12)
+    *_, last = islice(descend(cliff, np.array([1.0]), deque(), 1.0), 12)
     assert last[0] == pytest.approx(1.4, abs=1e-3)
 
 

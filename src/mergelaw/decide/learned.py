@@ -108,11 +108,11 @@ def newton(slope: Array, pairs: Pairs) -> Array:
     return direction
 
 
-def descend(gradient: Gradient, x: Array, pairs: Pairs) -> Iterator[Array]:
+def descend(gradient: Gradient, x: Array, pairs: Pairs, least: float) -> Iterator[Array]:
     """Points of L-BFGS from x. Each takes one gradient: that of the point before.
 
     A point with a higher loss than its predecessor is followed by one between the two. No step is
-    longer than x; without ``pairs`` the first is as long as x.
+    longer than x, or than ``least`` if x is near 0; without ``pairs`` the first is that long.
     """
     loss, slope = gradient(x)
     if not math.isfinite(loss):
@@ -122,7 +122,7 @@ def descend(gradient: Gradient, x: Array, pairs: Pairs) -> Iterator[Array]:
         )
     while slope.any():
         step = newton(slope, pairs) if pairs else -slope
-        longest = float(np.linalg.norm(x) / np.linalg.norm(step))
+        longest = max(float(np.linalg.norm(x)), least) / float(np.linalg.norm(step))
         step = step * (min(longest, 1.0) if pairs else longest)
         while True:
             yield x + step
@@ -183,7 +183,8 @@ def learn(
         if other is not None:  # curvature along the scale gives the first step its length
             change = objective.gradient(start, "fit")[1] - objective.gradient(other, "fit")[1]
             add(pairs, begin - parts.mean(other), parts.gather(change))
-        return map(parts.spread, islice(descend(gradient, begin, pairs), steps))
+        least = float(np.linalg.norm(parts.mean(average)))
+        return map(parts.spread, islice(descend(gradient, begin, pairs, least), steps))
 
     def search(name: str, start: Array) -> Search:
         parts = Parts(name, tensors, norms)

@@ -166,8 +166,9 @@ def measure_again(study: Study, count: int) -> Iterator[str]:
         torch.set_num_threads(int(read_rows([folder])["threads"][0]))
         with tempfile.TemporaryDirectory() as name:
             scratch, recipe = Path(name), artifact.recipe
+            learned = next(iter(use(study, artifact.of_role("coefficients"))), None)
             shard.evaluate(
-                recipe, rows, base, vectors, corpora, scratch / "cells", "again", scratch
+                recipe, rows, base, vectors, corpora, scratch / "cells", "again", scratch, learned
             )
             again = losses(scratch)
         before, tolerance = losses(folder), TOLERANCES[recipe["evaluation"]["dtype"]]
