@@ -1,6 +1,7 @@
 """Experts and bases that others made: what transformers reads of them, or one clear line."""
 
 import json
+import math
 import shutil
 
 import pytest
@@ -61,6 +62,13 @@ def as_transformers(base, expert, tmp_path):
     assert inspect_expert(expert, base) == []
     found = merged_alone(base, expert, tmp_path / "vector")
     torch.testing.assert_close(found, logits(models.load(expert)), rtol=1e-5, atol=1e-5)
+
+
+def test_values_that_are_no_numbers_are_named_before_a_run(base, tmp_path):
+    broken = models.write_expert(base, tmp_path / "broken", scale=math.nan)
+    refused(lambda: inspect_expert(broken, base), str(broken), "holds NaN or Inf")
+    expert = models.write_expert(base, tmp_path / "expert")
+    refused(lambda: inspect_expert(expert, broken), str(broken), "holds NaN or Inf")
 
 
 # Configurations

@@ -131,6 +131,10 @@ def test_a_summary_says_unknown_where_a_fit_has_no_number():
     place = {"law": "law", "base": "small", "method": "average", "domain": "macro"}
     numbers = {"parameters": {"L": 1.25}, "floors": [{"M": 3, "reachable": 1.0}], "rmse": 0.001}
     empty: dict = {"best": {}, "flagged": {}, "warnings": [], "refused": [], "stages": {}}
-    values = {"laws": {"law": "E = L"}, "fits": [{**place, **numbers, "r2": None}], **empty}
+    values = {
+        "laws": {"law": "E = L"},
+        "fits": [{**place, **numbers, "r2": None, "verdict": {"state": "fails"}}],
+        **empty,
+    }
     text = summary_text(values | {"summary": "summary.txt", "report": "report.html"})
     assert "average, small          L = 1.25  L(3) = 1  R^2 = unknown  RMSE = 0.001" in text

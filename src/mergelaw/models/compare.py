@@ -3,7 +3,7 @@
 import re
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from math import fsum, prod
+from math import fsum, isfinite, prod
 from pathlib import Path
 from typing import Any
 
@@ -246,5 +246,11 @@ def sampled_kinship(base: Tensors, expert: Tensors, names: Sequence[str]) -> lis
         common = min(len(ours), len(theirs))
         both = ours[:common], theirs[:common], theirs[:common] - ours[:common]
         first, second, apart = (float(values.norm()) for values in both)
+        for side, norm in ((base, first), (expert, second)):
+            if not isfinite(norm):
+                raise MergelawError(
+                    f"{side.folder}: tensor {name!r} holds NaN or Inf; train it again or leave it "
+                    "out"
+                )
         rows.append((first, second, apart))
     return kinship(rows, str(expert.folder))

@@ -144,7 +144,9 @@ def summary_text(values: Mapping[str, Any]) -> str:
             f"{name} = {'unknown' if value is None else format(value, form)}"
             for name, (value, form) in numbers.items()
         )
-        lines.append(f"  {where:<24}{'  '.join(texts)}")
+        state = fit["verdict"]["state"]
+        verdict = "" if state == "holds" else f"  the law {'is ' * (state == 'doubtful')}{state}"
+        lines.append(f"  {where:<24}{'  '.join(texts)}{verdict}")
     for fit in values["refused"]:
         where = f"{fit['method']}, {fit['base'] or 'all sizes'}"
         lines.append(f"  {where}: not fitted, {fit['reason']}")
