@@ -121,7 +121,7 @@ def test_standard_errors_make_intervals_too():
 
 def test_beyond_the_pool_there_is_a_warning_and_no_record():
     found = forecast(study(noise=1e-4), base="3B", k=[9, 16])
-    assert any("not reachable with this pool of 9" in told for told in found.warnings)
+    assert any("more than this pool of 9" in told for told in found.warnings)
     assert rows(found)["low"].isna().tolist() == [False, True]
     assert any("k = 16" in told and "no interval" in told for told in found.warnings)
 

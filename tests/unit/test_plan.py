@@ -93,7 +93,7 @@ def test_a_size_near_a_measured_one_is_that_one_and_a_count_of_parameters_is_non
 
 def test_k_beyond_the_pool_carries_its_warning():
     answer = loss(Curve(study(), 3.0), 30)
-    assert any("not reachable with this pool of 9" in told for told in answer.warnings)
+    assert any("more than this pool of 9" in told for told in answer.warnings)
     assert "experts beyond the pool" in answer.assumption
 
 
@@ -122,7 +122,7 @@ def test_an_interval_of_experts_holds_the_truth():
 def test_a_target_beyond_the_pool_is_not_reachable_with_it():
     answer = experts(Curve(study(noise=0), 3.0), truth(3.0, 20))
     assert answer.value == pytest.approx(20, abs=1)
-    assert "not reachable with this pool of 9" in answer.answer
+    assert "more than this pool of 9" in answer.answer
 
 
 def test_a_target_below_the_floor_is_refused():

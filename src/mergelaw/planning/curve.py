@@ -179,7 +179,7 @@ class Curve:
 
     def beyond_pool(self, k: float) -> tuple[str, ...]:
         """A warning where k is above the number of experts in the pool."""
-        warning = f"k = {k:g} is not reachable with this pool of {self.M}; it takes more experts"
+        warning = f"k = {k:g} is more than this pool of {self.M}; it takes more experts"
         return (warning,) if k > self.M else ()
 
     def forms(self, k: float) -> list[dict[str, Any]]:

@@ -10,6 +10,8 @@ from mergelaw.planning.curve import LISTED, Curve
 
 # Nobody merges more experts, so the search ends here.
 MOST = 100_000
+# A law is about means over subsets, so it excludes no single merge.
+SINGLE = "single merges may do better: ask `mergelaw best`"
 
 
 def loss(curve: Curve, k: float) -> Answer:
@@ -72,7 +74,8 @@ def experts(curve: Curve, target: float) -> Answer:
     if reached is None and not target > (floor if ends is None else ends[0]):
         raise MergelawError(
             f"target {target:g} is below the floor of {curve.name}, {floor_text}: neither a "
-            "measured mean nor the law reaches it; take a larger base or another method"
+            f"measured mean nor the law reaches it; {SINGLE}, or take a larger base or another "
+            "method"
         )
     count, interval = estimate = _count(losses, curve.by_law, target, first=True)
     answer = f"{curve.name}: {target:g} nats per token "
@@ -84,8 +87,8 @@ def experts(curve: Curve, target: float) -> Answer:
         answer += f"; {evidence}" if evidence else ""
     else:
         pool = curve.estimate(curve.M)[0]
-        answer += f"takes k = {_count_text(estimate, curve.level)}: not reachable with this pool "
-        answer += f"of {curve.M}, which reaches {pool:.5g}"
+        answer += f"takes k = {_count_text(estimate, curve.level)}: more than this pool of "
+        answer += f"{curve.M}, whose mean is {pool:.5g}; {SINGLE}"
     return curve.answer(
         "experts",
         answer + ("" if count == reached else curve.beside),
