@@ -329,7 +329,6 @@ def merge(
             )
         places[name] = study.results / dependency.path
     vectors = {name: places[f"task_vectors:{name}"] for name in artifact.names("task_vectors")}
-
     coefficients = places.get("coefficients")
     rows = rows_of_merge(study, artifact.recipe, places["base"], vectors, coefficients)
 
