@@ -82,7 +82,7 @@ def ends_well(question) -> None:
         assert values["low"] <= values["high"]
 
 
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(tables, numbers, numbers)
 def test_any_question_to_any_table_ends_in_an_answer_or_a_line(parts, number, size):
     with tempfile.TemporaryDirectory() as folder:

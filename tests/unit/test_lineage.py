@@ -75,7 +75,8 @@ def test_the_digest_is_of_the_files_alone(tmp_path):
 
 def test_what_is_there_is_not_made_again(chain):
     before = (chain / "base" / LINEAGE).read_bytes()
-    assert not make(chain / "base", "base", {}, {"corpus": chain / "corpus"}, unwanted)
+    inputs = {"corpus": chain / "corpus"}
+    assert not make(chain / "base", "base", {"for": "base"}, inputs, unwanted)
     assert (chain / "base" / LINEAGE).read_bytes() == before
 
 
@@ -370,6 +371,26 @@ def test_a_flipped_bit_anywhere_in_a_lineage_is_found(tmp_path):
         path.write_bytes(bytes(flipped))
         with pytest.raises(MergelawError):
             lineage.used(output, whole=True)
+
+
+def test_a_folder_without_a_key_is_not_taken_for_that_of_another_recipe_or_input(tmp_path):
+    inputs = {}
+    for name in ("one", "two"):
+        inputs[name] = tmp_path / name
+
+        def work(folder, state, name=name):
+            (folder / "x").write_text(name)
+
+        store.make(inputs[name], "base", {}, {}, work)
+
+    def make(stage="merge", recipe="a", base="one"):
+        places = {"base": inputs[base]}
+        return store.make(tmp_path / "b", stage, {"method": recipe}, places, lambda f, s: None)
+
+    assert make() and not make()
+    for other in ({"stage": "fit"}, {"recipe": "b"}, {"base": "two"}):
+        with pytest.raises(MergelawError, match="holds another"):
+            make(**other)
 
 
 def test_a_full_disk_is_said_whoever_was_writing(tmp_path, monkeypatch):

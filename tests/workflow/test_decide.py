@@ -135,9 +135,17 @@ def test_the_command_writes_the_best_merge_with_its_measured_losses_on_the_card(
     for domain in ("algebra", "code"):
         assert f"{loss(pool, folder, domain):.4f} (90%: " in rows[domain][2]
     assert "| algebra | trained by the study on algebra | not stated | learned by part" in card
+    (base,) = re.findall(r"--base (\S+)", command)
+    other = f"merge study.yaml --base {base} --method average --expert algebra --output tiny-best"
+    assert "holds another merge" in pool.mergelaw(*shlex.split(other)).errors()[0]
     documents = pd.concat(map(pd.read_parquet, pool.results.glob("corpora/*/eval@*/*.parquet")))
     assert len(documents) == 96
     assert not any(text in card for text in documents["response"] if len(text) > 12)
+
+
+def test_learned_merges_have_the_same_losses_when_measured_again(pool):
+    again = pool.mergelaw("lineage", "study.yaml", "--measure", "1")
+    assert again.status == 0 and "same losses when measured again" in again.output, again.output
 
 
 def test_the_bad_expert_is_named_in_the_summary_and_by_experts(pool):

@@ -47,7 +47,9 @@ def make(
     scratch = output.parent / f".{output.name}.work"
     with FileLock(output.parent / f".{output.name}.lock"):
         if (output / LINEAGE).exists():
-            if key is not None:
+            if key is None:
+                _check_same(output, stage, recipe, inputs)
+            else:
                 lineage.used(output, key)
             shutil.rmtree(scratch, ignore_errors=True)  # of a job that was killed at its very end
             return False
@@ -80,6 +82,18 @@ def make(
             raise
         shutil.rmtree(scratch, ignore_errors=True)
     return is_new
+
+
+def _check_same(
+    output: Path, stage: str, recipe: Mapping[str, Any], inputs: Mapping[str, Path]
+) -> None:
+    """Refuse an artifact without a key that was made by another recipe or from other inputs."""
+    record = lineage.read(output)
+    digests = {name: entry["digest"] for name, entry in record["inputs"].items()}
+    wanted = {name: lineage.read(path)["digest"] for name, path in inputs.items()}
+    same = record["stage"] == stage and digests == wanted
+    if not same or keys.digest(record["recipe"]) != keys.digest(recipe):
+        raise MergelawError(f"{output}: holds another {stage}; name another folder")
 
 
 def _run(

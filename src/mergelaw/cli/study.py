@@ -2,7 +2,7 @@
 
 import json
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -10,7 +10,6 @@ import typer
 from typer.core import TyperCommand
 
 from mergelaw.artifacts import lineage, store
-from mergelaw.artifacts.keys import digest
 from mergelaw.errors import MergelawError
 
 config_app = typer.Typer(help="Check and describe configurations.", no_args_is_help=True)
@@ -338,17 +337,7 @@ def merge(
 
     keys = {name: dependency.key for name, dependency in artifact.named_inputs()}
     is_new = store.make(output, "merge", artifact.recipe, places, work, wanted=keys)
-    if not is_new and not is_merge(output, artifact.recipe, places):
-        raise MergelawError(f"{output}: holds another merge; give a new folder")
     print(f"{output}: {'written' if is_new else 'exists already'}")
-
-
-def is_merge(folder: Path, recipe: Mapping[str, Any], inputs: Mapping[str, Path]) -> bool:
-    """True if a folder holds the merge of this recipe, of inputs with these digests."""
-    record = lineage.read(folder)
-    digests = {name: entry["digest"] for name, entry in record["inputs"].items()}
-    wanted = {name: lineage.read(path)["digest"] for name, path in inputs.items()}
-    return digest(record["recipe"]) == digest(recipe) and digests == wanted
 
 
 def fit(
@@ -377,7 +366,4 @@ def fit(
     if output is None:
         return
     recipe = {"points": file_digest(points)}
-    exists = (output / lineage.LINEAGE).exists()
-    if exists and lineage.read(output)["recipe"] != recipe:
-        raise MergelawError(f"{output}: holds the fits of other points; name another folder")
     store.make(output, "fit", recipe, {}, lambda folder, state: fits.write(study, folder))
