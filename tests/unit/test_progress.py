@@ -137,4 +137,7 @@ def test_a_summary_says_unknown_where_a_fit_has_no_number():
         **empty,
     }
     text = summary_text(values | {"summary": "summary.txt", "report": "report.html"})
-    assert "average, small          L = 1.25  L(3) = 1  R^2 = unknown  RMSE = 0.001" in text
+    line = (
+        "average, small          L = 1.25  L(3) = 1  R^2 = unknown  RMSE = 0.001  the law fails\n"
+    )
+    assert line in text
