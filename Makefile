@@ -48,7 +48,8 @@ bench: $(VENV)/.installed $(PEERS)/.installed
 bench-gpu: $(VENV)/.installed
 	$(BIN)/python benchmarks/gpu.py
 
-# Coverage of the intervals, a thousand simulated studies a setting: three hours on two cores.
+# Coverage of the intervals, a thousand simulated studies a setting: a fit over several sizes takes a
+# second, so this takes days on two cores.
 bench-coverage: $(VENV)/.installed
 	$(BIN)/python benchmarks/interval_coverage.py --sets 1000
 
