@@ -119,6 +119,19 @@ def test_a_short_ladder_and_three_points_are_named():
     assert any("as many parameters as points" in warning for warning in three.warnings)
 
 
+@pytest.mark.parametrize("last", [1.06, 1.15, 1.0])
+def test_as_many_parameters_as_points_compare_no_laws(last):
+    """Known errors do not tell the law's own: a misfit of 0 would make AICc differ by 1e14."""
+    fitted = fit(MERGING_FIXED_N, {"k": [1, 2, 4], "ce": [1.2, 1.1, last], "se": [1e-9] * 3})
+    nothing = "as many parameters as points: nothing tests the law"
+    assert fitted.verdict == {"state": "doubtful", "reasons": [nothing]}
+    assert all(rival["aicc"] is None for rival in fitted.rivals)
+    assert {f.law.name for f in fitted.forms} == {
+        "merging_fixed_N", "power_fixed_N", "exponential_fixed_N"
+    }  # fmt: skip
+    assert "AICc" not in fitted.summary()
+
+
 def test_noise_on_a_flat_profile_is_named():
     k = np.arange(1, 6)
     ce = 1.5 + 0.01 / k + 0.01 * np.array([1, -1, 1, -1, 1])
@@ -156,19 +169,21 @@ def test_too_few_sizes_or_points_for_the_joint_law():
         fit(MERGING, {**grid(MERGING, truth), "N": -grid(MERGING, truth)["N"]})
 
 
+# E + A N^-alpha + B D^-beta of Hoffmann et al., arXiv:2203.15556: other variables, other names.
+CHINCHILLA = Law(
+    name="chinchilla",
+    equation="L(N, D) = E + A N^-alpha + B D^-beta",
+    levels={"N": 3, "D": 3},
+    linear=("E", "A", "B"),
+    nonlinear=dict.fromkeys(("alpha", "beta"), (0.0, 0.2, 0.5, 1.0, 2.0)),
+    basis=lambda N, D, alpha, beta: (1.0, N**-alpha, D**-beta),
+)
+
+
 def test_chinchillas_law_takes_a_few_lines():
-    """E + A N^-alpha + B D^-beta of Hoffmann et al., arXiv:2203.15556: other variables, other names."""
-    chinchilla = Law(
-        name="chinchilla",
-        equation="L(N, D) = E + A N^-alpha + B D^-beta",
-        levels={"N": 3, "D": 3},
-        linear=("E", "A", "B"),
-        nonlinear=dict.fromkeys(("alpha", "beta"), (0.0, 0.2, 0.5, 1.0, 2.0)),
-        basis=lambda N, D, alpha, beta: (1.0, N**-alpha, D**-beta),
-    )
     N, D = (a.ravel() for a in np.meshgrid([7e7, 4e8, 1e9, 1e10], [1e9, 1e10, 1e11, 1e12]))
     truth = {"E": 1.69, "A": 406.4, "B": 410.7, "alpha": 0.34, "beta": 0.28}
-    fitted = fit(chinchilla, {"N": N, "D": D, "ce": chinchilla.predict(truth, N=N, D=D)})
+    fitted = fit(CHINCHILLA, {"N": N, "D": D, "ce": CHINCHILLA.predict(truth, N=N, D=D)})
     assert fitted.parameters == pytest.approx(truth, rel=1e-6)
     with pytest.raises(MergelawError, match="function of N, D"):
         fitted.predict(N=1e9, k=3)
@@ -176,17 +191,9 @@ def test_chinchillas_law_takes_a_few_lines():
 
 def test_the_published_replication_of_chinchilla_is_reproduced():
     """Robust, on the logarithm of the loss; within the published standard errors."""
-    law = Law(
-        name="chinchilla",
-        equation="L(N, D) = E + A N^-alpha + B D^-beta",
-        levels={"N": 3, "D": 3},
-        linear=("E", "A", "B"),
-        nonlinear=dict.fromkeys(("alpha", "beta"), (0.0, 0.2, 0.5, 1.0, 2.0)),
-        basis=lambda N, D, alpha, beta: (1.0, N**-alpha, D**-beta),
-    )
     points = pd.read_csv(TABLES.parent / "chinchilla" / "points.csv").rename(columns={"loss": "ce"})
     table = points.sort_values("ce").iloc[:-5]
-    fitted = fit(law, table, robust=True, relative=True)
+    fitted = fit(CHINCHILLA, table, robust=True, relative=True)
     published = {
         "E": (1.8172, 0.03), "A": (482.01, 124.58), "B": (2085.43, 1293.23),
         "alpha": (0.3478, 0.02), "beta": (0.3658, 0.02),
@@ -195,7 +202,7 @@ def test_the_published_replication_of_chinchilla_is_reproduced():
         assert abs(fitted.parameters[name] - value) < error
     # One bad row is named, in a fit that is not robust too.
     spoiled = table.assign(ce=np.where(np.arange(len(table)) == 100, 2.0, 1.0) * table["ce"])
-    assert fit(law, spoiled).outliers[0]["loss"] == pytest.approx(2 * table["ce"].iloc[100])
+    assert fit(CHINCHILLA, spoiled).outliers[0]["loss"] == pytest.approx(2 * table["ce"].iloc[100])
 
 
 TRUTHS = {

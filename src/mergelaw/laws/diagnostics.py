@@ -50,6 +50,8 @@ class Diagnostics(Result):
             solution.fixed[1] is None and len(solution.errors.starts) > 0
         )
         count = len(self.law.parameters) + estimated
+        if solution.untested:
+            return math.nan
         if not estimated:
             return solution.deviance + 2 * count
         if self.n_points - count - 1 <= 0:
@@ -79,7 +81,7 @@ class Diagnostics(Result):
         if failures:
             return {"state": FAILS, "reasons": failures}
         reasons = [str(note) for note in self.doubts]
-        if self.freedom == 0:
+        if self.solution.untested:
             reasons = ["as many parameters as points: nothing tests the law", *reasons]
         return {"state": DOUBTFUL if reasons else HOLDS, "reasons": reasons}
 
@@ -107,16 +109,21 @@ class Diagnostics(Result):
             return ()
         best = self._rival_fits[0].aicc
         possible = [
-            (fitted.law, fitted.posterior)
+            (fitted, fitted.posterior)
             for fitted in self._rival_fits
-            if fitted is self or not fitted.aicc > best + IMPOSSIBLE
+            if fitted is self
+            or (
+                # A misfit that is taken as 0 makes likelihoods that no estimated one can have.
+                fitted.solution.untested == self.solution.untested
+                and not fitted.aicc > best + IMPOSSIBLE
+            )
         ]
-        pairs = [(law, drawn) for law, drawn in possible if drawn is not None]
+        pairs = [(fitted, drawn) for fitted, drawn in possible if drawn is not None]
         evidence = np.array([drawn.evidence for _, drawn in pairs])
         weights = np.exp(evidence - logsumexp(evidence))
         return tuple(
-            Form(law, float(weight), drawn)
-            for (law, drawn), weight in zip(pairs, weights, strict=True)
+            Form(fitted.law, fitted.parameters, float(weight), drawn)
+            for (fitted, drawn), weight in zip(pairs, weights, strict=True)
         )
 
     @cached_property
@@ -245,7 +252,7 @@ def _standard(fitted: Result) -> tuple[Array, Array]:
 
 def _left_one_out(fitted: Result) -> float:
     """Root mean squared error of each point forecast from all others, linearised (PRESS)."""
-    if fitted.freedom == 0:
+    if fitted.solution.untested:
         return math.nan
     rest = np.maximum(1 - _standard(fitted)[1], 1e-6)
     return math.sqrt(np.mean((fitted.solution.residuals / rest) ** 2))
@@ -256,7 +263,7 @@ def _held(whole: Result, rest: Result, kept: NDArray[np.bool_]) -> bool | None:
     if rest.posterior is None or rest.freedom == math.inf:
         return None
     target = {name: values[~kept] for name, values in whole.variables.items()}
-    forms = [Form(rest.law, 1.0, rest.posterior)]
+    forms = [Form(rest.law, rest.parameters, 1.0, rest.posterior)]
     draws = rest.draws(target, new=True, forms=forms).mean(axis=1)
     # The points have sampling errors besides.
     variance = float(np.mean(whole.solution.errors.variances[~kept])) / int((~kept).sum())

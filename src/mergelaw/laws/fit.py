@@ -246,16 +246,15 @@ def _fitted(
     errors = errors_of(loss, variables["N"] if shares_bases else None, covariance, scale)
     plain_problem = Problem(law, variables, loss)
     state = plain_problem.minimum(near)
-    saturated = len(loss) <= len(law.parameters)
-    fixed = misfit, scatter
-    if saturated and misfit is None and covariance is not None:
-        fixed = 0.0, scatter  # the standard errors are all that is known
-    if saturated and fixed[0] is None:
+    used = misfit
+    if misfit is None and covariance is not None and len(loss) <= len(law.parameters):
+        used = 0.0  # the standard errors are all that is known
+    if used is None and len(loss) <= len(law.parameters):
         problem, likeliest, freedom = plain_problem, (math.nan, scatter or 0.0, math.nan), 0.0
     else:
-        problem, state, likeliest = _weighted(plain_problem, state, errors, *fixed)
+        problem, state, likeliest = _weighted(plain_problem, state, errors, used, scatter)
         free = int(free_parameters(problem, state).sum())
-        freedom = float(len(loss) - free) if fixed[0] is None else math.inf
+        freedom = float(len(loss) - free) if used is None else math.inf
     solution = Solution(
         problem=problem,
         state=state,
@@ -263,7 +262,7 @@ def _fitted(
         errors=errors,
         misfit=likeliest[0],
         scatter=likeliest[1],
-        fixed=fixed,
+        fixed=(misfit, scatter),
         deviance=likeliest[2],
         covariance=covariance,
         documents=documents,

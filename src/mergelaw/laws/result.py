@@ -35,7 +35,7 @@ class Solution:
 
     Attributes:
         misfit, scatter: likeliest values (nats per token); NaN if unknown.
-        fixed: the caller's misfit and scatter; None was estimated.
+        fixed: the caller's misfit and scatter; None if not given.
         deviance: minus twice the greatest log-likelihood, up to a constant.
         covariance: known variances (points,), sparse covariance (points, points), or None.
         documents: (points, any), factor of the documents' covariance; None if unknown.
@@ -58,6 +58,11 @@ class Solution:
         """Measured minus fitted losses."""
         parameters = self.problem.parameters(self.state)
         return self.loss - self.problem.law.predict(parameters, **self.problem.variables)
+
+    @property
+    def untested(self) -> bool:
+        """True with as many parameters as points: nothing tells the misfit, if it is not given."""
+        return self.fixed[0] is None and len(self.loss) <= len(self.problem.law.parameters)
 
     @cached_property
     def tangent(self) -> Array:
@@ -95,9 +100,10 @@ def free_parameters(problem: Problem, state: State) -> NDArray[np.bool_]:
 
 @dataclass(frozen=True)
 class Form:
-    """One form of the law and its share in predictions."""
+    """One form of the law: its best parameters, and its share in predictions."""
 
     law: Law
+    parameters: Mapping[str, float]
     weight: float
     posterior: Posterior
 
@@ -160,7 +166,7 @@ class Result:
 
     @property
     def freedom(self) -> float:
-        """Points less free parameters; infinite if the misfit was given, 0 if it is unknown."""
+        """Points less free parameters; infinite without an estimated misfit, 0 without errors."""
         return self.solution.freedom
 
     @cached_property
@@ -179,14 +185,14 @@ class Result:
             theta=solution.state.theta,
             coefficients=solution.state.coefficients,
             influence=influence,
-            misfit=(solution.fixed[0], solution.misfit),
+            misfit=(solution.misfit if solution.untested else solution.fixed[0], solution.misfit),
             scatter=(solution.fixed[1], solution.scatter),
         )
 
     @property
     def forms(self) -> tuple[Form, ...]:
         """Forms that intervals of predictions integrate over; empty where the noise is unknown."""
-        return () if self.posterior is None else (Form(self.law, 1.0, self.posterior),)
+        return () if self.posterior is None else (Form(self.law, self.parameters, 1.0, self.posterior),)
 
     @property
     def params(self) -> pd.Series:
