@@ -183,14 +183,14 @@ class Curve:
         return (warning,) if k > self.M else ()
 
     def forms(self, k: float) -> list[dict[str, Any]]:
-        """Forms that the points do not exclude: form, weight, loss at k, floor."""
+        """Forms that the points do not exclude, heaviest first: form, weight, loss at k, floor."""
         rows = []
         for form in sorted(self.law.forms, key=lambda form: -form.weight):
             if form.weight >= SHOWN:
-                fitted = self.law if form.law is self.law.law else self.law.refit(form.law)
                 with np.errstate(divide="ignore"):
                     at_k, floor = (
-                        float(fitted.predict(**self.variables(j))) for j in (k, math.inf)
+                        float(form.law.predict(form.parameters, **self.variables(j)))
+                        for j in (k, math.inf)
                     )
                 row = {"form": form.law.name.removesuffix("_fixed_N"), "weight": form.weight}
                 rows.append({**row, "loss": at_k, "floor": floor})
@@ -198,12 +198,12 @@ class Curve:
 
     def assumption(self, k: float) -> str:
         """The assumption that changes the loss at k most if it is wrong."""
-        loss, form = (
-            float(self.law.predict(**self.variables(k))),
-            f"the loss falls as {self.formula}",
-        )
+        loss = float(self.law.predict(**self.variables(k)))
+        form = f"the loss falls as {self.formula}"
         effects = [(0.0, f"{form}; no other form fits nearly as well")]
-        for other in self.forms(k):
+        mine = self.law.law.name.removesuffix("_fixed_N")
+        other = next((row for row in self.forms(k) if row["form"] != mine), None)
+        if other is not None:
             away = abs(other["loss"] - loss)
             text = f"{form}; the points do not exclude the form {other['form']} (weight "
             text += f"{other['weight']:.2f}), which gives {other['loss']:.5g} at k = {k:g}"
