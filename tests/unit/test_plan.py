@@ -303,12 +303,33 @@ def test_the_rule_with_the_lowest_law_wins_and_a_close_race_is_called_one():
 
 def test_missing_levels_of_k_are_bought_until_the_interval_is_halved():
     points = study(k=[1, 2, 4, 6], noise=5e-4)
-    answer = measure(Curve(points, 3.0), 9, share=0.8)
-    assert answer.value <= 0.8
+    answer = measure(Curve(points, 3.0), 9)
+    assert answer.value <= 0.5
     assert answer.table[0]["buy"].startswith("k = ")
     assert [row["share"] for row in answer.table] == sorted(
         (row["share"] for row in answer.table), reverse=True
     )
+    # what was promised comes about: with those points measured the interval is about as narrow
+    bought = [int(row["buy"].split()[2]) for row in answer.table]
+    more = study(k=sorted([1, 2, 4, 6, *bought]), noise=0)
+    more = more[(more["N"] == 3.0) & more["k"].isin(bought)]
+    after = Curve(pd.concat([points, more], ignore_index=True), 3.0)
+    before = Curve(points, 3.0)
+    ends = [curve.fitted.predict_interval(k=9) for curve in (before, after)]
+    assert ends[1][1] - ends[1][0] < 0.75 * (ends[0][1] - ends[0][0])
+
+
+def test_the_main_assumption_names_the_heaviest_other_form():
+    """Measured where forms differ: a light one that is farther away is not the one to fear."""
+    curve = Curve(study(sizes=[3.0], k=[1, 2, 3, 4, 5, 6], noise=5e-4), 3.0)
+    first, *others = [row for row in curve.forms(9) if row["form"] != "merging"]
+    law = float(curve.law.predict(k=9))
+    away = [abs(row["loss"] - law) for row in (first, *others)]
+    assert max(away) > away[0]  # the table has a farther, lighter one
+    assert f"the form {first['form']} (weight" in curve.assumption(9)
+    alone = Curve(study(noise=1e-6), 3.0)
+    assert [row["form"] for row in alone.forms(9)] == ["merging"]
+    assert alone.assumption(9).endswith("no other form fits nearly as well")
 
 
 def test_a_size_is_bought_for_a_forecast_beyond_the_ladder():

@@ -10,6 +10,8 @@ import numpy as np
 import pandas as pd
 
 from mergelaw.errors import MergelawError
+from mergelaw.laws.fit import fit
+from mergelaw.laws.result import POOL
 from mergelaw.planning.answer import Answer, with_interval
 from mergelaw.planning.budget import Costs
 from mergelaw.planning.curve import LISTED, Curve
@@ -35,8 +37,10 @@ def measure(curve: Curve, k: float, costs: Costs | None = None, *, share: float 
     """Measurements to buy next to bring a forecast's interval down to a share of its width.
 
     Candidates are a k that a base lacks, more circles where points have standard errors, and a
-    size up to the one that is asked about, with its experts. The best narrows the interval of
-    E[L|N,k] most, per cost if costs are given; it is bought, until the share is reached.
+    size up to the one that is asked about, with its experts. The best makes the variance of
+    E[L|N,k] fall most, linearised, per cost if costs are given. It is bought, the law is fitted
+    again with losses as the law expects them, and so on until that fit's interval has the share.
+    With one point more than parameters the misfit is hardly known, and the share may not come true.
 
     Args:
         curve: at the forecast's size.
@@ -66,8 +70,8 @@ def measure(curve: Curve, k: float, costs: Costs | None = None, *, share: float 
         answer, rows = _to_buy(curve, k, costs, share)
         left = rows[-1]["share"] if rows else 1.0
         reason = (
-            "derivatives of the law at the points and at what may be added, with a misfit of "
-            f"{curve.law.misfit:.2g} and a scatter of bases of {curve.law.scatter:.2g} nats"
+            "the law fitted again with each purchase's points where it expects them, off by a "
+            f"misfit of {curve.law.misfit:.2g} nats"
         )
     return curve.answer(
         "measure",
@@ -113,12 +117,12 @@ def _buy(
     table = curve.table.assign(
         variance=curve.table["se"].fillna(0) ** 2 if "se" in curve.table else 0
     )
-    points, candidates, now = table, list(_candidates(curve, table, costs)), 1.0
-    first = _deviation(curve, points, k)
+    points, candidates = table, list(_candidates(curve, table, costs))
+    now, left, before = _deviation(curve, points, k), 1.0, _width(curve, points, k)
     for _ in range(PURCHASES):
-        if not candidates or now <= share:
+        if not candidates or left <= share:
             return
-        after = {one: _deviation(curve, _with(points, one), k) / first for one in candidates}
+        after = {one: _deviation(curve, _with(points, one), k) for one in candidates}
 
         def worth(one: Purchase, now: float = now, after: dict[Purchase, float] = after) -> Any:
             gain = now - after[one]  # some purchases cost nothing
@@ -128,13 +132,30 @@ def _buy(
         if after[best] >= now * (1 - LITTLE):
             return
         points, now = _with(points, best), after[best]
+        left = _width(curve, points, k) / before
         candidates.remove(best)
-        yield best, now
+        yield best, left
 
 
 def _with(points: pd.DataFrame, purchase: Purchase) -> pd.DataFrame:
-    both = pd.concat([points, purchase.points], ignore_index=True)[["N", "k", "variance"]]
-    return both.drop_duplicates(["N", "k"], keep="last")
+    both = pd.concat([points, purchase.points], ignore_index=True)
+    return both[["N", "k", "ce", "variance"]].drop_duplicates(["N", "k"], keep="last")
+
+
+def _width(curve: Curve, points: pd.DataFrame, k: float) -> float:
+    """Width (nats per token) of the interval of E[L|N,k] once the points are measured.
+
+    New points have no loss yet: they get the law's, plus and minus its misfit by turns.
+    """
+    new = points["ce"].isna().to_numpy()
+    turns = np.cumsum(new) % 2 * 2.0 - 1
+    columns = {name: points[name].to_numpy(dtype=float) for name in curve.law.law.levels}
+    expected = curve.law.predict(**columns) + np.nan_to_num(curve.law.misfit) * turns
+    table = {**columns, "ce": np.where(new, expected, points["ce"]), "se": points["variance"] ** 0.5}
+    fitted = fit(curve.law.law, table, misfit=curve.law.solution.fixed[0])
+    new_point = curve.joint or math.isfinite(k)
+    ends = fitted.predict_interval(curve.level, POOL, new_point, **curve.variables(k))
+    return math.nan if ends is None else float(ends[1] - ends[0])
 
 
 def _candidates(curve: Curve, table: pd.DataFrame, costs: Costs | None) -> Iterator[Purchase]:
@@ -168,9 +189,9 @@ def _candidates(curve: Curve, table: pd.DataFrame, costs: Costs | None) -> Itera
 
 
 def _deviation(curve: Curve, points: pd.DataFrame, k: float) -> float:
-    """Standard deviation (nats per token) of E[L|N,k] once the points are measured.
+    """Standard deviation (nats per token) of E[L|N,k] once the points are measured, linearised.
 
-    Generalised least squares: with the law's tangent J at the points, their covariance V and the
+    It ranks purchases, because fitting the law again for each of them takes too long. Generalised least squares: with the law's tangent J at the points, their covariance V and the
     tangent g and own error s at the question it is sqrt(g' (J' V^-1 J)^-1 g + s^2).
     """
     fitted, N = curve.law, points["N"].to_numpy(dtype=float)
