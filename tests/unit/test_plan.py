@@ -75,14 +75,10 @@ def test_a_measured_loss_goes_before_the_law_and_its_miss_is_said():
 
 
 def test_a_law_that_misses_a_measured_loss_says_by_how_much():
-    points = study(sizes=[3.0], noise=1e-5).assign(se=1e-6)
-    points.loc[points["k"] == 9, "ce"] += 3e-3
-    text = loss(Curve(points[points["k"] < 9], 3.0), 8).answer
-    assert "misses" not in text
-    curve = Curve(points, 3.0)
-    low, high = curve.by_law(9)[1]
-    text = loss(curve, 9).answer
-    assert ("and misses it by" in text) == (not low <= points["ce"].iloc[-1] <= high)
+    points = study(sizes=[3.0], noise=1e-5, M=14).assign(se=1e-6)
+    assert "misses" not in loss(Curve(points, 3.0), 6).answer
+    points.loc[points["k"] == 6, "ce"] += 3e-3
+    assert "and misses it by 0.002" in loss(Curve(points, 3.0), 6).answer
 
 
 def test_a_size_near_a_measured_one_is_that_one_and_a_count_of_parameters_is_none():
@@ -219,7 +215,7 @@ def test_an_interval_of_a_difference_knows_that_errors_are_shared():
     assert low < truth(3.0, 8) - truth(3.0, 9) < high
     assert value == pytest.approx(curve.by_law(8)[0] - curve.by_law(9)[0], abs=1e-8)
     ends = curve.fitted.predict_interval(k=9)
-    assert high - low < 0.5 * (ends[1] - ends[0])
+    assert high - low < 0.3 * (ends[1] - ends[0])
 
 
 def test_gains_are_measured_where_their_errors_are_known():

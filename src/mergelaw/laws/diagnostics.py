@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from scipy.special import logsumexp, ndtr, stdtr
 
 from mergelaw.errors import MergelawError
+from mergelaw.laws.covariance import TYPICAL_SCATTER
 from mergelaw.laws.law import FLAT, INTERFERENCE, INTERFERENCE_FIXED_N, NESTED, RIVALS, Array, Law
 from mergelaw.laws.notes import Note
 from mergelaw.laws.projection import ROUNDING
@@ -358,7 +359,7 @@ def _on_sizes(fitted: Diagnostics) -> Iterable[Note]:
         yield Note(
             "scatter_prior",
             f"{len(sizes)} sizes hardly show how far bases scatter around the law: intervals use "
-            f"a prior, typically {100 * 0.01:g}% of the losses' range over N "
+            f"a prior, typically {TYPICAL_SCATTER:.0%} of the losses' range over N "
             f"({fitted.solution.errors.typical:.2g} nats); add sizes to narrow them",
         )
 

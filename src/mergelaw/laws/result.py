@@ -192,7 +192,9 @@ class Result:
     @property
     def forms(self) -> tuple[Form, ...]:
         """Forms that intervals of predictions integrate over; empty where the noise is unknown."""
-        return () if self.posterior is None else (Form(self.law, self.parameters, 1.0, self.posterior),)
+        if self.posterior is None:
+            return ()
+        return (Form(self.law, self.parameters, 1.0, self.posterior),)
 
     @property
     def params(self) -> pd.Series:

@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 
 from mergelaw.errors import MergelawError
+from mergelaw.laws.diagnostics import FAILS, HOLDS
 from mergelaw.laws.fit import Fit, fit_points, measured_mean
 from mergelaw.laws.law import MERGING, MERGING_FIXED_N, Law
 from mergelaw.laws.result import LEVEL, POOL
@@ -18,8 +19,6 @@ from mergelaw.planning.points import SAME_SIZE, at_size, base_points, without_er
 FARTHEST = 10
 # Forms of the law with at least this weight are shown, and tables have at most so many rows.
 SHOWN, LISTED = 0.01, 50
-# Verdicts of a fit.
-HOLDS, FAILS = "holds", "fails"
 
 
 class Curve:

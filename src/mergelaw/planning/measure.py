@@ -151,8 +151,8 @@ def _width(curve: Curve, points: pd.DataFrame, k: float) -> float:
     turns = np.cumsum(new) % 2 * 2.0 - 1
     columns = {name: points[name].to_numpy(dtype=float) for name in curve.law.law.levels}
     expected = curve.law.predict(**columns) + np.nan_to_num(curve.law.misfit) * turns
-    table = {**columns, "ce": np.where(new, expected, points["ce"]), "se": points["variance"] ** 0.5}
-    fitted = fit(curve.law.law, table, misfit=curve.law.solution.fixed[0])
+    losses = {"ce": np.where(new, expected, points["ce"]), "se": np.sqrt(points["variance"])}
+    fitted = fit(curve.law.law, {**columns, **losses}, misfit=curve.law.solution.fixed[0])
     new_point = curve.joint or math.isfinite(k)
     ends = fitted.predict_interval(curve.level, POOL, new_point, **curve.variables(k))
     return math.nan if ends is None else float(ends[1] - ends[0])
@@ -191,8 +191,9 @@ def _candidates(curve: Curve, table: pd.DataFrame, costs: Costs | None) -> Itera
 def _deviation(curve: Curve, points: pd.DataFrame, k: float) -> float:
     """Standard deviation (nats per token) of E[L|N,k] once the points are measured, linearised.
 
-    It ranks purchases, because fitting the law again for each of them takes too long. Generalised least squares: with the law's tangent J at the points, their covariance V and the
-    tangent g and own error s at the question it is sqrt(g' (J' V^-1 J)^-1 g + s^2).
+    It ranks purchases, because fitting the law again for each of them takes too long. Generalised
+    least squares: with the law's tangent J at the points, their covariance V and the tangent g and
+    own error s at the question it is sqrt(g' (J' V^-1 J)^-1 g + s^2).
     """
     fitted, N = curve.law, points["N"].to_numpy(dtype=float)
     misfit = max(np.nan_to_num(fitted.misfit), 1e-6 * float(curve.table["ce"].mean()))
