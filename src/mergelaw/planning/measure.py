@@ -8,9 +8,11 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from scipy.sparse import block_diag, csr_array, diags_array
 
 from mergelaw.errors import MergelawError
-from mergelaw.laws.fit import fit
+from mergelaw.laws.covariance import sampling_covariance
+from mergelaw.laws.fit import Fit, fit
 from mergelaw.laws.result import POOL
 from mergelaw.planning.answer import Answer, with_interval
 from mergelaw.planning.budget import Costs
@@ -115,10 +117,11 @@ def _buy(
 ) -> Iterator[tuple[Purchase, float]]:
     """Purchases, each the best after the earlier ones, and the share of the interval after each."""
     table = curve.table.assign(
-        variance=curve.table["se"].fillna(0) ** 2 if "se" in curve.table else 0
+        variance=curve.table["se"].fillna(0) ** 2 if "se" in curve.table else 0.0,
+        row=np.arange(len(curve.table)),
     )
     points, candidates = table, list(_candidates(curve, table, costs))
-    now, left, before = _deviation(curve, points, k), 1.0, _width(curve, points, k)
+    now, left, before = _deviation(curve, points, k), 1.0, _width(curve, curve.law, k)
     for _ in range(PURCHASES):
         if not candidates or left <= share:
             return
@@ -132,30 +135,49 @@ def _buy(
         if after[best] >= now * (1 - LITTLE):
             return
         points, now = _with(points, best), after[best]
-        left = _width(curve, points, k) / before
+        left = _width(curve, _fit_with(curve, points), k) / before
         candidates.remove(best)
         yield best, left
 
 
 def _with(points: pd.DataFrame, purchase: Purchase) -> pd.DataFrame:
     both = pd.concat([points, purchase.points], ignore_index=True)
-    return both[["N", "k", "ce", "variance"]].drop_duplicates(["N", "k"], keep="last")
+    return both[["N", "k", "ce", "variance", "row"]].drop_duplicates(["N", "k"], keep="last")
 
 
-def _width(curve: Curve, points: pd.DataFrame, k: float) -> float:
-    """Width (nats per token) of the interval of E[L|N,k] once the points are measured.
+def _width(curve: Curve, fitted: Fit, k: float) -> float:
+    """Width (nats per token) of the interval of E[L|N,k] by a fit of the curve's law."""
+    new = curve.joint or math.isfinite(k)
+    ends = fitted.predict_interval(curve.level, POOL, new, **curve.variables(k))
+    return math.nan if ends is None else float(ends[1] - ends[0])
 
-    New points have no loss yet: they get the law's, plus and minus its misfit by turns.
+
+def _fit_with(curve: Curve, points: pd.DataFrame) -> Fit:
+    """Fit of the curve's law once the points are measured.
+
+    New points, with a loss of NaN, get the law's loss, plus and minus its misfit by turns.
     """
     new = points["ce"].isna().to_numpy()
-    turns = np.cumsum(new) % 2 * 2.0 - 1
     columns = {name: points[name].to_numpy(dtype=float) for name in curve.law.law.levels}
+    turns = np.cumsum(new) % 2 * 2.0 - 1
     expected = curve.law.predict(**columns) + np.nan_to_num(curve.law.misfit) * turns
-    losses = {"ce": np.where(new, expected, points["ce"]), "se": np.sqrt(points["variance"])}
-    fitted = fit(curve.law.law, {**columns, **losses}, misfit=curve.law.solution.fixed[0])
-    new_point = curve.joint or math.isfinite(k)
-    ends = fitted.predict_interval(curve.level, POOL, new_point, **curve.variables(k))
-    return math.nan if ends is None else float(ends[1] - ends[0])
+    losses = np.where(new, expected, points["ce"])
+    known = sampling_covariance(curve.table)
+    variances = points["variance"].to_numpy(dtype=float)
+    if known is None:
+        covariance: Any = variances if variances.any() else None
+    else:
+        whole = diags_array(known) if known.ndim == 1 else known
+        rows = points["row"][~new].to_numpy(dtype=int)
+        before = curve.table["se"].fillna(0).to_numpy()[rows] ** 2
+        left = diags_array(np.sqrt(variances[~new] / np.where(before > 0, before, 1)))
+        parts = [left @ csr_array(whole)[rows][:, rows] @ left, diags_array(variances[new])]
+        covariance = csr_array(block_diag(parts))
+    # The old points come first, as in the covariance.
+    order = np.argsort(new, kind="stable")
+    table = {name: values[order] for name, values in columns.items()} | {"ce": losses[order]}
+    misfit = curve.law.solution.fixed[0]
+    return fit(curve.law.law, table, covariance=covariance, misfit=misfit)
 
 
 def _candidates(curve: Curve, table: pd.DataFrame, costs: Costs | None) -> Iterator[Purchase]:
