@@ -346,6 +346,13 @@ def test_more_circles_are_bought_where_points_have_standard_errors():
     assert "it is measured" in answer.answer and "4 times as many circles" in answer.answer
 
 
+def test_circles_narrow_what_all_points_of_a_base_share():
+    """One shift of all points: twice the circles halve its variance, whatever the law."""
+    points = study(noise=0, sizes=[3.0], M=6).assign(se=1e-3, sampling=[[1e-3]] * 6, freedom=np.inf)
+    (row,) = measure(Curve(points, 3.0), 12).table
+    assert "circles again" in row["buy"] and row["share"] == pytest.approx(0.5**0.5, rel=0.05)
+
+
 def test_an_exhausted_pool_has_nothing_to_sell():
     answer = measure(Curve(study(noise=5e-4), 3.0), 12)
     assert "nothing to buy" in answer.answer and "all k of this pool" in answer.answer

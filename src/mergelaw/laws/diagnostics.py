@@ -51,8 +51,6 @@ class Diagnostics(Result):
             solution.fixed[1] is None and len(solution.errors.starts) > 0
         )
         count = len(self.law.parameters) + estimated
-        if solution.untested:
-            return math.nan
         if not estimated:
             return solution.deviance + 2 * count
         if self.n_points - count - 1 <= 0:

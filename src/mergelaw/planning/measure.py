@@ -19,7 +19,7 @@ from mergelaw.planning.budget import Costs
 from mergelaw.planning.curve import LISTED, Curve
 from mergelaw.planning.points import SAME_SIZE
 
-# Plans end after this many purchases.
+# So many purchases are tried at most.
 PURCHASES = 8
 # A purchase has to narrow the interval by more than this share.
 LITTLE = 1e-3
@@ -40,8 +40,8 @@ def measure(curve: Curve, k: float, costs: Costs | None = None, *, share: float 
 
     Candidates are a k that a base lacks, more circles where points have standard errors, and a
     size up to the one that is asked about, with its experts. The best makes the variance of
-    E[L|N,k] fall most, linearised, per cost if costs are given. It is bought, the law is fitted
-    again with losses as the law expects them, and so on until that fit's interval has the share.
+    E[L|N,k] fall most, linearised, per cost if costs are given. It is bought if the law,
+    fitted again with losses as it expects them, has a narrower interval; and so on to the share.
     With one point more than parameters the misfit is hardly known, and the share may not come true.
 
     Args:
@@ -132,17 +132,18 @@ def _buy(
             return gain / one.cost if one.cost > 0 else math.copysign(math.inf, gain), gain
 
         best = max(candidates, key=worth)
-        if after[best] >= now * (1 - LITTLE):
-            return
-        points, now = _with(points, best), after[best]
-        left = _width(curve, _fit_with(curve, points), k) / before
         candidates.remove(best)
-        yield best, left
+        more = _with(points, best)
+        narrowed = _width(curve, _fit_with(curve, more), k) / before
+        if narrowed < left * (1 - LITTLE):
+            points, now, left = more, after[best], narrowed
+            yield best, left
 
 
 def _with(points: pd.DataFrame, purchase: Purchase) -> pd.DataFrame:
     both = pd.concat([points, purchase.points], ignore_index=True)
-    return both[["N", "k", "ce", "variance", "row"]].drop_duplicates(["N", "k"], keep="last")
+    both = both[["N", "k", "ce", "variance", "row"]]
+    return both.drop_duplicates(["N", "k"], keep="last", ignore_index=True)
 
 
 def _width(curve: Curve, fitted: Fit, k: float) -> float:
@@ -155,12 +156,15 @@ def _width(curve: Curve, fitted: Fit, k: float) -> float:
 def _fit_with(curve: Curve, points: pd.DataFrame) -> Fit:
     """Fit of the curve's law once the points are measured.
 
-    New points, with a loss of NaN, get the law's loss, plus and minus its misfit by turns.
+    New points, with a loss of NaN, get the law's loss, plus and minus its misfit by turns; new
+    bases get its scatter besides, by turns too.
     """
     new = points["ce"].isna().to_numpy()
     columns = {name: points[name].to_numpy(dtype=float) for name in curve.law.law.levels}
     turns = np.cumsum(new) % 2 * 2.0 - 1
     expected = curve.law.predict(**columns) + np.nan_to_num(curve.law.misfit) * turns
+    bases = points.loc[~points["N"].isin(curve.table["N"]), "N"]
+    expected[bases.index] += curve.law.scatter * (1 - 2.0 * (pd.factorize(bases)[0] % 2))
     losses = np.where(new, expected, points["ce"])
     known = sampling_covariance(curve.table)
     variances = points["variance"].to_numpy(dtype=float)
