@@ -8,7 +8,9 @@ import pandas as pd
 import pytest
 
 import pool
+from mergelaw.cli.decide import best_text
 from mergelaw.decide import Objective, best, by_base
+from mergelaw.decide.tables import ranking
 from mergelaw.errors import MergelawError
 
 GOOD = ("dates", "extract", "german", "maths", "sql")
@@ -113,6 +115,9 @@ def test_the_worst_domain_is_counted_from_the_base():
 def test_no_merge_is_recommended_that_loses_to_the_base():
     answer = best(pool.measured(pool.rows(lambda *_: 1.2)))
     assert answer.sentence.startswith("Ship the base: no measured merge improves on it")
+    text = best_text(answer, "study.yaml", 3, False)
+    assert answer.command("study.yaml", False) is None and answer.share == ""
+    assert "mergelaw merge" not in text and "rule: " not in text and "the lowest merge" in text
 
 
 def test_held_out_domains_do_not_count(table):
@@ -172,3 +177,19 @@ def test_where_other_weights_win_the_best_merge_with_equal_weights_is_named_too(
     second = answer.values[1]
     assert answer.sentence.startswith("Ship learned of all 6 experts: ")
     assert f"with equal weights, ties of {', '.join(GOOD)}: {second:.4f})" in answer.sentence
+
+
+def test_the_share_kept_follows_the_weights_and_is_never_negative_in_words(table):
+    measured = pool.measured(table)
+    weights = {"maths": 3.0, "sql": 1.0}
+    answer = best(measured, Objective(weights=weights))
+    ce = table.pivot_table(index="merge", columns="domain", values="ce")
+    alone = ce.loc[[f"merge-average-{expert}" for expert in pool.EXPERTS]].min()
+    factors = pd.Series(weights)
+    gains = factors @ (ce.loc["base--"] - ce.loc[answer.model.identity])[list(weights)]
+    assert answer.kept(answer.model) == pytest.approx(
+        gains / (factors @ (ce.loc["base--"] - alone)[list(weights)])
+    )
+    assert "the weighted sum of" in answer.share and answer.share.endswith("over 2 domains.")
+    rows = ranking(best(measured), 200)[1]
+    assert "none" in [row[4] for row in rows] and not any("-" in row[4] for row in rows)

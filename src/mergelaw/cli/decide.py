@@ -54,8 +54,10 @@ def best(
     study = load_study(file)
     results = for_each_base(study, base, lambda measured: decide.best(measured, wanted))
     if as_json:
-        command = {b.measured.base: b.command(str(file), len(study.bases) > 1) for b in results}
-        answers = [b.to_dict(top) | {"command": command[b.measured.base]} for b in results]
+        answers = [
+            b.to_dict(top) | {"command": b.command(str(file), len(study.bases) > 1)}
+            for b in results
+        ]
         print(json.dumps(answers, indent=1, ensure_ascii=False, allow_nan=False))
         return
     print("\n\n".join(best_text(b, str(file), top, len(study.bases) > 1) for b in results))
@@ -201,10 +203,12 @@ def best_text(best: "Best", file: str, top: int, several_bases: bool) -> str:
     """A ranking as text for a terminal."""
     from mergelaw.decide import tables
 
-    lines = [f"{best.measured.base}: {best.sentence}", f"rule: {best.model.recipe}", best.doubt]
-    lines += [best.share] if best.share else []
-    lines += ["", *columns(*tables.ranking(best, top)), "", *columns(*tables.domains(best))]
-    return "\n".join([*lines, "", f"write it: {best.command(file, several_bases)}"])
+    command = best.command(file, several_bases)
+    lines = [f"{best.measured.base}: {best.sentence}"]
+    lines += [f"rule: {best.model.recipe}"] if command else []
+    lines += [best.doubt, *([best.share] if best.share else []), ""]
+    lines += [*columns(*tables.ranking(best, top)), "", *columns(*tables.domains(best))]
+    return "\n".join([*lines, *(["", f"write it: {command}"] if command else [])])
 
 
 def columns(heads: list[str], rows: Iterable[list[str]]) -> Iterable[str]:

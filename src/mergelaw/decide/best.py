@@ -83,6 +83,7 @@ class Best:
         ahead: by identity, objective of the next merges minus the best's, on the same documents.
         costs: the objective minus the best's if an expert that it leaves out is added, by expert,
             where that merge is measured.
+        documents: losses of the base and of the lowest merges on every document.
         optimism: by how much choosing on the documents of the ranking makes the best's value look
             too low (nats per token), from resampled documents.
         wins: share of resamples in which it is best.
@@ -94,6 +95,7 @@ class Best:
     values: Sequence[float]
     ahead: Mapping[str, Difference]
     costs: Mapping[str, Difference]
+    documents: Documents
     optimism: float
     wins: float
 
@@ -117,6 +119,11 @@ class Best:
         return float(self.objective.values(base[None], base, shares)[0])
 
     @property
+    def improves(self) -> bool:
+        """True if the best merge has a lower objective than the base."""
+        return self.values[0] < self.base_value
+
+    @property
     def tied(self) -> list[Model]:
         """Next merges that the documents do not distinguish from the best (90%)."""
         return [m for m in self.ranking[1:CONTENDERS] if not self.ahead[m.identity].clear]
@@ -134,7 +141,7 @@ class Best:
             slope = self.objective.slopes(measured, self.model)[self.model.identity]
             worst = measured.domains[int(slope.argmax())]
             base, loss = [], f"{self.values[0]:+.4f} against the base on {worst}, its worst domain"
-        if self.values[0] >= self.base_value:
+        if not self.improves:
             return (
                 f"Ship the base: no measured merge improves on it; the lowest is {name}: {loss}"
                 + "".join(f" ({note})" for note in base)
@@ -157,16 +164,17 @@ class Best:
     def doubt(self) -> str:
         """Clearness of the choice, and optimism of the selection, in words."""
         count, tied = len(self.ranking), self.tied
+        it = "it" if self.improves else "the lowest merge"
         if count == 1:
-            return "It is the only measured merge within the limits."
+            return f"{it.capitalize()} is the only measured merge within the limits."
         second = tied[0] if tied else self.ranking[1]
         behind = f"{self.measured.name(second)}, {self.ahead[second.identity].text()}"
         more = "at least " if len(tied) == CONTENDERS - 1 else ""
         clear = (
-            f"{more}{len(tied)} of {count - 1} others cannot be distinguished from it on these "
-            f"documents, first {behind}."
+            f"{more}{len(tied)} of {count - 1} others cannot be distinguished from {it} "
+            f"on these documents, first {behind}."
             if tied
-            else f"It is distinguishable from all others, the next being {behind}."
+            else f"{it.capitalize()} is distinguishable from all others, the next being {behind}."
         )
         better = f"about {self.optimism:.4f}" if self.optimism >= 5e-5 else "less than 0.0001"
         return (
@@ -182,36 +190,50 @@ class Best:
 
     @cached_property
     def specialists(self) -> dict[str, Model]:
-        """The best single expert of each held-in domain where one improves on the base."""
+        """The best single expert of each domain that counts, where one improves on the base.
+
+        These are the held-in domains and those of the objective.
+        """
         measured, chosen = self.measured, {}
-        for place in np.flatnonzero(measured.counted):
+        for place in np.flatnonzero(measured.counted + self.objective.shares(measured)):
             best = min(self.alone.values(), key=lambda m: float(m.losses[place]), default=None)
             if best and best.losses[place] < measured.reference.losses[place]:
                 chosen[measured.domains[place]] = best
         return chosen
 
     def kept(self, model: Model) -> float:
-        """Share of the experts' own gains that a model keeps.
+        """Share of the single experts' gains that a model keeps; negative if it loses instead.
 
-        The sum of (base - model) over the sum of (base - best single expert), over the held-in
-        domains where a single expert improves on the base. NaN without such domains.
+        The sum of (base - model) over the sum of (base - best single expert), weighted as in the
+        objective, over the domains where a single expert improves on the base. NaN without such
+        domains.
         """
         base, gained, possible = self.measured.reference.losses, 0.0, 0.0
+        shares = self.objective.shares(self.measured)
         for domain, expert in self.specialists.items():
             place = self.measured.domains.index(domain)
-            gained += base[place] - model.losses[place]
-            possible += base[place] - expert.losses[place]
+            weight = shares[place] / shares.max()
+            gained += weight * (base[place] - model.losses[place])
+            possible += weight * (base[place] - expert.losses[place])
         return float(gained / possible) if possible else math.nan
 
     @property
     def share(self) -> str:
-        """The share of the experts' gains that the best merge keeps, as a sentence."""
-        share = self.kept(self.model)
-        if math.isnan(share):
+        """The share of the experts' gains that the best merge keeps, as a sentence.
+
+        Empty if no merge improves on the base, or no single expert does.
+        """
+        share, shares = self.kept(self.model), self.objective.shares(self.measured)
+        if math.isnan(share) or not self.improves:
             return ""
+        counted = [d for d in self.specialists if shares[self.measured.domains.index(d)] > 0]
+        domains = counted[0] if len(counted) == 1 else f"{len(counted)} domains"
+        if share < 0:
+            return f"It keeps none of what the experts gain on {domains}: the base is better there."
+        weighted = "weighted " if self.objective.weights else ""
         return (
-            f"It keeps {100 * share:.0f}% of what the experts gain: the sum of (base - merge) "
-            f"over that of (base - best single expert), over {len(self.specialists)} domains."
+            f"It keeps {100 * share:.0f}% of what the experts gain: the {weighted}sum of (base - "
+            f"merge) over that of (base - best single expert), over {domains}."
         )
 
     def domains(self) -> list[dict[str, Any]]:
@@ -219,8 +241,7 @@ class Best:
 
         ``against_base`` is the merge's difference from the base on the same documents.
         """
-        measured, base = self.measured, self.measured.reference
-        documents, rows = measured.documents([self.model, base]), []
+        measured, base, rows = self.measured, self.measured.reference, []
         for place, domain in enumerate(measured.domains):
             one = np.eye(len(measured.domains))[place]
             expert = self.specialists.get(domain)
@@ -233,15 +254,17 @@ class Best:
                     "alone": float(expert.losses[place]) if expert else None,
                     "baselines": {n: float(m.losses[place]) for n, m in measured.baselines.items()},
                     "merge": float(self.model.losses[place]),
-                    "against_base": documents.difference(
+                    "against_base": self.documents.difference(
                         {self.model.identity: one, base.identity: -one}
                     ),
                 }
             )
         return rows
 
-    def command(self, file: str, several_bases: bool) -> str:
-        """The shell command that writes the merge."""
+    def command(self, file: str, several_bases: bool) -> str | None:
+        """The shell command that writes the merge; None if the base is better."""
+        if not self.improves:
+            return None
         model = self.model
         words = ["mergelaw", "merge", file, "--method", model.method]
         words += ["--base", self.measured.base] if several_bases else []
@@ -333,6 +356,7 @@ def best(measured: Measured, objective: Objective | None = None) -> Best:
         [float(values[i]) for i in order],
         {model.identity: behind(model) for model in others},
         {expert: behind(model) for expert, model in added.items()},
+        documents,
         optimism,
         wins,
     )

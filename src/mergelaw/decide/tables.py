@@ -21,7 +21,7 @@ def ranking(best: Best, top: int) -> Table:
                 best.measured.name(model),
                 f"{value:.4f}",
                 behind.text() if behind else "",
-                NONE if math.isnan(kept) else f"{100 * kept:.0f}%",
+                NONE if math.isnan(kept) else "none" if kept < 0 else f"{100 * kept:.0f}%",
                 model.identity,
             ]
         )
