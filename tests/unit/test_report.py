@@ -107,7 +107,7 @@ def test_it_holds_every_method_base_and_domain(report):
     for name in ["average", "ties", *SIZES, *DOMAINS[:3]]:
         assert name in page
     assert "A small study" in page
-    assert "w32/average/circle-2" in page
+    assert "<h2>Not measured yet</h2>\n<ul>\n<li>w32/average/circle-2</li>" in page
     assert "do not extrapolate" in page
 
 
@@ -252,3 +252,21 @@ def test_losses_that_are_no_numbers_leave_a_report_or_one_line(tmp_path, lost):
     write(fit_study(rows, [table]), tmp_path / "laws")
     write_report(tmp_path / "laws", rows, tmp_path, title="lost", facts={})
     assert "not finite" in (tmp_path / "report.html").read_text() or lost == "a domain"
+
+
+def test_a_law_that_fails_is_not_drawn(report):
+    fits = pd.DataFrame(json.loads((report.parent / "laws/laws.json").read_text())["fits"])
+    failed = fits["base"].isna() | (fits["base"] == "w32")
+    fits["verdict"] = [{"state": "fails" if fails else "holds"} for fails in failed]
+    fits.loc[failed, "floors"] = fits.loc[failed, "floors"].map(lambda _: [])
+    rows = study_rows()
+    charts = figures(fits, points(rows)[0], rows)
+
+    def bases(name, kind, column):
+        (values,) = charts[name].to_dict()["datasets"].values()
+        return {value[column] for value in values if value["kind"] == kind}
+
+    for name in ("methods", "curves", "domains_ties"):
+        assert len(bases(name, "mean", "N")) == 4 and len(bases(name, "law", "N")) == 3
+    floors = json.dumps(charts["floors"].to_dict()["datasets"])
+    assert '"kind": "law"' not in floors and '"kind": "mean"' in floors

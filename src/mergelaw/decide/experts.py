@@ -110,7 +110,8 @@ def experts(measured: Measured, method: str | None = None) -> list[Verdict]:
     merges = [m for m in measured.merges if m.equal and method in (None, m.method)]
     if not merges:
         methods = ", ".join(sorted({m.method for m in measured.merges}))
-        raise MergelawError(f"experts: no merges by {method!r}; the study measures {methods}")
+        which = f"by {method!r}" if method else "with equal weights"
+        raise MergelawError(f"experts: no merges {which}; the study measures {methods}")
     pool = measured.pool
     if len(pool) < 2:
         raise MergelawError(f"experts: {measured.base} has merges of one expert only; add another")
@@ -217,25 +218,22 @@ def _contrasts(
             left_out.append({index[pool - {expert}]: 1.0, index[pool]: -1.0})
         if len(pairs) == len(pool):
             adds.append(_mean(map(_mean, pairs.values())))
-    yield "with", _mean(members)
-    yield "without", _mean(rest)
-    yield "effect", _mean([_mean(members), _scaled(_mean(rest), -1.0)], of=1)
+    inside, outside = _mean(members), _mean(rest)
+    yield "with", inside
+    yield "without", outside
+    yield "effect", inside | {merge: -share for merge, share in outside.items()}
     yield "left out", _mean(left_out)
     yield "adds", _mean(adds)
 
 
-def _mean(every: Iterable[Contrast], of: int = 0) -> Contrast:
-    """The mean of contrasts, or their sum divided by ``of``."""
+def _mean(every: Iterable[Contrast]) -> Contrast:
+    """The mean of contrasts; empty of none."""
     every = list(every)
     mean: Contrast = defaultdict(float)
     for contrast in every:
         for model, share in contrast.items():
-            mean[model] += share / (of or len(every))
+            mean[model] += share / len(every)
     return dict(mean)
-
-
-def _scaled(contrast: Contrast, factor: float) -> Contrast:
-    return {model: factor * share for model, share in contrast.items()}
 
 
 def _by_domain(measured: Measured, contrast: Contrast) -> dict[str, float]:

@@ -171,7 +171,9 @@ def learn(
     the average's loss is not finite.
     """
 
-    def path(parts: Parts, start: Array, kind: Kind, steps: int) -> Iterator[Array]:
+    def path(
+        parts: Parts, start: Array, other: Array | None, kind: Kind, steps: int
+    ) -> Iterator[Array]:
         begin = parts.mean(start)
 
         def gradient(x: Array) -> tuple[float, Array]:
@@ -186,28 +188,26 @@ def learn(
         least = float(np.linalg.norm(parts.mean(average)))
         return map(parts.spread, islice(descend(gradient, begin, pairs, least), steps))
 
-    def search(name: str, start: Array) -> Search:
+    def search(name: str, start: Array, other: Array | None = None) -> Search:
         parts = Parts(name, tensors, norms)
         points, losses = [start], [objective.loss(start, "held")]
         most = min(gradients, SCALES) if name == "scale" else gradients
-        for point in path(parts, start, "fit", most):
+        for point in path(parts, start, other, "fit", most):
             points.append(point)
             losses.append(objective.loss(point, "held"))
             if len(losses) - 1 - int(np.argmin(losses)) >= PATIENCE:
                 break
         return Search(name, parts, points, losses)
 
-    other: Array | None = None
     average = Parts("scale", tensors, norms).spread(np.full(1, 1 / len(norms)))
     scale = search("scale", average)
     start = scale.points[scale.steps]
     finer = GRANULARITIES[1:] if by == "auto" else [by][: by != "scale"]
     other = next((point for point in scale.points if (point != start).any()), None)
-    searches = [scale, *(search(name, start) for name in finer)]
+    searches = [scale, *(search(name, start, other) for name in finer)]
     chosen = min(searches, key=lambda s: min(s.losses)) if by == "auto" else searches[-1]
-    other = None if chosen is scale else other
-    start = chosen.points[0]
-    *_, last = start, *path(chosen.parts, start, "all", chosen.steps)
+    start, other = chosen.points[0], None if chosen is scale else other
+    *_, last = start, *path(chosen.parts, start, other, "all", chosen.steps)
     # The way on all documents differs; it counts only if it does not end higher.
     candidates = [last, chosen.points[chosen.steps]]
     losses = [objective.loss(point, "all") for point in candidates]

@@ -15,6 +15,7 @@ import numpy as np
 import pandas as pd
 import vl_convert
 
+from mergelaw.laws.diagnostics import FAILS
 from mergelaw.laws.law import MERGING, MERGING_FIXED_N
 from mergelaw.laws.points import MACRO
 from mergelaw.report.tables import base_label, mean_loss
@@ -62,6 +63,8 @@ def figures(
         points: the fitted means, as in points.parquet.
         rows: the evaluation rows of the points.
     """
+    if len(fits):  # a law that fails misses the points beside which it would be drawn
+        fits = fits[[verdict["state"] != FAILS for verdict in fits["verdict"]]]
     losses = _losses(fits, points, rows)
     macro = losses[losses["domain"] == MACRO]
     few = losses[losses["kind"].isin(["mean", "law", "baseline"])]
@@ -182,14 +185,12 @@ def _floors(fits: pd.DataFrame) -> alt.TopLevelMixin:
         p, method = fit["parameters"], fit["method"]
         if fit["law"] == MERGING.name:
             sizes = [base["N"] for base in fit["floors"]]
-            # A fit that fails has no floors.
-            for N in np.geomspace(min(sizes), max(sizes), 60) if sizes else ():
+            for N in np.geomspace(min(sizes), max(sizes), 60):
                 marks.append(("floor", "law", method, N, p["L_star"] + p["B"] * N ** -p["beta"]))
                 marks.append(("tail", "law", method, N, p["A0"] * N ** -p["gamma"]))
         else:
             marks.append(("floor", "mean", method, fit["N"], p["L_inf"]))
-            for floor in fit["floors"]:
-                marks.append(("floor", "reachable", method, fit["N"], floor["reachable"]))
+            marks.append(("floor", "reachable", method, fit["N"], fit["floors"][0]["reachable"]))
             marks.append(("tail", "mean", method, fit["N"], p["A"]))
     table = pd.DataFrame(marks, columns=["quantity", "kind", "method", "N", "value"])
     # A logarithmic axis cannot show a tail of 0; the tables do.
