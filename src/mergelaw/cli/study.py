@@ -50,6 +50,7 @@ def config_check(
 
     Example: mergelaw config check ours.yaml --deep
     """
+    from mergelaw.merging.methods.learned import Learned
     from mergelaw.workflow.inspect import inspect
 
     study = load_study(file)
@@ -63,7 +64,7 @@ def config_check(
     merges = f"{low}" if low == high else f"{low} to {high}"
     bases, seeds = len(designs), len(config.training_seeds)
     learned = len(study.learned_evals)
-    rules = len(config.methods) - learned // (bases * seeds)
+    rules = sum(not isinstance(method, Learned) for method in config.methods.values())
     measured = (sum(designs) - bases) * rules + bases * len(config.baselines)
     cells = (measured * seeds + learned + bases) * len(config.domains)
     trained = sum(artifact.trains for artifact in artifacts)

@@ -1,7 +1,7 @@
 """Decisions on measured merges: the best one, a verdict on each expert, comparisons of two."""
 
 from mergelaw.decide.best import Best, Objective, best
-from mergelaw.decide.experts import Verdict, experts, flagged
+from mergelaw.decide.experts import Verdict, experts, flagged, verdicts
 from mergelaw.decide.measured import Difference, Measured, by_base
 
 __all__ = [
@@ -14,4 +14,5 @@ __all__ = [
     "by_base",
     "experts",
     "flagged",
+    "verdicts",
 ]

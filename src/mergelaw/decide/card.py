@@ -111,14 +111,7 @@ def _losses(rows: pd.DataFrame | None) -> list[str]:
     def line(name: str, shares: Array) -> list[str]:
         loss = documents.difference({merge.identity: shares})
         against = documents.difference({merge.identity: shares, base.identity: -shares})
-        low, high = loss.ends
-        interval = f" (90%: {low:.4f} to {high:.4f})" if loss.error == loss.error else ""
-        return [
-            name,
-            f"{float(base.losses @ shares):.4f}",
-            f"{loss.value:.4f}{interval}",
-            against.text(),
-        ]
+        return [name, f"{float(base.losses @ shares):.4f}", loss.text(sign=""), against.text()]
 
     every = [
         line(domain + (" (held out)" if domain in measured.held_out else ""), one)

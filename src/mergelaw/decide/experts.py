@@ -152,11 +152,17 @@ def experts(measured: Measured, method: str | None = None) -> list[Verdict]:
     return list((verdicts | _without_outliers(measured, verdicts, method)).values())
 
 
-def flagged(measured: Measured) -> list[str]:
-    """Sentences on experts that are better left out; empty for a pool of one."""
-    if len(measured.pool) < 2:
+def verdicts(measured: Measured) -> list[Verdict]:
+    """As ``experts``; empty where there is one expert only, or no merge with equal weights."""
+    try:
+        return experts(measured)
+    except MergelawError:
         return []
-    return [verdict.sentence for verdict in experts(measured) if verdict.flagged]
+
+
+def flagged(measured: Measured) -> list[str]:
+    """Sentences on experts that are better left out."""
+    return [verdict.sentence for verdict in verdicts(measured) if verdict.flagged]
 
 
 def _without_outliers(

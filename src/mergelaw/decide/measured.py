@@ -52,12 +52,12 @@ class Difference:
             return float(self.value <= threshold)
         return float(stats.t.sf((self.value - threshold) / self.error, self.freedom))
 
-    def text(self) -> str:
+    def text(self, sign: str = "+") -> str:
         """The difference with its interval: +0.0021 (90%: +0.0010 to +0.0032)."""
+        value, low, high = (f"{number:{sign}.4f}" for number in (self.value, *self.ends))
         if math.isnan(self.error):
-            return f"{self.value:+.4f} (no interval: a domain has one document)"
-        low, high = self.ends
-        return f"{self.value:+.4f} (90%: {low:+.4f} to {high:+.4f})"
+            return f"{value} (no interval: a domain has one document)"
+        return f"{value} (90%: {low} to {high})"
 
 
 class Documents:

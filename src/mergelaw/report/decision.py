@@ -6,8 +6,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from mergelaw.decide import Best, Measured, Verdict, best, experts, tables
-from mergelaw.errors import MergelawError
+from mergelaw.decide import Best, Measured, Verdict, best, tables, verdicts
 from mergelaw.report.tables import Table
 
 TOP = 8  # merges in the table of the best
@@ -23,11 +22,6 @@ class Decision:
     @property
     def base(self) -> str:
         return self.best.measured.base
-
-    @property
-    def flagged(self) -> list[str]:
-        """Sentences on experts to leave out."""
-        return [v.sentence for v in self.verdicts if v.flagged]
 
     @property
     def ranking(self) -> Table:
@@ -69,7 +63,7 @@ class Decision:
                 zip(self.best.ranking, self.best.values, strict=True), 1
             )
         ]
-        verdicts = [
+        judged = [
             {
                 "base": self.base,
                 "expert": v.expert,
@@ -83,18 +77,12 @@ class Decision:
             }
             for v in self.verdicts
         ]
-        return {"merges": pd.DataFrame(ranking), "experts": pd.DataFrame(verdicts)}
+        return {"merges": pd.DataFrame(ranking), "experts": pd.DataFrame(judged)}
 
 
 def decisions(measured: Sequence[Measured], folder: Path) -> list[Decision]:
     """Decisions by base, and their tables merges.csv and experts.csv in the folder."""
-    every = []
-    for one in measured:
-        try:
-            verdicts = experts(one)
-        except MergelawError:  # a pool of one expert
-            verdicts = []
-        every.append(Decision(best(one), verdicts))
+    every = [Decision(best(one), verdicts(one)) for one in measured]
     for name in ("merges", "experts") if every else ():
         table = pd.concat([decision.files()[name] for decision in every], ignore_index=True)
         table.to_csv(folder / f"{name}.csv", index=False)
