@@ -2,7 +2,7 @@
 
 The study must be measured (`snakemake --profile profiles/local`); any study with `learned` will do:
 
-    python benchmarks/learned.py config/config.yaml > benchmarks/learned.md
+    python benchmarks/learned.py config/config.yaml
 
 All losses are macro averages over evaluation documents, in nats per token. A pass is a forward pass
 over all calibration documents; a gradient counts as three.
@@ -18,7 +18,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from scipy.optimize import curve_fit
 
 import scores
 from mergelaw import config
@@ -73,7 +72,7 @@ class Pool:
         self.norms = np.array([[s[t]["norm"] for t in self.tensors] for s in statistics])
 
     def windows(self, domain: str, path: Path) -> Any:
-        return calibration._windows(self.tokenizer, domain, path, self.settings)
+        return calibration.windows_of(self.tokenizer, domain, path, self.settings)
 
     def objective(self, count: int | None = None, experts: Sequence[str] = ()) -> Calibration:
         """The calibration loss, of ``count`` documents a domain (None: the study's)."""
@@ -302,53 +301,6 @@ def bad_expert(study: Study, base: str) -> None:
     print(markdown(["merge", "loss", "share"], rows))
 
 
-def law(pool: Pool, windows: int) -> None:
-    """E[L|k] over windows of the pool's circle."""
-    names = list(pool.vectors)
-    size = len(names)
-    curves: dict[str, list[float]] = {"average": [], "expert": [], "block": []}
-    for k in range(1, size + 1):
-        count = windows if k < size else 1
-        starts = [round(i * size / count) for i in range(count)]
-        chosen = [[names[j] for j in sorted((s + i) % size for i in range(k))] for s in starts]
-        for by, curve in curves.items():
-            if by == "average":
-                losses = []
-                for experts in chosen:
-                    with pool.objective(experts=experts) as objective:
-                        equal = np.full((k, len(pool.tensors)), 1 / k)
-                        losses.append(pool.loss(objective, equal))
-            else:
-                losses = [pool.learned(by, experts=experts)[0] for experts in chosen]
-            curve.append(float(np.mean(losses)))
-    ks = np.arange(1, size + 1)
-    rows = []
-    for by, curve in curves.items():
-        forms = [_form(ks, np.array(curve), form) for form in (_hyperbola, _power)]
-        rows.append([by, *(f"{loss:.3f}" for loss in curve), *forms])
-    print(f"\n## Law: {pool.base}, {windows} windows for each k\n")
-    heads = [f"k = {k}" for k in ks]
-    print(markdown(["", *heads, "A/(k + b): A, b, RMSE", "k^-a: A, a, RMSE"], rows))
-
-
-def _hyperbola(k: np.ndarray, floor: float, tail: float, b: float) -> np.ndarray:
-    return floor + tail / (k + b)
-
-
-def _power(k: np.ndarray, floor: float, tail: float, a: float) -> np.ndarray:
-    return floor + tail * k**-a
-
-
-def _form(k: np.ndarray, curve: np.ndarray, form: Any) -> str:
-    try:
-        start = [curve[-1], curve[0] - curve[-1], 0.5]
-        found, _ = curve_fit(form, k, curve, start, bounds=([0, 0, -0.9], [10, 50, 50]))
-    except RuntimeError:
-        return "no fit"
-    rmse = float(np.sqrt(np.mean((form(k, *found) - curve) ** 2)))
-    return f"{found[1]:.3f}, {found[2]:.2f}, {rmse:.4f}"
-
-
 def sections(study: Study, options: Any) -> Iterator[Callable[[], None]]:
     bases = options.bases or list(study.bases)
     pools = [Pool(study, base) for base in bases]
@@ -359,8 +311,6 @@ def sections(study: Study, options: Any) -> Iterator[Callable[[], None]]:
         yield lambda: by_documents(last, (4, 12, 40, 100))
     if all(artifact.trains for artifact in study.experts.values()):
         yield lambda: bad_expert(study, last.base)
-    for pool in pools[-options.laws :] if options.laws else []:
-        yield lambda pool=pool: law(pool, options.windows)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -368,8 +318,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("study", type=Path, nargs="?", default=Path("config/config.yaml"))
     parser.add_argument("--bases", nargs="*", help="default: all")
     parser.add_argument("--only", type=int, nargs="*", help="numbers of the sections to print")
-    parser.add_argument("--laws", type=int, default=1, help="bases whose law is measured")
-    parser.add_argument("--windows", type=int, default=3)
     options = parser.parse_args(arguments)
     prepare_torch(1)
     study = Study(config.load(options.study))

@@ -155,10 +155,9 @@ def rows_of(study: Any, model: str) -> "pd.DataFrame":
         i: one for one in every for i in one.models if len(model) > 3 and i.startswith(model)
     }
     if len(matches) != 1:
-        many = f"{len(matches)} measured merges" if matches else "no measured merge or folder"
-        raise MergelawError(
-            f"compare: {many} of the name {model!r}; `mergelaw best --top 100` lists ids"
-        )
+        many = f"{len(matches)} measured merges have an id that starts with"
+        what = many if matches else "no measured merge or folder is named"
+        raise MergelawError(f"compare: {what} {model!r}; `mergelaw best --top 100` lists ids")
     ((identity, one),) = matches.items()
     return one.read([identity])
 

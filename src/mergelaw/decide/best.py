@@ -47,7 +47,7 @@ class Objective:
         if not self.weights:
             return measured.counted
         if self.kind == "worst":
-            raise MergelawError("best: the worst domain has no weights; give one of the two")
+            raise MergelawError("best: --objective worst takes no --weights; give one of the two")
         weights = np.array([self.weights.get(domain, 0.0) for domain in measured.domains])
         if not np.isfinite(weights).all() or (weights < 0).any() or not weights.any():
             raise MergelawError("best: weights of domains are numbers of 0 or more, not all 0")
@@ -61,7 +61,7 @@ class Objective:
         return np.asarray(losses @ shares)
 
     def slopes(self, measured: Measured, model: Model) -> dict[str, Array]:
-        """Coefficients of losses, by model and domain, in the objective of a model."""
+        """Coefficients of losses, by model and domain, whose sum is the objective of a model."""
         shares, base = self.shares(measured), measured.reference
         if self.kind == "macro":
             return {model.identity: shares}

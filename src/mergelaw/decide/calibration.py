@@ -179,7 +179,7 @@ def write(
             "or set calibration_documents"
         )
     settings, experts, tokenizer = recipe["evaluation"], recipe["experts"], load_tokenizer(base)
-    domains = {name: _windows(tokenizer, name, path, settings) for name, path in corpora.items()}
+    domains = {name: windows_of(tokenizer, name, path, settings) for name, path in corpora.items()}
     model = load_model(base, settings["dtype"])
     pool = {expert: TaskVector(vectors[expert]) for expert in experts}
     method, room = method_of(recipe["method"]), memory_for_vectors(model.device)
@@ -212,7 +212,7 @@ def write(
     }
 
 
-def _windows(
+def windows_of(
     tokenizer: Any, domain: str, folder: Path, settings: Mapping[str, Any]
 ) -> list[list[Window]]:
     """The windows of each of a domain's calibration documents."""

@@ -62,7 +62,7 @@ def verdicts(every: Sequence[Verdict]) -> Table:
 
 
 def donors(every: Sequence[Verdict]) -> Table:
-    """Change of each domain's loss when an expert joins; no rows where nothing says so."""
+    """Change of each domain's loss when an expert joins; no rows where no merge shows it."""
     heads, rows = ["expert", "gives most to"], []
     for verdict in every:
         if changes := verdict.by_domain:
