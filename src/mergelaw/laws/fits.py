@@ -169,7 +169,7 @@ def _outlying_text(outlier: Mapping[str, Any]) -> str:
     return (
         f"expert {outlier['expert']} is unlike the others on {outlier['base']}: it {verb} the "
         f"macro loss of a merge of k by {abs(outlier['effect']):.3g} / k nats "
-        f"(90%: {interval(outlier['interval'], 3)}, / k); laws.json has the laws without it"
+        f"(90%: {interval(outlier['interval'], '.3g')}, / k); laws.json has the laws without it"
     )
 
 

@@ -67,7 +67,8 @@ def _number(value: float | None, form: str = ".2g") -> str:
 def pooled_text(pooled: Mapping[str, Any]) -> str:
     """A pooled fit in one line: means over domains, their spread, and errors out of sample."""
     values = ", ".join(
-        f"{name} = {one['mean']:.4g} (90%: {interval(one['interval'], 4)}) +- {one['between']:.2g}"
+        f"{name} = {one['mean']:.4g} (90%: {interval(one['interval'], '.4g')}) "
+        f"+- {one['between']:.2g}"
         for name, one in pooled["parameters"].items()
     )
     text = f"{len(pooled['domains'])} domains, mean and spread between domains: {values}"
@@ -126,10 +127,10 @@ def _floor_lines(floor: Mapping[str, Any]) -> tuple[str, str]:
     )
 
 
-def interval(ends: Sequence[float | None], digits: int = 5) -> str:
+def interval(ends: Sequence[float | None], form: str = ".5g") -> str:
     """An interval, as in "0.976 to 0.98"; an open end is inf."""
     low, high = ((-math.inf, math.inf)[i] if end is None else end for i, end in enumerate(ends))
-    return f"{low:.{digits}g} to {high:.{digits}g}"
+    return f"{low:{form}} to {high:{form}}"
 
 
 def _macro_first(fit: Mapping[str, Any]) -> tuple[bool, str, str]:

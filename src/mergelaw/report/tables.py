@@ -12,7 +12,7 @@ from mergelaw.laws.fits import WITHIN
 from mergelaw.laws.law import LAWS, MERGING, VARIANCE, Law
 from mergelaw.laws.noise import WIDE
 from mergelaw.laws.points import MACRO
-from mergelaw.laws.summary import pooled_text
+from mergelaw.laws.summary import interval, pooled_text
 
 PLACE = ["method", "family", "domain", "base", "N"]
 NONE = "–"
@@ -48,14 +48,6 @@ def mean_loss(rows: pd.DataFrame, by: list[str]) -> pd.DataFrame:
     """Mean loss by groups of rows, without groups with a loss that is not finite."""
     groups = rows.groupby(by).agg(ce=("ce", "mean"), finite=("finite", "all"))
     return groups[groups["finite"].astype(bool)].drop(columns="finite").reset_index()
-
-
-def _interval(ends: Sequence[float | None] | None, digits: str = ".3g") -> str:
-    """An interval as text; an open end, None, is infinite."""
-    if not isinstance(ends, list):
-        return ""
-    low, high = ("∞" if end is None else format(end, digits) for end in ends)
-    return f"{low} to {high}"
 
 
 def measured(rows: pd.DataFrame, points: pd.DataFrame) -> dict[str, str]:
@@ -111,7 +103,7 @@ def floors(fits: pd.DataFrame) -> Table:
         (floor,) = fit["floors"]
         cells = [
             Markup("{:.4f} <small>{}</small>").format(
-                floor[name], _interval(floor[f"{name}_interval"], ".4f")
+                floor[name], interval(ends, ".4f") if (ends := floor[f"{name}_interval"]) else ""
             )
             for name in ("asymptotic", "reachable")
         ]
@@ -160,8 +152,8 @@ def _parameter(fit: Mapping[str, Any], name: str) -> str:
     """A parameter with its intervals for this pool and, if known, for experts like these."""
     text = Markup("{:.4g}").format(fit["parameters"][name])
     for column, form in (("intervals", "{}"), ("experts_intervals", "({})")):
-        if interval := _interval(fit[column].get(name)):
-            text += Markup("<br><small>{}</small>").format(form.format(interval))
+        if ends := fit[column].get(name):
+            text += Markup("<br><small>{}</small>").format(form.format(interval(ends, ".3g")))
     return text
 
 
