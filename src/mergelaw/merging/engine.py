@@ -159,7 +159,8 @@ class Merger:
     ``model`` is the base, loaded from the checkpoint ``base``; ``vectors`` are the pool by expert
     name; ``cache`` is a folder for thresholds and masks. If base and vectors fit into ``memory``
     bytes on the parameters' device, they stay there and the parameters become views of one flat
-    buffer; otherwise they are streamed from their mapped files, slice by slice.
+    buffer; otherwise they are streamed from their mapped files, slice by slice. ``parameters`` are
+    those that merges change, by the name of their tensor.
     """
 
     def __init__(
@@ -175,11 +176,13 @@ class Merger:
         self._stack = ExitStack()
         self._base = self._stack.enter_context(open_arranged(base, model))
         # Without tensors that transformers ignores.
-        self._parameters = parameters_by_tensor(model, self._base)
+        parameters = parameters_by_tensor(model, self._base)
         names = next((set(vector.names) for vector in vectors.values()), set())
-        self._parameters = {n: p for n, p in self._parameters.items() if n in names}
-        size = sum(parameter.numel() for parameter in self._parameters.values())
-        kinds = {(p.device, p.dtype) for p in self._parameters.values()}
+        self.parameters: dict[str, nn.Parameter] = {
+            name: parameter for name, parameter in parameters.items() if name in names
+        }
+        size = sum(parameter.numel() for parameter in self.parameters.values())
+        kinds = {(p.device, p.dtype) for p in self.parameters.values()}
         self.resident = len(kinds) == 1 and 4 * size * (len(vectors) + 3) <= memory
         if self.resident:
             self._hold(*kinds.pop(), size)
@@ -198,7 +201,7 @@ class Merger:
         self._flat = {expert: buffer(torch.float32) for expert in self._prepared}
         self._places: dict[str | None, slice] = {None: slice(0, size)}
         start = 0
-        for name, parameter in self._parameters.items():
+        for name, parameter in self.parameters.items():
             count = parameter.numel()
             place = self._places[name] = slice(start, start + count)
             start += count
@@ -214,11 +217,6 @@ class Merger:
     def __exit__(self, *exc: object) -> None:
         self._stack.close()
 
-    @property
-    def parameters(self) -> "Mapping[str, nn.Parameter]":
-        """The parameters that merges change, by the name of their tensor."""
-        return self._parameters
-
     def _slices(
         self, experts: Sequence[str], name: str | None = None
     ) -> Iterator[tuple[slice, "Tensor", "Tensor", list["Tensor"]]]:
@@ -231,8 +229,8 @@ class Merger:
                 place = slice(start, stop)
                 yield place, out[place], base[place], [vector[place] for vector in flat]
             return
-        for tensor in self._parameters if name is None else [name]:
-            base, out = self._base[tensor].view(-1), self._parameters[tensor].data.view(-1)
+        for tensor in self.parameters if name is None else [name]:
+            base, out = self._base[tensor].view(-1), self.parameters[tensor].data.view(-1)
             for start, stop in slices(out):
                 parts = [self._prepared[e].part(tensor, start, stop, out.device) for e in experts]
                 place = slice(start, stop)
@@ -243,7 +241,7 @@ class Merger:
         from mergelaw.merging import kernels
 
         by_tensor = experts and isinstance(weights, Mapping)
-        for name in self._parameters if by_tensor else [None]:
+        for name in self.parameters if by_tensor else [None]:
             rule = rule_of(self._method, weights, experts, name) if experts else None
             for _, out, base, vectors in self._slices(experts, name):
                 if rule is None:
@@ -254,7 +252,7 @@ class Merger:
             alone = self._prepared[experts[0]]
             for name in alone.vector.changed:
                 if keeps_expert(rule_of(self._method, weights, experts, name), [alone]):
-                    put_exceptions(alone.vector, name, self._parameters[name].data.view(-1))
+                    put_exceptions(alone.vector, name, self.parameters[name].data.view(-1))
 
     def products(self, experts: Sequence[str], name: str, gradient: "Tensor") -> "Tensor":
         """Inner products of a gradient of tensor ``name`` with task vectors: float64, (experts,).
