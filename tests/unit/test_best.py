@@ -191,5 +191,5 @@ def test_the_share_kept_follows_the_weights_and_is_never_negative_in_words(table
         gains / (factors @ (ce.loc["base--"] - alone)[list(weights)])
     )
     assert "the weighted sum of" in answer.share and answer.share.endswith("over 2 domains.")
-    rows = ranking(best(measured), 200)[1]
+    rows = ranking(best(measured), 200).rows
     assert "none" in [row[4] for row in rows] and not any("-" in row[4] for row in rows)

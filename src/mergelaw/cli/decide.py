@@ -3,7 +3,7 @@
 import json
 import math
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -86,11 +86,11 @@ def experts(
         return
     for one, verdicts in results:
         flagged = [f"{one.base}: {v.sentence}" for v in verdicts if v.flagged]
-        print("\n".join([*flagged, *columns(*tables.verdicts(verdicts)), ""]))
-        heads, rows = tables.donors(verdicts)
-        if rows:
+        print("\n".join([*flagged, *tables.verdicts(verdicts).lines(), ""]))
+        donors = tables.donors(verdicts)
+        if donors.rows:
             print("change of a domain's loss when an expert joins a merge (negative: it helps)")
-            print("\n".join(columns(heads, rows)))
+            print("\n".join(donors.lines()))
 
 
 def compare(
@@ -110,6 +110,7 @@ def compare(
     Example: mergelaw compare 0c2aec3bc306 merged/ ours.yaml --against guard.yaml
     """
     from mergelaw.decide import compare as comparison
+    from mergelaw.decide.tables import Table
 
     study = load_study(file)
     domains = list(study.config.domains)
@@ -120,17 +121,18 @@ def compare(
     if as_json:
         from mergelaw.decide.measured import to_json
 
-        rows = [vars(c) | {"verdict": c.word} for c in table]
-        answer = {"sentence": sentence, "regression": failed, "mean": mean, "domains": rows}
+        entries = [vars(c) | {"verdict": c.word} for c in table]
+        answer = {"sentence": sentence, "regression": failed, "mean": mean, "domains": entries}
         print(json.dumps(to_json(answer), indent=1, ensure_ascii=False, allow_nan=False))
     else:
-        lines = [
+        rows = [
             [c.domain, f"{c.before:.4f}", f"{c.after:.4f}", c.difference.text(),
              f"{c.allowed:+.4f}", f"{c.p:.2g}", c.word]
             for c in table
         ]  # fmt: skip
         heads = ["domain", "before", "after", "after - before", "allowed", "p (Holm)", ""]
-        print("\n".join([sentence, f"mean of domains: {mean.text()}", "", *columns(heads, lines)]))
+        lines = Table(heads, rows).lines()
+        print("\n".join([sentence, f"mean of domains: {mean.text()}", "", *lines]))
     if failed:
         raise Exit(1)
 
@@ -206,13 +208,5 @@ def best_text(best: "Best", file: str, top: int, several_bases: bool) -> str:
     lines = [f"{best.measured.base}: {best.sentence}"]
     lines += [f"rule: {best.model.recipe}"] if command else []
     lines += [best.doubt, *([best.share] if best.share else []), ""]
-    lines += [*columns(*tables.ranking(best, top)), "", *columns(*tables.domains(best))]
+    lines += [*tables.ranking(best, top).lines(), "", *tables.domains(best).lines()]
     return "\n".join([*lines, *(["", f"write it: {command}"] if command else [])])
-
-
-def columns(heads: list[str], rows: Iterable[list[str]]) -> Iterable[str]:
-    """A table's lines, in columns as wide as their longest cell."""
-    table = [heads, *rows]
-    widths = [max(len(row[i]) for row in table) for i in range(len(heads))]
-    for row in table:
-        yield "  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip()

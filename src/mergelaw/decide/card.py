@@ -10,6 +10,7 @@ import pandas as pd
 
 from mergelaw.artifacts import lineage
 from mergelaw.decide.measured import Array, by_base
+from mergelaw.decide.tables import Table
 from mergelaw.merging.methods import method_of
 from mergelaw.merging.methods.learned import COEFFICIENTS, Learned
 from mergelaw.models.hub import read_card
@@ -62,10 +63,10 @@ def write_card(
         "",
         "## Parts",
         "",
-        *_table(
+        *Table(
             ["part", "from", "licence, as its card states it", "weight"],
             [[name, p["from"], p["licence"], shares[name]] for name, p in parts.items()],
-        ),
+        ).markdown(),
         "",
         "## Rule",
         "",
@@ -122,14 +123,8 @@ def _losses(rows: pd.DataFrame | None) -> list[str]:
         + " to ".join(map(str, sorted({min(counts), max(counts)})))
         + " documents a domain.",
         "",
-        *_table(
+        *Table(
             ["domain", "base", "this merge", "difference"],
             [*every, line("**macro**", measured.counted)],
-        ),
+        ).markdown(),
     ]
-
-
-def _table(heads: list[str], rows: list[list[str]]) -> list[str]:
-    """A table's lines in Markdown."""
-    cells = [heads, ["---"] * len(heads), *rows]
-    return ["| " + " | ".join(c.replace("|", "\\|") for c in row) + " |" for row in cells]

@@ -1,13 +1,41 @@
-"""Tables of decisions as text, for a terminal and for the report: headings, and rows of cells."""
+"""Tables as text, for a terminal, the report and the model card, and those of decisions."""
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from mergelaw.decide.best import Best
 from mergelaw.decide.experts import Verdict
 
-Table = tuple[list[str], list[list[str]]]
 NONE = "-"
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table: headings and rows of cells as text; in the report the first two columns are words.
+
+    The report prints the first ``strong`` rows bold. Its last column has the numbers of notes, from
+    1, if any.
+    """
+
+    columns: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    strong: int = 0
+    notes: Sequence[str] = ()
+
+    def lines(self) -> list[str]:
+        """Lines for a terminal, in columns as wide as their longest cell."""
+        table = [self.columns, *self.rows]
+        widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+        return [
+            "  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip()
+            for row in table
+        ]
+
+    def markdown(self) -> list[str]:
+        """Lines in Markdown."""
+        table = [self.columns, ["---"] * len(self.columns), *self.rows]
+        return ["| " + " | ".join(c.replace("|", "\\|") for c in row) + " |" for row in table]
 
 
 def ranking(best: Best, top: int) -> Table:
@@ -25,7 +53,7 @@ def ranking(best: Best, top: int) -> Table:
                 model.identity,
             ]
         )
-    return ["", "merge", best.label, "behind the first", "gains kept", "id"], rows
+    return Table(["", "merge", best.label, "behind the first", "gains kept", "id"], rows)
 
 
 def domains(best: Best) -> Table:
@@ -43,7 +71,7 @@ def domains(best: Best) -> Table:
         for row in best.domains()
     ]
     heads = ["domain", "best expert", "base", "expert alone", *best.measured.baselines, "merge"]
-    return [*heads, "merge - base"], rows
+    return Table([*heads, "merge - base"], rows)
 
 
 def verdicts(every: Sequence[Verdict]) -> Table:
@@ -58,7 +86,7 @@ def verdicts(every: Sequence[Verdict]) -> Table:
         for v in every
     ]
     heads = ["alone", "with it", "without it", "when it joins", "when left out"]
-    return ["expert", "verdict", *heads], rows
+    return Table(["expert", "verdict", *heads], rows)
 
 
 def donors(every: Sequence[Verdict]) -> Table:
@@ -70,4 +98,4 @@ def donors(every: Sequence[Verdict]) -> Table:
             most = min(changes, key=changes.__getitem__)
             cells = [f"{change:+.4f}" for change in changes.values()]
             rows.append([verdict.expert, most if changes[most] < 0 else NONE, *cells])
-    return heads, rows
+    return Table(heads, rows)

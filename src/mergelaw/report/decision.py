@@ -7,7 +7,7 @@ from pathlib import Path
 import pandas as pd
 
 from mergelaw.decide import Best, Measured, Verdict, best, tables, verdicts
-from mergelaw.report.tables import Table
+from mergelaw.decide.tables import Table
 
 TOP = 8  # merges in the table of the best
 
@@ -26,23 +26,23 @@ class Decision:
     @property
     def ranking(self) -> Table:
         """The lowest merges."""
-        heads, rows = tables.ranking(self.best, TOP)
-        return Table(heads[:-1], [row[:-1] for row in rows], strong=1)
+        table = tables.ranking(self.best, TOP)
+        return Table(table.columns[:-1], [row[:-1] for row in table.rows], strong=1)
 
     @property
     def domains(self) -> Table:
         """Losses of the merge and its references by domain."""
-        return Table(*tables.domains(self.best))
+        return tables.domains(self.best)
 
     @property
     def experts(self) -> Table:
         """Verdicts on the experts."""
-        return Table(*tables.verdicts(self.verdicts))
+        return tables.verdicts(self.verdicts)
 
     @property
     def donors(self) -> Table:
         """Change of each domain's loss when an expert joins a merge."""
-        return Table(*tables.donors(self.verdicts))
+        return tables.donors(self.verdicts)
 
     def files(self) -> dict[str, pd.DataFrame]:
         """All merges and all verdicts as tables."""

@@ -1,12 +1,12 @@
 """The report's tables, for the page and as CSV files."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import pandas as pd
 from markupsafe import Markup
 
+from mergelaw.decide.tables import Table
 from mergelaw.laws.diagnostics import LADDER
 from mergelaw.laws.fits import WITHIN
 from mergelaw.laws.law import LAWS, MERGING, VARIANCE, Law
@@ -16,19 +16,6 @@ from mergelaw.laws.summary import interval, pooled_text
 
 PLACE = ["method", "family", "domain", "base", "N"]
 NONE = "–"
-
-
-@dataclass(frozen=True)
-class Table:
-    """A table on the page: headings and rows of cells as text; the first two columns are words.
-
-    The first ``strong`` rows are bold. The last column has the numbers of notes, from 1, if any.
-    """
-
-    columns: Sequence[str]
-    rows: list[list[str]]
-    strong: int = 0
-    notes: Sequence[str] = ()
 
 
 def size_label(N: float) -> str:
