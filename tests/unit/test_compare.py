@@ -6,7 +6,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from mergelaw.decide.compare import Guard, compare, conclusion, read_guard
+from mergelaw.cli.decide import read_guard
+from mergelaw.decide.compare import Guard, compare, conclusion
 from mergelaw.errors import MergelawError
 
 DOMAINS = tuple(f"domain{i}" for i in range(8))
@@ -80,13 +81,14 @@ def test_models_that_cannot_be_compared_are_one_line():
         ("alow: 1", "did you mean 'allow'"),
         ("allow: -1", "allow: .*greater than or equal to 0"),
         ("domains: {domain9: 0.1}", "domains.domain9: no such domain"),
-        ("allow: [", "is not YAML"),
-        ("- 1", "the file"),
+        ("allow: [", "not valid YAML"),
+        ("allow: 0.1\nallow: 9", "duplicate key"),
+        ("- 1", "holds no keys with values"),
     ],
 )
 def test_a_bad_guard_is_one_line(tmp_path, text, words):
     (tmp_path / "guard.yaml").write_text(text)
     with pytest.raises(MergelawError, match=words):
         read_guard(tmp_path / "guard.yaml", DOMAINS)
-    with pytest.raises(MergelawError, match="cannot be read"):
+    with pytest.raises(MergelawError, match="No such file"):
         read_guard(tmp_path / "none.yaml", DOMAINS)

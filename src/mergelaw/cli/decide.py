@@ -3,19 +3,20 @@
 import json
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from typer import Argument, Exit, Option
 
 from mergelaw.cli.study import DEFAULT, Json, StudyFile, load_study
-from mergelaw.errors import MergelawError
+from mergelaw.errors import MergelawError, nearest
 
 if TYPE_CHECKING:
     import pandas as pd
 
     from mergelaw.decide import Best, Measured
+    from mergelaw.decide.compare import Guard
 
 Base = Annotated[str | None, Option(help="a base of the study; default: all")]
 
@@ -114,7 +115,7 @@ def compare(
 
     study = load_study(file)
     domains = list(study.config.domains)
-    guard = comparison.read_guard(against, domains) if against else comparison.Guard()
+    guard = read_guard(against, domains) if against else comparison.Guard()
     before, after = (rows_of(study, model) for model in (first, second))
     table, mean = comparison.compare(before, after, domains, guard)
     sentence, failed = comparison.conclusion(table), any(c.regressed for c in table)
@@ -135,6 +136,26 @@ def compare(
         print("\n".join([sentence, f"mean of domains: {mean.text()}", "", *lines]))
     if failed:
         raise Exit(1)
+
+
+def read_guard(path: Path, domains: Sequence[str]) -> "Guard":
+    """The guard in a YAML file. Raises MergelawError for a bad file or an unknown domain."""
+    from pydantic import ValidationError
+
+    from mergelaw import config
+    from mergelaw.decide.compare import Guard
+
+    try:
+        guard = Guard.model_validate(config.read(path))
+    except ValidationError as error:
+        raise MergelawError(f"{path}: {config.describe(error)}") from None
+    for name in guard.domains:
+        if name not in domains:
+            raise MergelawError(
+                f"{path}, domains.{name}: no such domain{nearest(name, domains)}; the study "
+                f"measures {', '.join(domains)}"
+            )
+    return guard
 
 
 def rows_of(study: Any, model: str) -> "pd.DataFrame":

@@ -2,17 +2,15 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated
 
 import numpy as np
 import pandas as pd
-import yaml
-from pydantic import Field, ValidationError
+from pydantic import Field
 
 from mergelaw.artifacts.recipe import Model
 from mergelaw.decide.measured import Difference, Documents
-from mergelaw.errors import MergelawError, first_line, nearest
+from mergelaw.errors import MergelawError
 
 ROUNDING = 1e-5  # nats per token by which devices and batches differ
 
@@ -27,30 +25,6 @@ class Guard(Model):
     alpha: float = Field(
         0.05, gt=0, lt=0.5, description="probability of any false alarm over all domains"
     )
-
-
-def read_guard(path: Path, domains: Sequence[str]) -> Guard:
-    """The guard in a YAML file. Raises MergelawError for a bad file or an unknown domain."""
-    try:
-        entry = yaml.safe_load(path.read_text(encoding="utf-8"))
-        guard = Guard.model_validate({} if entry is None else entry)
-    except OSError as error:
-        raise MergelawError(f"{path}: cannot be read ({error.strerror}); correct it") from None
-    except yaml.YAMLError as error:
-        reason = first_line(error)
-        raise MergelawError(f"{path}: is not YAML ({reason}); correct it") from None
-    except ValidationError as error:
-        problem = error.errors()[0]
-        where = ".".join(map(str, problem["loc"])) or "the file"
-        what = problem["msg"].removeprefix("Value error, ")
-        raise MergelawError(f"{path}, {where}: {what}; give allow, domains and alpha") from None
-    for name in guard.domains:
-        if name not in domains:
-            raise MergelawError(
-                f"{path}, domains.{name}: no such domain{nearest(name, domains)}; the study "
-                f"measures {', '.join(domains)}"
-            )
-    return guard
 
 
 @dataclass(frozen=True)
