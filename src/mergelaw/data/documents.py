@@ -7,6 +7,7 @@ joined. Only reading a file imports heavy libraries, since every job asks for sp
 import hashlib
 import itertools
 import json
+import re
 import reprlib
 import sys
 import unicodedata
@@ -149,7 +150,7 @@ def _text(value: Any, name: str) -> str:
         raise ValueError(f"{name!r} must be text, not {reprlib.repr(value)}")
     if not value.strip():
         raise ValueError(f"{name!r} is empty")
-    if any("\ud800" <= letter <= "\udfff" for letter in value):
+    if re.search("[\ud800-\udfff]", value):
         raise ValueError(f"{name!r} holds half of a surrogate pair, which no UTF-8 text can")
     return value
 
@@ -461,16 +462,16 @@ def check_overlap(
             for domain, folder in first_folders.items()
         }
         for second, folder in second_folders.items():
-            documents = read_split(folder)
-            for first, digests in used.items():
-                shared = [document for document in documents if document.document in digests]
-                if not shared:
+            digests = {row["document"] for row in _rows(folder, ["document"])}
+            for first, others in used.items():
+                if not (shared := digests & others):
                     continue
-                turns = shared[0].messages
-                text = _normalised(turns[-1]["content"] if turns else shared[0].response)
+                document = next(one for one in read_split(folder) if one.document in shared)
+                turns = document.messages
+                text = _normalised(turns[-1]["content"] if turns else document.response)
                 raise MergelawError(
                     f"{first} {first_use} on documents that {second} {second_use} on:"
-                    f" {len(shared)} of them, the first is {shared[0].document} ({text[:60]!r});"
+                    f" {len(shared)} of them, the first is {document.document} ({text[:60]!r});"
                     " remove them from one of the two sources, or give the domains sources that"
                     " have nothing in common"
                 )

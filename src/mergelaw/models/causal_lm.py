@@ -10,7 +10,7 @@ from typing import Any
 
 from mergelaw.data.tokenize import Window
 from mergelaw.errors import MergelawError, first_line, out_of_memory
-from mergelaw.models.checkpoint import COMPANIONS, WRAPPERS, read_config
+from mergelaw.models.checkpoint import COMPANIONS, WRAPPERS, missing_tensors, read_config
 
 
 def load(folder: Path, dtype: str, device_map: Any = None) -> Any:
@@ -40,10 +40,7 @@ def load(folder: Path, dtype: str, device_map: Any = None) -> Any:
             f"{folder}: transformers cannot load this {architecture} model ({first_line(error)})"
         ) from None
     if missing := sorted(report["missing_keys"]):
-        raise MergelawError(
-            f"{folder}: has no tensor for parameter {missing[0]!r}, so transformers would start it "
-            "at random; copy the checkpoint again, or fix its config.json"
-        )
+        raise missing_tensors(folder, missing)
     return model
 
 

@@ -4,7 +4,7 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -230,6 +230,15 @@ def pickled(folder: Path) -> str:
             "transformers and save it again"
         )
     return "; give a whole checkpoint, in safetensors"
+
+
+def missing_tensors(folder: Path, parameters: Sequence[str]) -> MergelawError:
+    """The error for a checkpoint without tensors for some parameters of its model."""
+    more = f" and {len(parameters) - 1} more" if parameters[1:] else ""
+    return MergelawError(
+        f"{folder}: has no tensor for parameter {parameters[0]!r}{more}, so transformers would "
+        "start it at random; copy the checkpoint again, or fix its config.json"
+    )
 
 
 def is_adapter(folder: Path) -> bool:

@@ -19,8 +19,8 @@ from mergelaw.models.checkpoint import (
 from mergelaw.models.parameters import build, parameters_of, values_of
 from mergelaw.models.tokenizers import compare_tokenizers
 
-# Settings of a configuration that its forward pass does not read, or that the tensors' shapes show.
-# Those that every configuration has (labels, dtype, versions) are left out as well.
+# Settings of a configuration that its forward pass does not read, or that the tensors' shapes show;
+# the last two lines are of configurations that transformers does not know.
 UNREAD = re.compile(
     r"(?:.*_)?(?:bos|eos|pad|sep|decoder_start|image|video|audio|boi|eoi)_token_(?:id|index)"
     r"|.*drop(?:out|_rate)?.*|.*_pdrop|initializer_.*|.*_init(?:_.*)?|use_cache|use_mamba_kernels"
@@ -28,15 +28,13 @@ UNREAD = re.compile(
     r"|use_sliding_window|summary_.*|pretraining_tp|router_(?:aux|z|jitter).*|aux_loss.*"
     r"|output_router_logits|output_attentions|reorder_and_upcast_attn|rope_parameters\.(?:.*\.)?type"
     r"|attn_implementation|_.*"
+    r"|architectures|transformers_version|torch_dtype|dtype|auto_map|id2label.*|label2id.*"
+    r"|return_dict|output_hidden_states|chunk_size_feed_forward|problem_type|torchscript"
+    r"|unsloth_.*|tokenizer_class|finetuning_task|task_specific_params.*|quantization_config.*"
 )
 # Cosines of expert and base: unrelated models, and far ones. Matrices of LARGE elements count.
 UNRELATED, FAR, LARGE = 0.02, 0.5, 1024
 SAMPLED = 8  # matrices that a quick look reads
-NEVER_READ = re.compile(
-    r"architectures|transformers_version|torch_dtype|dtype|auto_map|id2label.*|label2id.*"
-    r"|return_dict|output_hidden_states|chunk_size_feed_forward|problem_type|torchscript"
-    r"|unsloth_.*|tokenizer_class|finetuning_task|task_specific_params.*|quantization_config.*"
-)
 
 
 def settings(folder: Path) -> dict[str, Any]:
@@ -57,16 +55,12 @@ def settings(folder: Path) -> dict[str, Any]:
         names = getattr(type(text), "__dataclass_fields__", shown).keys() - common.keys()
         flat = flatten({key: shown[key] for key in shown if key in names})
     except Exception:  # a foreign configuration raises anything
-        return {k: v for k, v in flatten(raw).items() if not unread(k)}
+        return {k: v for k, v in flatten(raw).items() if not UNREAD.fullmatch(k)}
     heads = getattr(text, "num_attention_heads", None) or 1
     width = getattr(text, "hidden_size", 0)
     defaults = {"head_dim": width // heads, "num_key_value_heads": heads, "n_inner": 4 * width}
     flat |= {key: value for key, value in defaults.items() if flat.get(key, 0) is None}
-    return {key: value for key, value in flat.items() if not unread(key)}
-
-
-def unread(key: str) -> bool:
-    return bool(UNREAD.fullmatch(key) or NEVER_READ.fullmatch(key))
+    return {key: value for key, value in flat.items() if not UNREAD.fullmatch(key)}
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -180,22 +174,19 @@ def align(base: Tensors, expert: Tensors, names: set[str], where: str) -> set[st
         if base.config["model_type"] != expert.config["model_type"]:
             theirs, needed = text_parameters(model, build(expert.folder), expert)
     by_parameter = {key: name for name, key in ours.items() if name in names}
-    renamed: dict[str, str] = {}
+    stored: dict[str, str] = {}  # the expert's name by the base's
     for name, key in theirs.items():
         new = by_parameter.get(key)
-        twin = next((n for n, other in renamed.items() if other == new), None)
-        if new is None or (twin and not same_bits(expert[name], expert[twin])):
+        twin = stored.setdefault(new, name) if new else None
+        if twin is None or (twin != name and not same_bits(expert[name], expert[twin])):
             raise MergelawError(f"{where}: has a tensor {name!r} that the base has not")
-        if not twin:
-            renamed[name] = new
-    for key in sorted(by_parameter.keys() - renamed.values() if needed is None else needed):
-        if by_parameter.get(key, key) not in renamed.values():
-            missing = by_parameter.get(key, key)
+    for key in sorted(by_parameter if needed is None else needed):
+        if (missing := by_parameter.get(key, key)) not in stored:
             raise MergelawError(f"{where}: has no tensor {missing!r}; the base has it")
     # Tensors that transformers ignores, such as those of multi-token prediction.
-    renamed |= {name: name for name in (names & others) - ours.keys() - theirs.keys()}
-    expert.rename(renamed)
-    return set(renamed.values())
+    stored |= {name: name for name in (names & others) - ours.keys() - theirs.keys()}
+    expert.rename({name: new for new, name in stored.items()})
+    return set(stored)
 
 
 def text_parameters(model: Any, text: Any, expert: Tensors) -> tuple[dict[str, str], set[str]]:

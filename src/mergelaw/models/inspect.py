@@ -6,17 +6,12 @@ from pathlib import Path
 from typing import Any
 
 from mergelaw.errors import MergelawError
-from mergelaw.models.checkpoint import (
-    Tensors,
-    is_adapter,
-    mergeable,
-    vocabulary_size,
-)
+from mergelaw.models.checkpoint import Tensors, is_adapter, mergeable, vocabulary_size
 from mergelaw.models.compare import compare, sampled_kinship
 from mergelaw.models.lora import inspect_adapter
 from mergelaw.models.parameters import (
     build,
-    check_complete,
+    names_by_parameter,
     open_arranged,
     parameters_of,
     values_of,
@@ -40,11 +35,7 @@ def inspect_base(folder: Path) -> list[str]:
     with Tensors(folder) as tensors:
         model = build(folder)
         loaded = parameters_of(model, tensors)
-        shapes = {key: tuple(value.shape) for key, value in values_of(model).items()}
-        names: dict[str, str] = {}
-        for name, key in loaded.items():
-            names.setdefault(key, name)
-        check_complete(tensors, shapes, names)
+        names_by_parameter(tensors, values_of(model), loaded)
         ignored = sorted(set(mergeable(tensors)) - loaded.keys())
     notes = []
     if ignored:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mergelaw.errors import MergelawError, first_line
-from mergelaw.models.checkpoint import COMPUTED, Tensors, read_config
+from mergelaw.models.checkpoint import COMPUTED, Tensors, missing_tensors, read_config
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -142,11 +142,7 @@ def parameter_names(model: "nn.Module", base: Tensors) -> dict[str, str]:
     import torch
 
     values = values_of(model)
-    names: dict[str, str] = {}
-    for name, key in parameters_of(model, base).items():
-        if key in values:
-            names.setdefault(key, name)
-    check_complete(base, {key: tuple(v.shape) for key, v in values.items()}, names)
+    names = names_by_parameter(base, values, parameters_of(model, base))
     for key, name in names.items():
         stored = base[name].to(values[key].dtype).to(values[key].device)
         if not torch.equal(stored, values[key].data):
@@ -157,28 +153,31 @@ def parameter_names(model: "nn.Module", base: Tensors) -> dict[str, str]:
     return {names[key]: key for key in values}
 
 
-def check_complete(
-    base: Tensors, shapes: Mapping[str, tuple[int, ...]], names: Mapping[str, str]
-) -> None:
-    """Raise MergelawError unless every parameter has a tensor of its shape in ``base``."""
-    if missing := sorted(shapes.keys() - names.keys()):
-        more = f" and {len(missing) - 1} more" if missing[1:] else ""
-        raise MergelawError(
-            f"{base.folder}: has no tensor for parameter {missing[0]!r}{more}, so transformers "
-            "would start it at random; copy the checkpoint again, or fix its config.json"
-        )
+def names_by_parameter(
+    base: Tensors, values: "Mapping[str, Tensor]", loaded: Mapping[str, str]
+) -> dict[str, str]:
+    """The tensor of ``base`` for each parameter; ``loaded`` is the reverse (``parameters_of``).
+
+    Raises MergelawError unless every parameter has a tensor of its shape.
+    """
+    names: dict[str, str] = {}
+    for name, key in loaded.items():
+        if key in values:
+            names.setdefault(key, name)
+    if missing := sorted(values.keys() - names.keys()):
+        raise missing_tensors(base.folder, missing)
     for key, name in names.items():
-        if shapes[key] != base.shape(name):
+        if (shape := tuple(values[key].shape)) != base.shape(name):
             raise MergelawError(
                 f"{base.folder}: tensor {name!r} is {list(base.shape(name))}, but by config.json "
-                f"it would be {list(shapes[key])}; copy the checkpoint again, or fix its "
-                "config.json"
+                f"it would be {list(shape)}; copy the checkpoint again, or fix its config.json"
             )
         if COMPUTED.search(name):
             raise MergelawError(
                 f"{base.folder}: parameter {name!r} has the name of a table that other models "
                 "compute; such a model cannot be merged"
             )
+    return names
 
 
 def parameters_by_tensor(model: "nn.Module", base: Tensors) -> dict[str, "nn.Parameter"]:
