@@ -35,6 +35,7 @@ from mergelaw.merging.engine import Merger
 from mergelaw.merging.methods import method_of
 from mergelaw.merging.task_vector import TaskVector
 from mergelaw.models import causal_lm, finetune
+from mergelaw.models.checkpoint import read_config, vocabulary_size
 from mergelaw.workflow.study import Study
 
 PASSES = 60
@@ -54,6 +55,7 @@ class Pool:
         self.vectors = {name: TaskVector(path) for name, path in paths.items()}
         self.settings = study.config.evaluation.model_dump()
         self.tokenizer = causal_lm.load_tokenizer(self.folder)
+        self.rows = vocabulary_size(read_config(self.folder))
         self.model = load_model(self.folder, self.settings["dtype"])
         method = method_of({"method": "learned"})
         self.merger = Merger(self.model, self.folder, self.vectors, method, ROOM)
@@ -72,7 +74,7 @@ class Pool:
         self.norms = np.array([[s[t]["norm"] for t in self.tensors] for s in statistics])
 
     def windows(self, domain: str, path: Path) -> Any:
-        return calibration.windows_of(self.tokenizer, domain, path, self.settings)
+        return calibration.windows_of(self.tokenizer, self.rows, domain, path, self.settings)
 
     def objective(self, count: int | None = None, experts: Sequence[str] = ()) -> Calibration:
         """The calibration loss, of ``count`` documents a domain (None: the study's)."""

@@ -328,6 +328,8 @@ def test_openrlhf_refuses_a_tokenizer_that_joins_prompt_and_answer():
     template, end = TEMPLATES["chatml"]
     (row,), found, _ = openrlhf.render(of(template), [chat()], recipe, "here")
     assert (row["response"], found) == (ANSWER + end, end)
+    with pytest.raises(MergelawError, match=r"here: .* the base's embedding has 4 rows"):
+        openrlhf.render(of(template), [chat()], recipe, "here", embedding_rows=4)
 
 
 def test_every_clock_of_a_template_stands_still(monkeypatch):

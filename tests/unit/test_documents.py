@@ -229,7 +229,7 @@ def test_sizes_follow_from_what_is_there_where_they_may(tmp_path, at_most, asked
     assert [len(split) for split in build(tmp_path, part)[:3]] == sizes
 
 
-def test_a_look_at_the_first_records_of_each_file(tmp_path):
+def test_a_look_at_the_first_records_of_each_file(tmp_path, capsys):
     first = written(tmp_path / "a.jsonl", records(9))
     second = written(tmp_path / "b.csv", "prompt,response,kind\nx,,a\nwhy,so <|assistant|>,b\n")
     look = inspect(Source(files=[first, second], invalid_records="skip"), records=4)
@@ -251,6 +251,9 @@ def test_a_look_at_the_first_records_of_each_file(tmp_path):
     with pytest.raises(MergelawError, match=r"c\.jsonl: document .* leaves out its system turn"):
         inspect(Source(files=[system]), ours)
     assert inspect(Source(synthetic="code"), ours).documents == []
+    named = written(tmp_path / "d.jsonl", [{"messages": [{**USER[0], "name": "Ann"}, ANSWER]}])
+    assert inspect(Source(files=[named]), tokenizer()).changes == {"ignores 'name' of turns": 1}
+    assert capsys.readouterr().err == ""  # the caller tells of changes
 
 
 def test_the_last_assistant_turn_is_the_response(tmp_path):

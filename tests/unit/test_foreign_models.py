@@ -3,6 +3,7 @@
 import json
 import math
 import shutil
+import warnings
 
 import pytest
 import torch
@@ -314,6 +315,18 @@ def test_recurrent_models_are_not_packed(tmp_path, base, kind):
 
 
 # Relations
+
+
+def test_an_adapter_that_names_another_base_is_a_note_and_no_warning_of_peft(tmp_path, base):
+    adapter = models.write_adapter(base, tmp_path / "adapter", target_modules=["q_proj"])
+    copied = shutil.copytree(base, tmp_path / "copy")
+    for named, count in [(base, 0), ("them/Base", 0), (None, 0), (copied, 1), ("them/x-8B", 1)]:
+        edit(adapter / "adapter_config.json", base_model_name_or_path=named and str(named))
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            notes = inspect_expert(adapter, base)
+        assert len(notes) == count
+        assert all(f"{adapter}: was trained on {named} by its" in note for note in notes)
 
 
 def test_another_initialisation_is_said_with_figures(tmp_path, base, capsys):

@@ -52,7 +52,7 @@ def inspect(
             continue
         where = str(file or source)
         try:
-            encoded = encode(tokenizer, documents, 1 << 62, "truncate", where, protocol, rows)
+            encoded = encode(tokenizer, documents, 1 << 62, "truncate", where, protocol, rows, True)
         except MergelawError as error:
             text = str(error)
             raise MergelawError(text if text.startswith(where) else f"{where}: {text}") from None

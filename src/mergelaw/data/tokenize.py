@@ -305,13 +305,15 @@ def encode(
     where: str,
     protocol: str = "mergelaw",
     rows: int | None = None,
+    quiet: bool = False,
 ) -> Encoded:
     """The windows of ``documents``, each of at most ``max_tokens`` tokens.
 
     A longer document is an error (``refuse``), loses the tokens beyond the limit (``truncate``), or
     becomes several windows (``split``): each token is scored once, and a window begins with the
     last token of the previous one. Raises MergelawError also if no token is left to score, and for
-    a token that the base's embedding of ``rows`` rows lacks.
+    a token that the base's embedding of ``rows`` rows lacks. Prints what the chat template changed,
+    unless ``quiet``.
     """
     if len(tokenizer) <= len(tokenizer.added_tokens_decoder):
         raise MergelawError(
@@ -350,7 +352,7 @@ def encode(
         )
     if rows is not None:
         _check_ids(tokenizer, windows, rows, where)
-    for change, count in changes.items():
+    for change, count in ({} if quiet else changes).items():
         text = f"the chat template {change} in {count} of {len(documents)} documents"
         print(f"mergelaw: {where}: {text}", file=sys.stderr)
     return Encoded(windows, len(documents), long, dropped, scored_bytes, dict(changes))

@@ -27,6 +27,7 @@ from mergelaw.merging.methods import method_of
 from mergelaw.merging.methods.learned import COEFFICIENTS, FEWEST
 from mergelaw.merging.task_vector import TaskVector
 from mergelaw.models.causal_lm import load_tokenizer
+from mergelaw.models.checkpoint import read_config, vocabulary_size
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -179,7 +180,11 @@ def write(
             "or set calibration_documents"
         )
     settings, experts, tokenizer = recipe["evaluation"], recipe["experts"], load_tokenizer(base)
-    domains = {name: windows_of(tokenizer, name, path, settings) for name, path in corpora.items()}
+    embedding_rows = vocabulary_size(read_config(base))
+    domains = {
+        name: windows_of(tokenizer, embedding_rows, name, path, settings)
+        for name, path in corpora.items()
+    }
     model = load_model(base, settings["dtype"])
     pool = {expert: TaskVector(vectors[expert]) for expert in experts}
     method, room = method_of(recipe["method"]), memory_for_vectors(model.device)
@@ -213,12 +218,12 @@ def write(
 
 
 def windows_of(
-    tokenizer: Any, domain: str, folder: Path, settings: Mapping[str, Any]
+    tokenizer: Any, rows: int | None, domain: str, folder: Path, settings: Mapping[str, Any]
 ) -> list[list[Window]]:
     """The windows of each of a domain's calibration documents."""
     where, limits = f"calibration documents of {domain}", settings["max_tokens"]
     how = settings["long_documents"], where, settings["protocol"]
-    encoded = encode(tokenizer, read_split(folder), limits, *how)
+    encoded = encode(tokenizer, read_split(folder), limits, *how, rows)
     by_document: dict[int, list[Window]] = {}
     for window in encoded.windows:
         by_document.setdefault(window.document, []).append(window)

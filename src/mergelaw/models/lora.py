@@ -6,6 +6,7 @@ and merges it. Adapters that peft cannot merge, or whose merge does not fit the 
 
 import json
 import re
+import warnings
 from contextlib import ExitStack, suppress
 from dataclasses import fields
 from pathlib import Path
@@ -75,8 +76,9 @@ def read_adapter_config(folder: Path) -> Any:
             raise MergelawError(
                 f"{folder}: is a {kind} adapter with {key}, which is not supported; {ADVICE}"
             )
-    # Weights are read afterwards, so no initialisation is needed.
-    unused = {"peft_type", "init_lora_weights", "init_weights", "auto_mapping"}
+    # Weights are read later, so no initialisation is needed; compare_named_base checks the base.
+    unused = {"peft_type", "init_lora_weights", "init_weights"}
+    unused |= {"auto_mapping", "base_model_name_or_path"}
     chosen = {key: value for key, value in settings.items() if key in supported - unused}
     with suppress(TypeError, ValueError, KeyError):
         return config_class(**chosen)
@@ -136,7 +138,9 @@ def wrap(
     notes += resize(model, base, folder, tensors, vocabulary)
     try:
         ends = model.get_input_embeddings(), model.get_output_embeddings()
-        wrapped: Any = get_peft_model(model, config)
+        with warnings.catch_warnings():  # the checks below say what matters of them
+            warnings.simplefilter("ignore")
+            wrapped: Any = get_peft_model(model, config)
         check_ties(wrapped, ends, folder)
         check_weights(wrapped, tensors, folder)
     except PEFT_ERRORS as error:
@@ -152,26 +156,29 @@ def cannot_merge(folder: Path, base: Path, error: Exception) -> MergelawError:
 def compare_named_base(model: Any, base: Path, folder: Path) -> list[str]:
     """Refuse an adapter whose configuration names a base of another architecture.
 
-    Returns a note if it names another local folder. Raises MergelawError.
+    Returns a note if it names another folder, or a hub id that does not occur in the base's path.
+    Raises MergelawError.
     """
     settings = json.loads((Path(folder) / ADAPTER_CONFIG).read_text(encoding="utf-8"))
     named, kind = settings.get("base_model_name_or_path") or "", model.config.model_type
     ours = type(model).__name__
     theirs = str((settings.get("auto_mapping") or {}).get("base_model_class") or ours)
     fits = len({re.sub(r"(?:For|LMHead|Model).*", "", name) for name in (ours, theirs)}) == 1
-    notes, place = [], Path(named)
+    place, resolved = Path(named), Path(base).resolve()
     if named and (place / "config.json").is_file():
         fits &= read_config(place)["model_type"] == kind
-        if place.resolve() != Path(base).resolve():
-            notes.append(f"{folder}: was trained on {named} by its configuration, not on {base}")
-    elif words := [word for word in FAMILIES if word in place.name.lower()]:
-        fits &= any(word in kind for word in words)
+        same = place.resolve() == resolved
+    else:
+        if words := [word for word in FAMILIES if word in place.name.lower()]:
+            fits &= any(word in kind for word in words)
+        same = place.name.lower() in str(resolved).lower()
     if not fits:
         raise MergelawError(
             f"{folder}: was trained on {named or theirs} by its configuration, but the base "
             f"{base} is a {kind} model; give an adapter of this base"
         )
-    return notes
+    note = f"{folder}: was trained on {named} by its configuration; check that {base} is that model"
+    return [] if same else [note]
 
 
 def read_weights(folder: Path, device: str = "cpu") -> dict[str, "Tensor"]:

@@ -21,7 +21,7 @@ from mergelaw.data import tokenize
 from mergelaw.data.documents import Document
 from mergelaw.errors import MergelawError
 from mergelaw.models import causal_lm, trainer
-from mergelaw.models.checkpoint import COMPANIONS, INDEX, Tensors, read_config
+from mergelaw.models.checkpoint import COMPANIONS, INDEX, Tensors, read_config, vocabulary_size
 from mergelaw.models.parameters import build
 from mergelaw.models.recipe import OpenRLHF, Training
 
@@ -227,7 +227,11 @@ def run(words: list[str], python: str, state: Path) -> None:
 
 
 def render(
-    tokenizer: Any, documents: Sequence[Document], recipe: Training, where: str
+    tokenizer: Any,
+    documents: Sequence[Document],
+    recipe: Training,
+    where: str,
+    embedding_rows: int | None = None,
 ) -> tuple[list[dict[str, str]], str | None, dict[str, int]]:
     """Rows of OpenRLHF's data file, the token that ends every response, and facts for lineage.
 
@@ -236,7 +240,7 @@ def render(
     documents that OpenRLHF would tokenise or score otherwise than evaluation does.
     """
     settings = recipe.max_tokens, recipe.long_documents
-    encoded = tokenize.encode(tokenizer, documents, *settings, where)
+    encoded = tokenize.encode(tokenizer, documents, *settings, where, rows=embedding_rows)
     plain = documents[0].messages is None
     if any((document.messages is None) != plain for document in documents):
         raise MergelawError(
@@ -244,8 +248,7 @@ def render(
             f"time; give them to different experts or {TRL}"
         )
     windows = [w for w in encoded.windows if plain or w.start < recipe.max_tokens - 2]
-    everything, _ = tokenize.parts(tokenizer, documents)
-    parts = [everything[window.document] for window in windows]
+    parts, _ = tokenize.parts(tokenizer, [documents[window.document] for window in windows])
     end = None if plain else end_of_turn(tokenizer, parts, where)
     begin = tokenizer.bos_token or ""
     rows = [
@@ -337,7 +340,8 @@ def fine_tune(
         causal_lm.check_packing(build(base), base)
     tokenizer = causal_lm.load_tokenizer(base)
     documents = trainer.training_documents(corpora)
-    rows, end, facts = render(tokenizer, documents, recipe, where)
+    size = vocabulary_size(read_config(base))
+    rows, end, facts = render(tokenizer, documents, recipe, where, size)
     stage_model(base, state / MODEL, end)
     machine = examine(python, recipe, tokenizer, rows, state)
     nodes, job, host = slurm_job()
