@@ -45,7 +45,7 @@ LOST = ("tools", "functions", "documents")
 REASONING = ("reasoning_content", "reasoning", "thinking")
 TURN_KEYS = (*REASONING, "tool_calls", "function_call", "tool_call_id", "name")
 
-DRAWS = 16  # of a synthetic source for one document; one that needs more has run dry
+DRAWS = 16  # from a generator for each document wanted, before it counts as exhausted
 
 Message = dict[str, Any]  # role, content (text) and what else the turn has
 

@@ -148,7 +148,8 @@ class _Chat:
         self.begin, self.end = self._answer(marked, *self._marks(len(prompt)))
 
     def _marks(self, place: int) -> tuple[str, str]:
-        return tuple(f"mark{self.document.document}{side}{place}x" for side in "bc")  # type: ignore
+        mark = f"mark{self.document.document}"
+        return f"{mark}b{place}x", f"{mark}c{place}x"
 
     def _marked(self, turn: dict[str, Any], place: int) -> dict[str, Any]:
         opening, closing = self._marks(place)

@@ -82,7 +82,7 @@ class Tensors:
 
     @property
     def ties(self) -> bool:
-        """True if head and embedding may be one tensor; without the setting the model decides."""
+        """True if head and embedding may be one tensor (the default of transformers)."""
         return bool(self.config.get("tie_word_embeddings", True))
 
     def _open(self) -> None:

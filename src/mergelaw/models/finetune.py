@@ -28,7 +28,7 @@ def fine_tune(
     from trl.trainer.sft_config import SFTConfig
     from trl.trainer.sft_trainer import SFTTrainer
 
-    dtype, tokenizer = trainer.read_base(base), causal_lm.load_tokenizer(base)
+    dtype, tokenizer = trainer.check_base(base), causal_lm.load_tokenizer(base)
     documents = trainer.training_documents(corpora)
     where = f"training documents of {', '.join(corpora)}"
     limits, rows = (recipe.max_tokens, recipe.long_documents), vocabulary_size(read_config(base))

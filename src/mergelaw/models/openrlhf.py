@@ -335,7 +335,7 @@ def fine_tune(
     python, versions = interpreter()
     state = state.absolute()
     where = f"training documents of {', '.join(corpora)}"
-    trainer.read_base(base)
+    trainer.check_base(base)
     if recipe.packing:
         causal_lm.check_packing(build(base), base)
     tokenizer = causal_lm.load_tokenizer(base)

@@ -132,7 +132,7 @@ def _sparse_layers(config: Mapping[str, Any], layers: int) -> list[int]:
 def _mixture(
     config: Mapping[str, Any], hidden: int, layers: int, intermediate: int
 ) -> tuple[int, int, int]:
-    """Parameters of all mixtures of experts, those that a token passes by, a layer's widths."""
+    """Parameters of all mixtures of experts, those of them that a token skips, a layer's widths."""
     experts, chosen = _first(config, *EXPERTS), _first(config, "num_experts_per_tok", "moe_top_k")
     width = _first(config, "moe_intermediate_size") or intermediate
     shared = _first(config, "shared_expert_intermediate_size")

@@ -3,6 +3,7 @@
 import json
 import re
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ def read_tokenizer(folder: Path) -> dict[str, Any] | None:
     path = folder / "tokenizer.json"
     if not any((folder / name).exists() for name in VOCABULARIES):
         return None
-    try:
+    with suppress(OSError, ValueError, KeyError, TypeError, RecursionError):
         if path.exists():
             content = json.loads(path.read_text(encoding="utf-8"))
         else:
@@ -30,10 +31,9 @@ def read_tokenizer(folder: Path) -> dict[str, Any] | None:
             fast = getattr(tokenizer, "backend_tokenizer", None)
             plain = {"model": {"vocab": tokenizer.get_vocab()}}
             content = json.loads(fast.to_str()) if fast else plain
-        assert isinstance(content["model"], dict)
-        return dict(content)
-    except (OSError, ValueError, KeyError, TypeError, AssertionError, RecursionError):
-        raise MergelawError(f"{path}: not a tokenizer; copy the checkpoint again") from None
+        if isinstance(content["model"], dict):
+            return dict(content)
+    raise MergelawError(f"{path}: not a tokenizer; copy the checkpoint again")
 
 
 def tokens_of(content: Mapping[str, Any]) -> dict[int, Any]:

@@ -153,8 +153,8 @@ def check_finite(
             raise MergelawError(f"{where} NaN or Inf in {name!r}; {advice}")
 
 
-def read_base(base: Path) -> str:
-    """The dtype of a base's weights. Raises MergelawError if they hold NaN or Inf."""
+def check_base(base: Path) -> str:
+    """Refuse a base whose weights hold NaN or Inf; returns their dtype."""
     with Tensors(base) as stored:
         tensors = ((name, stored[name]) for name in mergeable(stored))
         check_finite(tensors, f"{base}: the base holds", "give another base")
