@@ -230,6 +230,19 @@ def test_a_tied_model_stored_as_its_head_alone(tmp_path, sides):
     as_transformers(base, expert, tmp_path)
 
 
+def test_two_tensors_for_one_parameter_must_be_equal(tmp_path):
+    base = models.write_checkpoint(tmp_path / "base", tied=True, dtype="float32")
+    expert = models.write_expert(base, tmp_path / "expert")
+    tensors = load_file(expert / WEIGHTS)
+    for change in (0.0, 1.0):
+        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"] + change
+        save_file(tensors, expert / WEIGHTS, metadata={"format": "pt"})
+        if change:
+            refused(lambda: inspect_expert(expert, base), str(expert), "that the base has not")
+        else:
+            as_transformers(base, expert, tmp_path)
+
+
 @pytest.mark.parametrize("sides", [["base"], ["base", "expert"], ["expert"]])
 def test_tensors_that_transformers_ignores(tmp_path, base, expert, sides):
     for folder in (base, expert):
