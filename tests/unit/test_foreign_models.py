@@ -317,14 +317,21 @@ def test_documents_longer_than_a_models_positions(tmp_path, capsys, kind):
     assert "long ones: the longest has 42 tokens" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("kind", ["mamba", "recurrent_gemma"])
+@pytest.mark.parametrize("kind", ["mamba", "recurrent_gemma", "minimax"])
 def test_recurrent_models_are_not_packed(tmp_path, base, kind):
-    models.ARCHITECTURES.setdefault(kind, {"state_size": 4} if kind == "mamba" else {})
+    more = {"mamba": {"state_size": 4}, "minimax": {"num_local_experts": 2, "head_dim": 8}}
+    models.ARCHITECTURES.setdefault(kind, more.get(kind, {}))
     recurrent = models.write_checkpoint(tmp_path / "recurrent", kind)
     for model in (models.load(recurrent), build(recurrent)):
         refused(lambda m=model: causal_lm.check_packing(m, recurrent), "packing: false", kind)
     for model in (models.load(base), build(base)):
         causal_lm.check_packing(model, base)
+
+
+def test_models_that_attend_to_packed_neighbours_are_not_packed(tmp_path):
+    models.ARCHITECTURES.setdefault("bloom", {})
+    bloom = models.write_checkpoint(tmp_path / "bloom", "bloom")
+    refused(lambda: causal_lm.check_packing(models.load(bloom), bloom), "packing: false", "bloom")
 
 
 # Relations
