@@ -1,5 +1,6 @@
 """`config check` opens local models and files: each problem is one line with its place."""
 
+import hashlib
 import json
 import shutil
 from pathlib import Path
@@ -12,6 +13,7 @@ import models
 from mergelaw.cli.app import app
 from mergelaw.config import parse
 from mergelaw.workflow.inspect import inspect
+from mergelaw.workflow.job import job_file, write_job
 from mergelaw.workflow.study import Study
 
 TINY = {"hidden_size": 16, "num_hidden_layers": 1, "intermediate_size": 24}
@@ -133,3 +135,24 @@ def test_the_command_fails_with_every_problem(place):
     run = CliRunner().invoke(app, ["config", "check", str(file)])
     assert run.exit_code == 1
     assert "experts.sums" in run.output and "experts.tales" in str(run.exception)
+
+
+def test_a_checkpoint_that_changed_since_the_run_began_is_not_linked(place, monkeypatch):
+    """Its files are read once for it, however large they are."""
+    known = study(place)
+    expert, read = known.experts["tiny", "sums", 0], []
+    weights = place / "sums" / "model.safetensors"
+    write_job(known.results, expert)
+    job = str(job_file(known.results, expert))
+    before = weights.read_bytes()
+    weights.write_bytes(before[:-1] + bytes([before[-1] ^ 1]))
+    run = CliRunner().invoke(app, ["stage", "expert", job])
+    assert str(run.exception) == f"{weights}: changed since the run began; rerun"
+    assert not (known.results / expert.path).exists()
+    weights.write_bytes(before)
+    digest = hashlib.file_digest
+    monkeypatch.setattr(
+        hashlib, "file_digest", lambda file, how: read.append(file.name) or digest(file, how)
+    )
+    assert CliRunner().invoke(app, ["stage", "expert", job]).exit_code == 0
+    assert sum(name.endswith("model.safetensors") for name in map(str, read)) == 1

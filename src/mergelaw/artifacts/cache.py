@@ -12,7 +12,8 @@ from mergelaw.artifacts.files import file_digest, write_json
 class FileCache:
     """JSON values by name, each with the path, size and times of its files.
 
-    The time of a file's last change of status is one of them, which no program can set back.
+    The times are those of the last change of content, which programs can set, and of status, which
+    they cannot.
 
     ``path`` is the JSON file of the cache; None keeps the values in memory. All jobs of the
     workflow write this file: the last one wins, and missing values are computed again.

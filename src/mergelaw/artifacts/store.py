@@ -29,14 +29,16 @@ def make(
     work: Work,
     key: str | None = None,
     wanted: Mapping[str, str] | None = None,
+    digests: Mapping[str, str] | None = None,
 ) -> bool:
     """Make the artifact ``output`` unless it exists; return whether this call made it.
 
     ``work(folder, state)`` writes the files and returns the lineage's ``facts``; it may save in
     ``state`` what it needs to resume after a kill. ``stage``, ``recipe`` and ``inputs`` (by name)
     are recorded. ``key`` is the full key, where the path has its first digits; ``wanted`` has those
-    of the inputs. A second process for the same artifact waits for the first. Raises MergelawError
-    for a damaged input or one of another key, for inputs that do not fit together, or if ``output``
+    of the inputs. ``digests`` are the SHA-256 of files where they are known. A second process for
+    the same artifact waits for the first. Raises MergelawError for a damaged input or one of
+    another key, for inputs that do not fit together, for a file of another digest, or if ``output``
     holds something else.
     """
     from filelock import FileLock
@@ -58,7 +60,7 @@ def make(
         folder.mkdir(parents=True)
         state.mkdir(exist_ok=True)
         try:
-            entry = _run(output, folder, state, inputs, work, wanted or {})
+            entry = _run(output, folder, state, inputs, work, wanted or {}, digests or {})
             entry |= {
                 "schema": lineage.SCHEMA,
                 "stage": stage,
@@ -103,6 +105,7 @@ def _run(
     inputs: Mapping[str, Path],
     work: Work,
     wanted: Mapping[str, str],
+    digests: Mapping[str, str],
 ) -> dict[str, Any]:
     """Do the work; return the lineage's entries for files, inputs, versions and times."""
     started, clock, cpu = datetime.now(UTC), time.perf_counter(), time.process_time()
@@ -110,6 +113,9 @@ def _run(
     lineage.unmixed(inputs.values())
     facts = work(folder, state) or {}
     files = lineage.content(folder)
+    for name, digest in digests.items():
+        if files.get(name, digest) != digest:
+            raise MergelawError(f"{(folder / name).resolve()}: changed since the run began; rerun")
     return {
         "digest": lineage.content_digest(files),
         "files": files,

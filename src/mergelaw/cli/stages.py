@@ -95,9 +95,9 @@ def expert(job: Job, folder: Path, state: Path) -> dict[str, Any]:
 
 def ready_made(job: Job, folder: Path) -> dict[str, Any]:
     """Link the files of a ready-made checkpoint."""
-    from mergelaw.models.hub import link_verified
+    from mergelaw.models.hub import link_source
 
-    return link_verified(job.recipe["checkpoint"], job.sources, folder)
+    return link_source(job.sources, folder)
 
 
 @stage
@@ -233,5 +233,6 @@ def partial(
         scratch.rename(folder)
     for one in every:
         print(f"{one.base}, of what is measured: {best(one).sentence}")
-    print(f"{len(missing)} of {len(shards)} shards are missing: {', '.join(missing[:6])}")
+    if missing:
+        print(f"{len(missing)} of {len(shards)} shards are missing: {', '.join(missing[:6])}")
     print(f"report on the rest: {folder / 'report.html'}")

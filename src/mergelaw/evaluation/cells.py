@@ -59,10 +59,9 @@ def identities(
 ) -> tuple[str, dict[str, str]]:
     """Identity of a merge, and of its cells by domain: 16 and 32 hexadecimal digits.
 
-    ``vectors`` are digests in the order of the pool, ``weights`` theirs (None: equal ones), or
-    those of each tensor.
-    ``sets`` are digests of the evaluation sets by domain. ``method`` and ``evaluation`` are
-    recipes; the base itself has no method.
+    ``vectors`` are digests in the order of the pool. ``weights`` are those of the vectors, or of
+    each tensor of them; None: equal ones. ``sets`` are digests of the evaluation sets by domain.
+    ``method`` and ``evaluation`` are recipes; the base itself has no method.
     """
     shares = [1.0] * len(vectors) if weights is None else weights
     merge = {"base": base, "vectors": [*vectors], "weights": shares, "method": method}

@@ -144,13 +144,8 @@ def _measure(
     """Measure the missing cells into the store; returns how many were measured here."""
     settings = recipe["evaluation"]
     model = load_model(base, settings["dtype"])
-    for name in dict.fromkeys(entry["domain"] for entry in missing):
-        where = f"evaluation documents of {name}"
-        causal_lm.check_windows(model, sets[name].windows, where)
-    batches = {
-        name: cross_entropy.batches(sets[name].windows, settings["batch_tokens"], model.device)
-        for name in dict.fromkeys(entry["domain"] for entry in missing)
-    }
+    needed = {entry["domain"]: sets[entry["domain"]] for entry in missing}
+    batches = _batches(model, needed, settings["batch_tokens"])
     experts = {expert for entry in missing for expert in entry["experts"]}
     pool = {expert: TaskVector(path) for expert, path in vectors.items() if expert in experts}
     # A merge's cells are measured together; a merge on two circles is measured once.
@@ -171,6 +166,18 @@ def _measure(
                         store.append(_measure_merge(merger, model, left, sets, batches))
                         measured += len(left)
     return measured
+
+
+def _batches(
+    model: Any, sets: Mapping[str, tokens.Encoded], batch_tokens: int
+) -> dict[str, list[cross_entropy.Batch]]:
+    """Batches on the model's device by domain. Raises MergelawError for unfit documents."""
+    for domain, encoded in sets.items():
+        causal_lm.check_windows(model, encoded.windows, f"evaluation documents of {domain}")
+    return {
+        domain: cross_entropy.batches(encoded.windows, batch_tokens, model.device)
+        for domain, encoded in sets.items()
+    }
 
 
 def _measure_merge(
@@ -224,10 +231,9 @@ def measure_model(
 
     sets, model = encode(settings, folder, corpora), load_model(folder, settings["dtype"])
     rows = []
-    for domain, encoded in sets.items():
-        batches = cross_entropy.batches(encoded.windows, settings["batch_tokens"], model.device)
-        nll = cross_entropy.nll(model, batches, encoded.documents)
-        counts = counts_of(encoded)["document_tokens"]
+    for domain, batches in _batches(model, sets, settings["batch_tokens"]).items():
+        nll = cross_entropy.nll(model, batches, sets[domain].documents)
+        counts = counts_of(sets[domain])["document_tokens"]
         rows.append({"domain": domain, "document_nll": nll.tolist(), "document_tokens": counts})
     return pd.DataFrame(rows)
 

@@ -4,7 +4,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from mergelaw.artifacts.files import file_digest
 from mergelaw.artifacts.keys import canonical_json
 from mergelaw.errors import MergelawError, first_line
 from mergelaw.models.checkpoint import ADAPTER_CONFIG, COMPANIONS, Tensors, files, is_adapter
@@ -15,20 +14,10 @@ WANTED = ("*.safetensors", "*.safetensors.index.json", *COMPANIONS, ADAPTER_CONF
 UNWANTED = ("*/*", "consolidated*.safetensors")
 
 
-def link_verified(
-    identity: Mapping[str, Any], source: Mapping[str, Any], folder: Path
-) -> dict[str, Any]:
-    """Link a checkpoint into ``folder``, check its digests, return facts for the lineage.
-
-    ``identity`` is the SHA-256 of each file, or the hub's commit; ``source`` is a path or hub id.
-    Raises MergelawError for a file that differs from its digest.
-    """
+def link_source(source: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    """Link a checkpoint, a path or hub id, into ``folder``; return facts for the lineage."""
     place = locate(source)
     link(place, folder)
-    for name, digest in identity.get("files", {}).items():
-        path = folder / name
-        if path.exists() and file_digest(path) != digest:
-            raise MergelawError(f"{place / name}: changed since the run began; rerun")
     commit = {"commit": place.name} if "hub" in source else {}  # the revision may be a branch
     return {"sources": [canonical_json({**source, **commit})]}
 

@@ -59,7 +59,10 @@ class Job:
                 inputs[role] = Path(value)
             else:
                 inputs |= {f"{role}:{name}": Path(path) for name, path in value.items()}
-        return store.make(self.output, self.stage, self.recipe, inputs, work, self.key, self.keys)
+        digests = self.recipe.get("checkpoint", {}).get("files")  # of a ready-made checkpoint
+        return store.make(
+            self.output, self.stage, self.recipe, inputs, work, self.key, self.keys, digests
+        )
 
 
 def job_file(results: Path, artifact: Artifact) -> Path:

@@ -1,4 +1,4 @@
-"""Results of a study: laws of the macro-average, times, and artifacts that no study needs."""
+"""Results of a study: measured merges, laws of the macro-average, and times."""
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
