@@ -6,7 +6,7 @@ real models with a tokenizer that was trained on the spot.
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
@@ -247,6 +247,13 @@ def load(folder: Path, dtype: str = "float32") -> Any:
     from mergelaw.models import causal_lm
 
     return causal_lm.load(folder, dtype).eval()
+
+
+def write_jsonl(path: Path, records: Iterable[Any]) -> Path:
+    """A file of records, one a line."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return path
 
 
 def documents(chat: bool, count: int = 12) -> list[Document]:

@@ -1,6 +1,5 @@
 """`mergelaw init`: from models and files that lie there to a configuration that is accepted."""
 
-import json
 import shutil
 from pathlib import Path
 
@@ -20,10 +19,8 @@ DOMAINS = ("law", "medicine", "code")
 
 
 def lines(path: Path, domain: str, count: int = 40) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
     records = ({"question": f"{domain} {n}?", "answer": f"{domain} is {n}."} for n in range(count))
-    path.write_text("".join(json.dumps(record) + "\n" for record in records))
-    return path
+    return models.write_jsonl(path, records)
 
 
 @pytest.fixture(scope="module")

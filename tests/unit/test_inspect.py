@@ -19,10 +19,9 @@ from mergelaw.workflow.study import Study
 TINY = {"hidden_size": 16, "num_hidden_layers": 1, "intermediate_size": 24}
 
 
-def lines(path: Path, count: int, prompt: str = "What is {} + 1?") -> Path:
-    records = ({"prompt": prompt.format(n), "response": f"It is {n + 1}."} for n in range(count))
-    path.write_text("".join(json.dumps(record) + "\n" for record in records))
-    return path
+def lines(path: Path, count: int) -> Path:
+    records = ({"prompt": f"What is {n} + 1?", "response": f"It is {n + 1}."} for n in range(count))
+    return models.write_jsonl(path, records)
 
 
 @pytest.fixture(scope="module")

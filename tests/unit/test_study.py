@@ -1,9 +1,8 @@
 """Splits of documents as artifacts of a study: what a change of the data makes again."""
 
-import json
-
 import pytest
 
+import models
 from mergelaw.config import parse
 from mergelaw.errors import MergelawError
 from mergelaw.merging.methods.learned import Learned
@@ -14,8 +13,7 @@ TRAINING = {"steps": 3, "learning_rate": 1e-3}
 
 def lines(path, numbers, name):
     records = ({"prompt": f"{name} {n}?", "response": f"{n}"} for n in numbers)
-    path.write_text("".join(json.dumps(record) + "\n" for record in records))
-    return {"files": [str(path)]}
+    return {"files": [str(models.write_jsonl(path, records))]}
 
 
 def study(folder, **domains) -> Study:

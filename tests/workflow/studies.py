@@ -20,6 +20,7 @@ import yaml
 from filelock import FileLock
 
 import models
+from models import write_jsonl
 
 ROOT = Path(__file__).parents[2]
 SNAKEFILE = ROOT / "workflow" / "Snakefile"
@@ -221,12 +222,6 @@ def records(domain: str, count: int = 24) -> list[dict[str, str]]:
         {"prompt": f"{domain}: what is {i} + {i}?", "response": f"It is {2 * i}, says {domain}."}
         for i in range(count)
     ]
-
-
-def write_jsonl(path: Path, rows: list[Any]) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
 
 
 # -- the two studies that tests share ----------------------------------------------------------
