@@ -98,13 +98,11 @@ def _documents(
     settings = study.config.evaluation
     for name, domain in study.config.domains.items():
         for key, source in (("source", domain.source), ("eval_source", domain.eval_source)):
+            if source is None:
+                continue
             where = f"domains.{name}.{key}"
-            for base, (tokenizer, rows) in (tokenizers or {"": (None, None)}).items():
-                if source is None or (
-                    findings.problems and findings.problems[-1].startswith(where)
-                ):
-                    break
-                with findings.at(where):
+            with findings.at(where):
+                for base, (tokenizer, rows) in (tokenizers or {"": (None, None)}).items():
                     seen = look(source, tokenizer, rows, records, settings.protocol)
                     count = len(seen.documents)
                     findings.notes += [
