@@ -106,10 +106,10 @@ def summary(study: Study) -> dict[str, Any]:
             f"{study.results}: study {study.config.name} is not finished; `mergelaw status` "
             "says what is missing"
         )
-    laws, report = use(study, [study.laws, study.report])
+    laws, report, *shards = use(study, [study.laws, study.report, *study.measurements])
     fits = json.loads((laws / "laws.json").read_text(encoding="utf-8"))
     times = stage_times(lineage.ancestors(report).values())
-    every, warnings = measured(study)
+    every, warnings = measured_in(shards)
     return {
         "best": {one.base: best(one).sentence for one in every},
         "flagged": {one.base: flagged(one) for one in every},
