@@ -255,7 +255,7 @@ def input_paths(artifact: Path, lineage: Mapping[str, Any]) -> dict[str, Path]:
 
 
 def history(artifacts: Iterable[Path]) -> tuple[dict[Path, dict[str, Any]], list[str]]:
-    """Lineages of artifacts and all that they depend on, by folder; and those not readable."""
+    """Lineages of artifacts and their ancestors by folder, and errors of those that are damaged."""
     lineages: dict[Path, dict[str, Any]] = {}
     wrong: dict[Path, str] = {}
     pending = [Path(os.path.normpath(path.absolute())) for path in artifacts]
@@ -292,7 +292,7 @@ def mixed(lineages: Mapping[Path, Mapping[str, Any]]) -> Iterator[str]:
 
 
 def unmixed(artifacts: Iterable[Path]) -> None:
-    """Raise MergelawError if artifacts, or what they depend on, were made from other inputs."""
+    """Raise MergelawError if artifacts or their ancestors were made from other inputs than now."""
     for problem in mixed(history(artifacts)[0]):
         raise MergelawError(problem)
 

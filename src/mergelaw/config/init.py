@@ -44,10 +44,8 @@ def draft(name: str, base: Path, experts: Sequence[Path], data: Sequence[Path]) 
     place = _plain(_clean(base.absolute().name))
     inspections = list(_looked_at(base, domains))
     longest = max(one.longest for one in inspections)
-    # A quarter of the documents, if they are few, is for calibration.
-    enough = (
-        min(len({each.document for each in one.documents}) for one in inspections) >= 4 * FEWEST
-    )
+    fewest = min(len({each.document for each in one.documents}) for one in inspections)
+    enough = fewest >= 4 * FEWEST  # a quarter of the documents, if they are few, is for calibration
     return "\n".join(
         [
             "# Written by `mergelaw init`. All keys: config/README.md.",

@@ -89,9 +89,10 @@ class Config(Model):
         return checkpoints is None or base in checkpoints
 
     def expert_domains(self, name: str) -> list[str]:
-        """The domains that an expert or baseline is trained on; none if a ready-made one is silent.
+        """The domains that an expert or baseline is trained on, or that a ready-made one is for.
 
-        By default an expert's domain has its name, and a baseline has all domains.
+        By default an expert's domain has its name, and a trained baseline has all domains. Empty
+        for a ready-made one without `domains` whose name is no domain.
         """
         expert = self.models[name]
         if expert.domains is not None:
@@ -125,9 +126,9 @@ class Config(Model):
         if domain.held_out:
             calibration = calibration or 0
         settings = {*corpus.model_fields_set, *domain.model_fields_set}
-        at_most = () if trained else ("eval", "calibration")
-        if domain.eval_source is not None:
-            at_most = ("eval", *at_most[1:])
+        at_most: tuple[str, ...] = ("eval", "calibration")
+        if trained:
+            at_most = () if domain.eval_source is None else ("eval",)
         return SplitRecipe(
             source=domain.source,
             eval_source=domain.eval_source,

@@ -75,7 +75,7 @@ def checksum(text: str) -> str:
 
 
 def is_sound(cell: Any) -> bool:
-    """True for a cell whose values can have been measured, whatever they were measured from."""
+    """True for a cell with values that a measurement can give."""
     import numpy as np
 
     try:
@@ -97,7 +97,7 @@ def is_sound(cell: Any) -> bool:
 
 
 def parse(line: bytes) -> Cell | None:
-    """The cell of a store's line; None for a damaged line, or one that was never measured."""
+    """The cell of a store's line; None for a damaged line or an impossible cell."""
     mark, _, text = line.decode(errors="replace").partition(" ")
     cell: Any = None
     with suppress(ValueError, RecursionError):
@@ -106,7 +106,7 @@ def parse(line: bytes) -> Cell | None:
 
 
 def verify(folder: Path, shards: Sequence[Path]) -> Iterator[str]:
-    """Damaged cells of a store, cells with two losses, and cells that tables have with other ones.
+    """Problems of a store: damaged cells, cells with two losses, other losses in shards' tables.
 
     ``shards`` are folders of evaluations of the store's base.
     """

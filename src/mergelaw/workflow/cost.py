@@ -18,7 +18,7 @@ from mergelaw.workflow.study import Study
 
 WIDTH = {"float32": 4, "bfloat16": 2}  # bytes
 PROCESS = 3e9  # bytes of host memory: Python, torch, transformers, a cluster job's two Snakemakes
-LEARNING_PASSES = 60  # forward passes over the calibration documents, at most about so many
+LEARNING_PASSES = 60  # about the most forward passes over the calibration documents
 BUCKET = 500_000_000  # gradients that ZeRO reduces at a time
 STATES = 10  # training states that OpenRLHF saves in a training
 BYTES_PER_TOKEN = 4  # of text
@@ -186,7 +186,7 @@ def evaluation(
 ) -> Work:
     """Cost of merging and evaluating: one resident model, its layers spread over the GPUs.
 
-    Learning coefficients costs as much as so many evaluations, and keeps activations for gradients.
+    Learning coefficients costs as much as many evaluations, and keeps activations for gradients.
 
     Besides its share of the weights a GPU holds one layer's activations, the logits, the slices of
     a merge and, while loading, a second copy of the largest tensor. The GPUs work one after

@@ -1,4 +1,4 @@
-"""A results folder: use of what lies in it, what no study needs, and what is not as written."""
+"""A results folder: check artifacts before use, collect garbage, verify all files."""
 
 import math
 import os

@@ -121,12 +121,15 @@ def _documents(
 
 def _calibration(study: Study, findings: Findings) -> None:
     """Learned coefficients need some documents of every domain, which files may not have."""
-    if any(isinstance(method, Learned) for method in study.config.methods.values()):
-        for name in study.config.domains:
-            recipe, corpus = study.config.splits_of(name), study.corpora["calibration"].get(name)
-            count = corpus.size[0] if corpus and corpus.size else 0 if corpus is None else FEWEST
-            if count < FEWEST and recipe.calibration_documents:
-                findings.problems.append(
-                    f"domains.{name}: {count} documents are left for calibration, of which the "
-                    f"method `learned` needs {FEWEST}; give more documents or fewer eval_documents"
-                )
+    if not any(isinstance(method, Learned) for method in study.config.methods.values()):
+        return
+    for name in study.config.domains:
+        if not study.config.splits_of(name).calibration_documents:
+            continue
+        corpus = study.corpora["calibration"].get(name)
+        size = corpus.size if corpus else (0, 0)
+        if size is not None and size[0] < FEWEST:  # None: not a local file
+            findings.problems.append(
+                f"domains.{name}: {size[0]} documents are left for calibration, of which the "
+                f"method `learned` needs {FEWEST}; give more documents or fewer eval_documents"
+            )
