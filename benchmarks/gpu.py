@@ -8,8 +8,8 @@ downloaded. Sections are ordered by worth. Each result is printed and written to
 as soon as it is there; a section that fails says why, and the next one runs; none starts after
 ``--minutes``.
 
-Needs torch, transformers, numba, numpy, pydantic, safetensors, filelock, pyyaml, and no other
-package of mergelaw's.
+Needs torch, transformers, numba, numpy, pydantic, safetensors, filelock, pyyaml, for learned
+coefficients pandas and scipy too, and no other package of mergelaw's.
 """
 
 import argparse
@@ -21,16 +21,18 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import transformers
 from torch import Tensor
 
 from mergelaw.data.tokenize import Window
 from mergelaw.evaluation import cross_entropy
+from mergelaw.merging import kernels
 from mergelaw.merging.engine import Merger
 from mergelaw.merging.methods import method_of
 from mergelaw.models.checkpoint import Tensors, mergeable
@@ -131,7 +133,7 @@ class Card:
             model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype or self.dtype)
         return model.eval()
 
-    def batches(self, model: Any, batch_tokens: int = 16384) -> list[cross_entropy.Batch]:
+    def windows(self, model: Any) -> list[Window]:
         """Documents of 100 to 2,000 random tokens, 30,000 in all; three quarters are scored."""
         tokens, longest = (400, 60) if self.tiny else (TOKENS, 2000)
         generator = torch.Generator().manual_seed(0)
@@ -141,7 +143,10 @@ class Card:
             ids = torch.randint(model.config.vocab_size, (length,), generator=generator).tolist()
             windows.append(Window(len(windows), tuple(ids), max(length // 4, 1), length))
             tokens -= length
-        return cross_entropy.batches(windows, batch_tokens, self.device)
+        return windows
+
+    def batches(self, model: Any, batch_tokens: int = 16384) -> list[cross_entropy.Batch]:
+        return cross_entropy.batches(self.windows(model), batch_tokens, self.device)
 
     def saved(self, name: str, model: Any) -> Path:
         """The model as a checkpoint, as a base is kept."""
@@ -344,6 +349,111 @@ def accuracy(card: Card) -> Iterator[Row]:
         }
 
 
+def learned(size: str) -> Callable[[Card], Iterator[Row]]:
+    """One gradient of the coefficients of 8 vectors, beside a forward pass of the documents."""
+
+    def section(card: Card) -> Iterator[Row]:
+        from mergelaw.decide.calibration import Calibration
+
+        model = card.model(size)
+        base = card.saved(size, model)
+        domains = {"all": [[window] for window in card.windows(model)]}
+        place = "device" if size == "0.5B" else "pinned"
+        card.peak_gb()
+        with (
+            merger(card, model, base, "average", place) as merges,
+            Calibration(model, merges, POOL, domains, 4096) as objective,
+        ):
+            coefficients = np.full((len(POOL), len(objective.tensors)), 1 / len(POOL))
+            loss = card.seconds(lambda: objective.loss(coefficients, "all"))
+            # Each is computed once for the same coefficients.
+            forward = card.seconds(lambda: objective.loss(coefficients * 1.01, "all"))
+            gradient = card.seconds(lambda: objective.gradient(coefficients, "all"))
+            again = card.seconds(lambda: objective.gradient(coefficients * 1.01, "all"))
+        yield {
+            "model": card.size(size),
+            "vectors": "on the device" if merges.resident else "from the host",
+            "merge and loss s": round(min(loss, forward), 4),
+            "merge and gradient s": round(min(gradient, again), 4),
+            "in losses": round(min(gradient, again) / min(loss, forward), 2),
+            "peak GB": card.peak_gb(),
+        }
+
+    return section
+
+
+def captured(card: Card) -> Iterator[Row]:
+    """A forward pass recorded once and replayed (CUDA graph), for models that launches slow down.
+
+    A merge overwrites parameters in place, so a recording would hold for all merges of a base. On
+    the processor nothing is recorded.
+    """
+    model = card.model("0.5B")
+    made = card.batches(model, 8192)
+    keep = [torch.tensor(batch.keep, device=card.device) for batch in made]
+
+    def logits(number: int) -> Tensor:
+        ids = made[number].ids
+        return model(input_ids=ids, use_cache=False, logits_to_keep=keep[number]).logits
+
+    with torch.inference_mode():
+        card.peak_gb()
+        eager = card.best(lambda: [logits(n) for n in range(len(made))], 3)
+        wanted, memory = [logits(n).sum(dtype=torch.float64) for n in range(len(made))], None
+        replays: list[Callable[[], object]] = []
+        results: list[Tensor] = []
+        for number in range(len(made)):
+            if card.device.type == "cuda":
+                graph = torch.cuda.CUDAGraph()
+                with torch.cuda.graph(graph, pool=memory):
+                    results.append(logits(number))
+                memory, replay = graph.pool(), graph.replay
+            else:
+                results.append(logits(number))
+                replay = partial(logits, number)
+            replays.append(replay)
+            replay()
+            card.synchronize()
+            wanted[number] = wanted[number] == results[number].sum(dtype=torch.float64)
+        seconds = card.best(lambda: [replay() for replay in replays], 3)
+    flops = forward_flops(model, made)
+    yield {
+        "model": card.size("0.5B"),
+        "eager s": round(eager, 4),
+        "of matrix rate": f"{flops / eager / card.matrix_rate:.0%}",
+        "replayed s": round(seconds, 4),
+        "replayed, of matrix rate": f"{flops / seconds / card.matrix_rate:.0%}",
+        "the same sums": all(map(bool, wanted)),
+        "peak GB": card.peak_gb(),
+    }
+
+
+def compiled_rules(card: Card) -> Iterator[Row]:
+    """Sums and elections of 8 vectors as torch.compile fuses them, against the engine's."""
+    size = 1 << (12 if card.tiny else 26)
+    base, *vectors = (torch.randn(size, device=card.device) for _ in range(1 + len(POOL)))
+    out = torch.empty(size, device=card.device, dtype=card.dtype)
+    moved = size * (4 * len(POOL) + 4 + out.element_size())
+    backend = "inductor" if card.device.type == "cuda" else "eager"
+    for method in ("average", "ties"):
+        rule = method_of(METHODS[method]).rule([1.0] * len(POOL))
+        kernels.merge(base, vectors, rule, out)
+        wanted = out.clone()
+
+        def plain(rule: kernels.Rule = rule) -> None:
+            out.copy_(base + kernels._by_torch(vectors, rule))
+
+        fused = torch.compile(plain, backend=backend)
+        seconds = [card.best(work) for work in (plain, fused)]
+        passes = [round(s * card.copy_rate / moved, 2) for s in seconds]
+        yield {
+            "method": method,
+            "engine, passes": passes[0],
+            "compiled, passes": passes[1],
+            "the same bits": torch.equal(out, wanted),
+        }
+
+
 SECTIONS: dict[str, Callable[[Card], Iterator[Row]]] = {
     "limits": limits,
     "evaluation": evaluation("0.5B", "7B"),
@@ -353,6 +463,10 @@ SECTIONS: dict[str, Callable[[Card], Iterator[Row]]] = {
     "streamed from the host, 7B": streamed,
     "merge and evaluate, 1.5B": merge_and_evaluate("1.5B"),
     "evaluation, 1.5B": evaluation("1.5B"),
+    "learned coefficients, 0.5B": learned("0.5B"),
+    "captured forward, 0.5B": captured,
+    "learned coefficients, 7B": learned("7B"),
+    "compiled rules": compiled_rules,
 }
 
 

@@ -13,9 +13,9 @@ from pydantic import ValidationError
 
 from mergelaw.merging import kernels
 from mergelaw.merging.engine import Prepared
-from mergelaw.merging.kernels import Rule, combine, drop, pack
+from mergelaw.merging.kernels import Rule, combine, drop, pack, pack_by_torch
 from mergelaw.merging.methods import method_of, registry
-from mergelaw.merging.methods.dare import keep_mask
+from mergelaw.merging.methods.dare import keep_mask, keep_mask_by_torch
 from mergelaw.merging.methods.ties import kept, magnitude_threshold
 from models import InMemory
 
@@ -268,6 +268,17 @@ def test_a_mask_is_the_same_in_every_slice():
     for start, stop in SLICES:
         part = keep_mask(0, "expert", "w", start, stop - start, 0.5)
         assert np.array_equal(part, whole[start:stop])
+
+
+@pytest.mark.parametrize("drop_rate", [0.1, 0.5, 0.99])
+@pytest.mark.parametrize("first", [0, 5, 4096, (1 << 33) + 3])
+def test_a_gpu_draws_the_same_masks(first, drop_rate):
+    """Torch's own arithmetic, here on the processor, against numpy's stream: words, bits, slices."""
+    for size in (0, 1, 8, 77, 4099):
+        which = 3, "expert", "w", first, size, drop_rate
+        drawn = keep_mask_by_torch(*which, torch.device("cpu"))
+        assert np.array_equal(drawn.numpy(), keep_mask(*which))
+        assert torch.equal(pack_by_torch(drawn), pack(keep_mask(*which)))
 
 
 def test_masks_differ_by_seed_expert_and_tensor():

@@ -93,8 +93,6 @@ class Prepared:
 
     def store_masks(self, cache: Path, stack: ExitStack) -> None:
         """Draw masks once, into a file of one bit a value that is mapped until ``stack`` closes."""
-        from mergelaw.merging.kernels import pack
-
         masks, vector = self._masks, self.vector
         if masks is None:
             return
@@ -105,20 +103,21 @@ class Prepared:
             layout = {name: ("U8", (-(-size // 8),)) for name, size in sizes.items()}
             with Writer(path, layout) as writer:
                 for name, size in sizes.items():
-                    drawn = (masks.kept(vector.digest, name, a, b - a) for a, b in pieces(size))
-                    writer.write_pieces(name, map(pack, drawn))
+                    drawn = (masks.bits(vector.digest, name, a, b - a) for a, b in pieces(size))
+                    writer.write_pieces(name, drawn)
 
         self._file = open_mapped(stored(cache / f"{digest(recipe)[:32]}.safetensors", write), stack)
 
     def part(self, name: str, start: int, stop: int, device: Any = None) -> "Tensor":
         """Elements ``start`` (a multiple of 8) to ``stop`` of a tensor; dropped ones are zero."""
-        from mergelaw.merging.kernels import drop, pack
+        from mergelaw.merging.kernels import drop
 
         values, least = self.vector.part(name, start, stop, device), self._least.get(name, 0.0)
         if self._masks is None:
             return drop(values, least)
         if self._file is None:
-            bits = pack(self._masks.kept(self.vector.digest, name, start, stop - start))
+            which = self.vector.digest, name, start, stop - start
+            bits = self._masks.bits(*which, values.device)
         else:
             bits = self._file.get_tensor(name)[start // 8 : -(-stop // 8)]
         return drop(values, least, bits, self._masks.scale)

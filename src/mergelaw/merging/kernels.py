@@ -127,6 +127,14 @@ def pack(kept: np.ndarray) -> Tensor:
     return torch.from_numpy(np.packbits(kept, bitorder="little"))
 
 
+def pack_by_torch(kept: Tensor) -> Tensor:
+    """``pack`` on the device of ``kept``."""
+    whole = torch.zeros(-(-len(kept) // 8) * 8, dtype=torch.uint8, device=kept.device)
+    whole[: len(kept)] = kept
+    places = torch.arange(8, dtype=torch.uint8, device=kept.device)
+    return whole.view(-1, 8).bitwise_left_shift(places).sum(dim=1, dtype=torch.uint8)
+
+
 def drop(
     values: Tensor, least: float = 0.0, bits: Tensor | None = None, scale: float = 1.0
 ) -> Tensor:

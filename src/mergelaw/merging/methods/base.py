@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from mergelaw.artifacts.recipe import Model
 
 if TYPE_CHECKING:
-    import numpy as np
     from torch import Tensor
 
     from mergelaw.merging.kernels import Rule
@@ -22,8 +21,9 @@ class Masks(NamedTuple):
 
     identity: dict[str, Any]  # the parameters that the masks depend on
     scale: float
-    # (expert's digest, tensor, start, size) -> bool, (size,): kept elements from ``start`` onwards
-    kept: Callable[[str, str, int, int], np.ndarray]
+    # (expert's digest, tensor, start, size, device or None) -> packed bits of the elements from
+    # ``start`` onwards that are kept
+    bits: Callable[..., Tensor]
 
 
 class Method(Model):
