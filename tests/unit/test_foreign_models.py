@@ -11,14 +11,18 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 
 import models
-from mergelaw.data import tokenize
+from mergelaw.artifacts import lineage
+from mergelaw.data import documents, tokenize
+from mergelaw.data.recipe import SplitRecipe
 from mergelaw.errors import MergelawError
-from mergelaw.merging import engine
+from mergelaw.merging import engine, task_vector
 from mergelaw.merging.methods import method_of
 from mergelaw.models import causal_lm
 from mergelaw.models.checkpoint import INDEX, WEIGHTS, Tensors
+from mergelaw.models.finetune import fine_tune
 from mergelaw.models.inspect import inspect_base, inspect_expert, same_checkpoints
 from mergelaw.models.parameters import build
+from mergelaw.models.recipe import Training
 
 
 @pytest.fixture
@@ -108,6 +112,23 @@ def test_a_configuration_that_computes_something_else_is_refused(
 def test_what_the_forward_pass_does_not_read_may_differ(tmp_path, base, expert, changes):
     edit(expert / "config.json", **changes)
     as_transformers(base, expert, tmp_path)
+
+
+def test_settings_that_a_user_trusts_may_differ(tmp_path, base, expert):
+    ropes = {"rope_type": "default", "rope_theta": 2e7}
+    edit(expert / "config.json", rope_parameters=ropes, rms_norm_eps=1e-3)
+    trust = ["rope_theta", "rms_norm_eps"]
+    refused(lambda: inspect_expert(expert, base, trust=trust[:1]), "trust: [rms_norm_eps]")
+    notes = inspect_expert(expert, base, trust=trust)
+    assert len(notes) == 2 and "rope_parameters.rope_theta 20000000.0" in notes[1]
+    vector = models.write_task_vector(base, expert, tmp_path / "v", trust=trust, storage="derived")
+    assert notes == lineage.read(vector.folder)["facts"]["notes"] and len(vector["lm_head.weight"])
+    for names in (["rope_theta", "hidden_act"], ["rope_thet"], ["theta"]):
+        refused(lambda t=names: inspect_expert(expert, base, trust=t), "trust names", names[-1])
+    adapter = models.write_adapter(base, tmp_path / "adapter", target_modules=["q_proj"])
+    refused(lambda: inspect_expert(adapter, base, trust=["rope_theta"]), "trust names")
+    vectors = tmp_path / "w"
+    refused(lambda: task_vector.write(base, adapter, vectors, trust=["rope_theta"]), "trust names")
 
 
 def test_the_length_matters_where_rotary_embeddings_are_scaled(base, expert):
@@ -299,6 +320,22 @@ def test_tokens_beyond_the_embedding(tmp_path, base):
         f"documents of x: use token {rows}",
         f"{rows} rows",
     )
+
+
+def test_a_padding_token_beyond_the_embedding_does_not_stop_a_training(tmp_path, base):
+    tokens = causal_lm.load_tokenizer(base)
+    tokens.add_special_tokens({"pad_token": "[PAD]"})
+    assert tokens.pad_token_id == Tensors(base).shape("model.embed_tokens.weight")[0]
+    tokens.save_pretrained(base)
+    texts = [{"prompt": f"What is {n}?", "response": "It is. " * n} for n in range(1, 9)]
+    source = {"files": [str(models.write_jsonl(tmp_path / "texts.jsonl", texts))]}
+    recipe = SplitRecipe(source=source, eval_documents=0, train_documents=None, seed=0)
+    documents.write_split(recipe, "train", {}, tmp_path / "corpus")
+    training = Training(steps=1, batch_size=4, learning_rate=1e-3)
+    corpora, expert = {"d": tmp_path / "corpus"}, tmp_path / "expert"
+    expert.mkdir()
+    facts = fine_tune(training, 0, base, corpora, expert, tmp_path / "state", 100)
+    assert math.isfinite(facts["train_loss"]) and inspect_expert(expert, base) == []
 
 
 # Lengths and packing

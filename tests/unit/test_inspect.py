@@ -76,6 +76,23 @@ def test_what_fits_is_accepted_and_said(place):
     assert "laws over several sizes are about the experts of all bases: sums" in notes
 
 
+def test_trust_is_part_of_a_task_vectors_key_and_only_its(place):
+    config = place / "sums" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"rms_norm_eps": 0.01}))
+    experts = {
+        name: {"checkpoints": {"tiny": {"path": str(place / name)}}} for name in ("sums", "tales")
+    }
+    (problem,) = problems(place, experts=experts)
+    assert "rms_norm_eps 0.01, the base's has 1e-06" in problem and "trust: [" in problem
+    before = study(place, experts=experts)
+    experts["sums"]["checkpoints"]["tiny"]["trust"] = ["rms_norm_eps"]
+    after = study(place, experts=experts)
+    assert after.task_vectors["tiny", "sums", 0].recipe == {"trust": ["rms_norm_eps"]}
+    new = {artifact.stage for path, artifact in after.by_path.items() if path not in before.by_path}
+    assert new == {"task_vector", "evaluate", "fit", "report"}
+    assert problems(place, experts=experts) == []
+
+
 def test_an_adapter_is_no_base(place):
     (problem,) = problems(place, bases={"tiny": {"path": str(place / "adapter")}})
     assert problem.startswith("bases.tiny: ") and "is an adapter" in problem

@@ -7,7 +7,7 @@ from pydantic import Field
 from mergelaw.artifacts.recipe import Distinct, Model, Name
 from mergelaw.config.partial import Partial
 from mergelaw.evaluation.recipe import Sampling
-from mergelaw.models.recipe import Checkpoint, Pretraining, Training
+from mergelaw.models.recipe import Checkpoint, ExpertCheckpoint, Pretraining, Training
 
 
 class Base(Checkpoint):
@@ -38,7 +38,7 @@ class Expert(Model):
     training: Partial[Training] = Field(
         {}, validate_default=True, description="what differs from the study and the base"
     )
-    checkpoints: dict[Name, Checkpoint] | None = Field(
+    checkpoints: dict[Name, ExpertCheckpoint] | None = Field(
         None,
         min_length=1,
         description="ready-made: its checkpoint for each base that it has, by base",

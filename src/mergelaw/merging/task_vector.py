@@ -14,7 +14,7 @@ import json
 import math
 import os
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 from mergelaw.artifacts import files, lineage
 from mergelaw.errors import MergelawError
 from mergelaw.models.checkpoint import Tensors, Writer, is_adapter, mergeable, open_mapped
-from mergelaw.models.compare import compare, kinship, matrices
+from mergelaw.models.compare import check_trust, compare, kinship, matrices
 from mergelaw.models.lora import merge_adapter
 from mergelaw.models.parameters import open_arranged
 
@@ -62,15 +62,23 @@ class Expert:
     Raises MergelawError for an expert that does not fit its base.
     """
 
-    def __init__(self, folder: Path, base: Tensors, stack: ExitStack, vocabulary: str):
+    def __init__(
+        self,
+        folder: Path,
+        base: Tensors,
+        stack: ExitStack,
+        vocabulary: str,
+        trust: Sequence[str] = (),
+    ):
         self.folder, self._base = folder, base
         self._tensors: Tensors | dict[str, Tensor]
         if is_adapter(folder):
+            check_trust(trust, {}, str(folder))
             self._tensors, self.notes = merge_adapter(base, folder, vocabulary)
             self.names = mergeable(base)
         else:
             self._tensors = stack.enter_context(open_arranged(folder))
-            self.names, self.notes = compare(base, self._tensors, str(folder), vocabulary)
+            self.names, self.notes = compare(base, self._tensors, str(folder), vocabulary, trust)
         self.sizes = {name: math.prod(base.shape(name)) for name in self.names}
         self.matrices = matrices(base, self.names)
 
@@ -108,17 +116,18 @@ def write(
     folder: Path,
     storage: str = "materialised",
     vocabulary: str = "refuse",
+    trust: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Write the task vector of ``expert`` (a checkpoint or adapter) over ``base`` into ``folder``.
 
-    ``vocabulary`` as in :func:`compare.compare`. Returns facts for the lineage. Raises
-    MergelawError for an expert that does not fit, equals its base, or holds NaN or Inf.
+    ``vocabulary`` and ``trust`` as in :func:`compare.compare`. Returns facts for the lineage.
+    Raises MergelawError for an expert that does not fit, equals its base, or holds NaN or Inf.
     """
     statistics: dict[str, dict[str, Any]] = {}
     derived = storage == "derived" and not is_adapter(expert)
     with ExitStack() as stack:
         ours = stack.enter_context(open_arranged(base))
-        source = Expert(expert, ours, stack, vocabulary)
+        source = Expert(expert, ours, stack, vocabulary, trust)
         layout = {name: ("F32", ours.shape(name)) for name in source.names}
         writer = stack.enter_context(Writer(None if derived else folder / VECTOR, layout))
         for name in source.names:
@@ -134,7 +143,7 @@ def write(
     total = {key: sum(s[key] for s in statistics.values()) for key in ("elements", "exceptions")}
     files.write_json(folder / STATISTICS, {"norm": norm, **total, "tensors": statistics})
     if derived:
-        described = {"vector": writer.digest, "vocabulary": vocabulary}
+        described = {"vector": writer.digest, "vocabulary": vocabulary, "trust": list(trust)}
         files.write_json(folder / DERIVED, described)
     stored = "derived" if derived else "materialised"
     facts = {"norm": norm, **total, "storage": stored}
@@ -288,7 +297,8 @@ class TaskVector:
                 )
         described = json.loads((self.folder / DERIVED).read_text(encoding="utf-8"))
         base = self._stack.enter_context(open_arranged(places["base"]))
-        return Expert(places["expert"], base, self._stack, described["vocabulary"])
+        options = described["vocabulary"], described.get("trust", ())
+        return Expert(places["expert"], base, self._stack, *options)
 
     def __enter__(self) -> "TaskVector":
         return self

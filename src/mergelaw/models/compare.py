@@ -1,7 +1,7 @@
 """Checks that an expert is a fine-tune of its base: configurations, tokenizers and tensors."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from math import fsum, isfinite, prod
 from pathlib import Path
@@ -87,33 +87,67 @@ def same_value(left: Any, right: Any) -> bool:
     return False
 
 
-def check_settings(base: Tensors, expert: Tensors, where: str) -> None:
-    """Refuse an expert whose forward pass differs from the base's by their configurations."""
+def different_settings(base: Tensors, expert: Tensors) -> dict[str, tuple[Any, Any]]:
+    """Settings by which base and expert compute different things: the values of both, by key."""
     if base.config == expert.config:
-        return
+        return {}
     ours, theirs = settings(base.folder), settings(expert.folder)
     ropes = {str(v) for side in (ours, theirs) for k, v in side.items() if k.endswith("rope_type")}
-    for key in sorted(ours.keys() | theirs.keys()):
+    return {
+        key: (ours.get(key), theirs.get(key))
+        for key in sorted(ours.keys() | theirs.keys())
         # Only scaled rotary embeddings read how long sequences may be.
-        if key == "max_position_embeddings" and ropes <= {"default"}:
-            continue
-        if not same_value(ours.get(key), theirs.get(key)):
+        if not (key == "max_position_embeddings" and ropes <= {"default"})
+        and not same_value(ours.get(key), theirs.get(key))
+    }
+
+
+def check_trust(trust: Sequence[str], keys: Collection[str], where: str) -> set[str]:
+    """The ``keys`` that ``trust`` names, whole or without sections. Refuses a name of none."""
+    trusted = set()
+    for name in trust:
+        matches = {key for key in keys if key == name or key.endswith(f".{name}")}
+        if not matches:
             raise MergelawError(
-                f"{where}: its config.json has {key} {theirs.get(key)}, the base's has "
-                f"{ours.get(key)}, so a merge would not compute what the expert does; give an "
-                "expert that kept the base's configuration"
+                f"{where}: trust names {name!r}, but its configuration has nothing of this name "
+                "that differs from the base's and matters; remove it from trust"
             )
+        trusted |= matches
+    return trusted
+
+
+def compare_settings(base: Tensors, expert: Tensors, where: str, trust: Sequence[str]) -> list[str]:
+    """Refuse an expert whose forward pass differs from the base's by their configurations.
+
+    Returns notes on the keys of ``trust``, which may differ.
+    """
+    different = different_settings(base, expert)
+    trusted, notes = check_trust(trust, different, where), []
+    for key, (ours, theirs) in different.items():
+        values = f"its config.json has {key} {theirs}, the base's has {ours}"
+        if key not in trusted:
+            raise MergelawError(
+                f"{where}: {values}, so a merge would not compute what the expert does; give an "
+                f"expert that kept the base's configuration, or set trust: [{key}] beside its "
+                "checkpoint to use the base's"
+            )
+        notes.append(f"{where}: {values}, which is used (trust)")
+    return notes
 
 
 def compare(
-    base: Tensors, expert: Tensors, where: str, vocabulary: str = "refuse"
+    base: Tensors,
+    expert: Tensors,
+    where: str,
+    vocabulary: str = "refuse",
+    trust: Sequence[str] = (),
 ) -> tuple[list[str], list[str]]:
     """Check that an expert fits its base. Returns names of tensors to merge, and notes for users.
 
     Both are arranged (:func:`parameters.open_arranged`). The expert's tensors get the base's names;
     it may lack tensors that transformers ignores. With ``vocabulary`` ``common_rows`` it may have
-    another vocabulary size. Raises MergelawError for the first thing that does not fit; its message
-    begins with ``where``.
+    another vocabulary size, and the settings in ``trust`` may differ. Raises MergelawError for the
+    first thing that does not fit; its message begins with ``where``.
     """
     ours, theirs = base.config["model_type"], expert.config["model_type"]
     if ours != theirs and theirs != (base.config.get("text_config") or {}).get("model_type"):
@@ -121,10 +155,10 @@ def compare(
             f"{where}: model_type is {theirs}, the base's is {ours}; "
             "an expert must be a fine-tune of its base"
         )
-    check_settings(base, expert, where)
+    notes = compare_settings(base, expert, where, trust)
     rows = vocabulary_size(base.config), vocabulary_size(expert.config)
     check_rows(rows, where, vocabulary)
-    notes = compare_tokenizers(base.folder, expert.folder, rows, where)
+    notes += compare_tokenizers(base.folder, expert.folder, rows, where)
     names = {name for name in base.names() if not COMPUTED.search(name)}
     stored = align(base, expert, names, where)
     for name in sorted(stored):

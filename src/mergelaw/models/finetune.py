@@ -37,8 +37,7 @@ def fine_tune(
     causal_lm.check_windows(model, encoded.windows, where)
     if recipe.packing:
         causal_lm.check_packing(model, base)
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
+    pad_with_an_embedded_token(tokenizer, len(model.get_input_embeddings().weight))
     arguments = trainer.training_arguments(
         SFTConfig,
         recipe,
@@ -64,6 +63,14 @@ def fine_tune(
         "long_documents": encoded.long_documents,
         "dropped_tokens": encoded.dropped_tokens,
     }
+
+
+def pad_with_an_embedded_token(tokenizer: Any, rows: int) -> None:
+    """Choose a padding token below ``rows``; no loss or attention sees which one it is."""
+    for token in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0):
+        if token is not None and token < rows:
+            tokenizer.pad_token = tokenizer.convert_ids_to_tokens(token)
+            return
 
 
 def example(window: tokenize.Window) -> dict[str, list[int]]:

@@ -1,13 +1,13 @@
 """Checks of local checkpoints from their headers, before anything is trained or merged."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 from mergelaw.errors import MergelawError
 from mergelaw.models.checkpoint import Tensors, is_adapter, mergeable, vocabulary_size
-from mergelaw.models.compare import compare, sampled_kinship
+from mergelaw.models.compare import check_trust, compare, sampled_kinship
 from mergelaw.models.lora import inspect_adapter
 from mergelaw.models.parameters import (
     build,
@@ -63,7 +63,9 @@ def inspect_tokenizer(folder: Path, rows: int) -> list[str]:
     ]
 
 
-def inspect_expert(folder: Path, base: Path, vocabulary: str = "refuse") -> list[str]:
+def inspect_expert(
+    folder: Path, base: Path, vocabulary: str = "refuse", trust: Sequence[str] = ()
+) -> list[str]:
     """Check that an expert, a checkpoint or an adapter, fits its base. Returns notes for users.
 
     It reads headers, and few values: to match names, and to say if the two are unrelated. Raises
@@ -71,10 +73,11 @@ def inspect_expert(folder: Path, base: Path, vocabulary: str = "refuse") -> list
     """
     folder, base = Path(folder), Path(base)
     if is_adapter(folder):
+        check_trust(trust, {}, str(folder))
         return inspect_adapter(build(base), base, folder, vocabulary)
     with ExitStack() as stack:
         ours, theirs = (stack.enter_context(open_arranged(side)) for side in (base, folder))
-        names, notes = compare(ours, theirs, str(folder), vocabulary)
+        names, notes = compare(ours, theirs, str(folder), vocabulary, trust)
         return notes + sampled_kinship(ours, theirs, names)
 
 

@@ -27,6 +27,14 @@ class Checkpoint(Model):
         return self
 
 
+class ExpertCheckpoint(Checkpoint):
+    """A ready-made expert, a model or LoRA adapter: exactly one of `path` and `hub`."""
+
+    trust: Distinct[str] | None = Field(
+        None, description="keys of its config.json that may differ: the base's values are used"
+    )
+
+
 class Optimisation(Model):
     """Optimiser settings that pre-training and fine-tuning share."""
 

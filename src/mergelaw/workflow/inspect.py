@@ -65,8 +65,12 @@ def _experts(study: Study, bases: dict[str, Path], findings: Findings) -> None:
         for base, checkpoint in (expert.checkpoints or {}).items():
             if checkpoint.path is not None and base in bases:
                 with findings.at(f"{kind}.{name}.checkpoints.{base}"):
-                    folder = Path(checkpoint.path)
-                    findings.notes += inspect_expert(folder, bases[base], config.vocabulary)
+                    findings.notes += inspect_expert(
+                        Path(checkpoint.path),
+                        bases[base],
+                        config.vocabulary,
+                        checkpoint.trust or (),
+                    )
     for base in config.bases:
         if lacking := [name for name in config.pool() if not config.has(base, name)]:
             findings.notes.append(f"bases.{base}: has no checkpoint of {', '.join(lacking)}")

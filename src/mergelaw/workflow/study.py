@@ -121,7 +121,7 @@ class Study:
         self, stage: str, folder: str, checkpoint: Checkpoint, **place: Any
     ) -> Artifact:
         recipe = {"checkpoint": self._checkpoint(checkpoint)}
-        sources = checkpoint.model_dump(exclude_none=True)
+        sources = checkpoint.model_dump(exclude_none=True, include={"path", "hub", "revision"})
         return Artifact(stage, folder, recipe, sources=sources, **place)
 
     def expert(self, base: str, name: str, seed: int) -> Artifact:
@@ -166,7 +166,7 @@ class Study:
             (base, name, seed): Artifact(
                 "task_vector",
                 expert.folder.replace("experts/", "task_vectors/", 1),
-                recipe,
+                recipe | self._trust(base, name),
                 base=base,
                 name=name,
                 seed=expert.seed,
@@ -175,6 +175,12 @@ class Study:
             )
             for (base, name, seed), expert in self.experts.items()
         }
+
+    def _trust(self, base: str, name: str) -> dict[str, Any]:
+        """The keys of an expert's configuration that may differ from its base's, if any."""
+        checkpoints = self.config.models[name].checkpoints or {}
+        trust = checkpoints[base].trust if base in checkpoints else None
+        return {"trust": sorted(trust)} if trust else {}
 
     def subsets(self, base: str) -> list[Subset]:
         """The subsets of a base's design."""
