@@ -694,3 +694,26 @@ def test_a_grid_as_large_as_the_papers_is_resolved():
     data["bases"] = {f"b{i}": copy.deepcopy(first) for i in range(7)}
     study = Study(config.parse(data))
     assert len(study.by_path) > 200
+
+
+def test_a_file_adds_to_the_one_that_it_includes(tmp_path):
+    (tmp_path / "more").mkdir()
+    (tmp_path / "a.yaml").write_text("name: a\nmerges: {x: {base: b}}\nseed: 1\n")
+    (tmp_path / "more" / "b.yaml").write_text(
+        "include: ../a.yaml\nmerges: {y: {base: c}}\nseed: 2\n"
+    )
+    assert config.read_files([tmp_path / "more" / "b.yaml"]) == {
+        "name": "a",
+        "merges": {"x": {"base": "b"}, "y": {"base": "c"}},
+        "seed": 2,
+    }
+    for text, words in (
+        ("include: self.yaml", "include each other"),
+        ("include: [a.yaml]", "the path of one file"),
+        ("include: gone.yaml", "gone.yaml"),
+    ):
+        (tmp_path / "self.yaml").write_text(text)
+        with pytest.raises(MergelawError, match=words):
+            config.load(tmp_path / "self.yaml")
+    with pytest.raises(MergelawError, match="only a file of its own"):
+        config.parse(small(include="a.yaml"))

@@ -82,6 +82,29 @@ def test_learned_coefficients_are_an_artifact_that_no_law_knows(tmp_path):
     assert changed.path != one.path
 
 
+def test_merges_that_are_only_measured_share_a_job_and_change_nothing_else(tmp_path):
+    plain = study(tmp_path)
+    settings = plain.config.model_dump(exclude_unset=True)
+    one = {"base": "tiny", "method": "average", "experts": ["split"]}
+    both = one | {"experts": ["apart", "split"], "write": False}
+    named = {"a": one, "b": both, "c": both | {"experts": ["apart"]}}
+    more = Study(parse(settings | {"merges": named}))
+    assert set(more.merges) == {"a"}
+    assert more.merge_evals["b"] is more.merge_evals["c"] is not more.merge_evals["a"]
+    assert more.merge_evals["b"].folder == "evals/tiny/average/more-s0-000"
+    assert [row.experts for row in more.merge_evals["b"].rows] == [
+        (),
+        ("split", "apart"),
+        ("apart",),
+    ]
+    assert len(more.measurements) == len(plain.measurements) + 2
+    new = {path for path in more.by_path if path not in plain.by_path}
+    assert {path.split("/")[0] for path in new} == {"evals", "reports", "merges"}
+    predicted = {"objective": "macro", "value": 1.0, "low": 0.9, "high": 1.1}
+    again = Study(parse(settings | {"merges": named | {"b": both | {"predicted": predicted}}}))
+    assert again.by_path.keys() == more.by_path.keys()
+
+
 def test_splits_are_artifacts_and_calibration_is_made_on_request(tmp_path):
     whole = study(tmp_path)
     assert {split: set(domains) for split, domains in whole.corpora.items()} == {

@@ -6,6 +6,7 @@ import sys
 from studies import SNAKEMAKE, TINY, environment, records, write_jsonl
 
 import models
+from mergelaw.config import load
 
 DOMAINS = ("law", "medicine", "code", "sums")
 
@@ -16,6 +17,11 @@ def command(folder, *words: str) -> str:
     )
     assert run.returncode == 0, run.stdout + run.stderr
     return run.stdout
+
+
+def cells(folder) -> list[str]:
+    """All measured cells."""
+    return [line for f in folder.glob("results/cells/*/*.jsonl") for line in f.open()]
 
 
 def test_adapters_and_files_become_a_ranked_answer(tmp_path):
@@ -30,3 +36,11 @@ def test_adapters_and_files_become_a_ranked_answer(tmp_path):
     command(tmp_path, *SNAKEMAKE, "--configfile", "our.yaml")
     answer = command(tmp_path, *python, "best", "our.yaml")
     assert "write it: mergelaw merge our.yaml" in answer
+    measured = cells(tmp_path)
+    command(tmp_path, *python, "select", "our.yaml", "--batch", "3", "--method", "ties")
+    proposed = load(tmp_path / "our.select.yaml").merges.values()
+    assert 0 < len(proposed) <= 3 and not any(merge.write for merge in proposed)
+    command(tmp_path, *SNAKEMAKE, "--configfile", "our.select.yaml")
+    assert len(cells(tmp_path)) == len(measured) + len(proposed) * len(DOMAINS)
+    answer = command(tmp_path, *python, "select", "our.select.yaml", "--method", "ties")
+    assert f"Of {len(proposed)} earlier proposals" in answer

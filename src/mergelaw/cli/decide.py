@@ -21,25 +21,46 @@ if TYPE_CHECKING:
 Base = Annotated[str | None, Option(help="a base of the study; default: all")]
 
 
+Kind = Annotated[
+    Literal["macro", "worst"],
+    Option(
+        "--objective",
+        help="macro: mean loss of the domains that are not held out; worst: loss above the "
+        "base in the domain that gains least",
+    ),
+]
+Weights = Annotated[
+    str | None, Option(help="weights of the domains that count, as in maths=2,code=1")
+]
+NotAbove = Annotated[
+    str | None,
+    Option(
+        help="limits in nats above the base, as in code=0.01,law=0; all=0: no domain above it; "
+        "held_out=0: no held-out domain"
+    ),
+]
+NotAboveExpert = Annotated[
+    str | None, Option(help="the same above the best single expert on each domain")
+]
+AtMost = Annotated[int | None, Option(min=1, help="most experts in the merge")]
+Require = Annotated[list[str] | None, Option(help="an expert that it must have; repeatable")]
+Exclude = Annotated[list[str] | None, Option(help="an expert that it must not have; repeatable")]
+Methods = Annotated[
+    list[str] | None, Option("--method", help="merges by this method only; repeatable")
+]
+
+
 def best(
     file: StudyFile = DEFAULT,
     base: Base = None,
-    objective: Annotated[
-        Literal["macro", "worst"],
-        Option(
-            help="macro: mean loss of the domains that are not held out; worst: loss above the "
-            "base in the domain that gains least"
-        ),
-    ] = "macro",
-    weights: Annotated[
-        str | None, Option(help="weights of the domains that count, as in maths=2,code=1")
-    ] = None,
-    not_above: Annotated[
-        str | None,
-        Option(
-            help="limits in nats above the base, as in code=0.01,law=0; all=0: no domain above it"
-        ),
-    ] = None,
+    objective: Kind = "macro",
+    weights: Weights = None,
+    not_above: NotAbove = None,
+    not_above_expert: NotAboveExpert = None,
+    at_most: AtMost = None,
+    require: Require = None,
+    exclude: Exclude = None,
+    method: Methods = None,
     top: Annotated[int, Option(min=1, help="merges to list")] = 10,
     as_json: Json = False,
 ) -> None:
@@ -50,7 +71,12 @@ def best(
     from mergelaw import decide
 
     wanted = decide.Objective(
-        objective, numbers("--weights", weights), numbers("--not-above", not_above)
+        objective,
+        numbers("--weights", weights),
+        numbers("--not-above", not_above),
+        numbers("--not-above-expert", not_above_expert),
+        at_most,
+        *(names or () for names in (require, exclude, method)),
     )
     study = load_study(file)
     results = for_each_base(study, base, lambda measured: decide.best(measured, wanted))
@@ -62,6 +88,67 @@ def best(
         print(json.dumps(answers, indent=1, ensure_ascii=False, allow_nan=False))
         return
     print("\n\n".join(best_text(b, str(file), top, len(study.bases) > 1) for b in results))
+
+
+def select(
+    file: StudyFile = DEFAULT,
+    base: Base = None,
+    objective: Kind = "macro",
+    weights: Weights = None,
+    not_above: NotAbove = None,
+    not_above_expert: NotAboveExpert = None,
+    at_most: AtMost = None,
+    require: Require = None,
+    exclude: Exclude = None,
+    method: Methods = None,
+    batch: Annotated[int, Option(min=1, help="most merges to propose for each base")] = 10,
+    output: Annotated[
+        Path | None,
+        Option("--output", "-o", help="the file to write; default: beside STUDY, NAME.select.yaml"),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Propose merges to measure next, as a configuration that adds them to the study.
+
+    Called again, it compares proposals with measurements and goes on, or says that nothing is left.
+
+    Example: mergelaw select ours.yaml --batch 8 --not-above held_out=0
+    """
+    from mergelaw import decide
+    from mergelaw.workflow import proposals
+
+    wanted = decide.Objective(
+        objective,
+        numbers("--weights", weights),
+        numbers("--not-above", not_above),
+        numbers("--not-above-expert", not_above_expert),
+        at_most,
+        *(names or () for names in (require, exclude, method)),
+    )
+    output = proposals.output_of(file, output)
+    study = load_study(output if output.exists() else file)
+    results = for_each_base(
+        study, base, lambda measured: proposals.select(study, measured, wanted, batch)
+    )
+    if as_json:
+        answers = [one.to_dict() for one in results]
+        print(json.dumps(answers, indent=1, ensure_ascii=False, allow_nan=False))
+    else:
+        from mergelaw.decide import tables
+
+        for one in results:
+            lines = [f"{one.measured.base}: {sentence}" for sentence in one.sentences]
+            table = tables.proposals(one)
+            print("\n".join([*lines, *(table.lines() if table.rows else []), ""]))
+    if any(one.proposals for one in results):
+        proposals.write(study, file, output, results)
+        print(proposals.cost(study, results), file=sys.stderr)
+        print(
+            f"{output}: written; measure its merges, and only those, and choose again:\n"
+            f"  snakemake --profile profiles/local --configfile {output}\n"
+            f"  mergelaw select {output}",
+            file=sys.stderr,
+        )
 
 
 def experts(

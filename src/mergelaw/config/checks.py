@@ -18,6 +18,8 @@ def problems(config: Config) -> Iterator[str]:
 
     Each check relies on the previous ones, so use only the first problem.
     """
+    if config.include:
+        yield "include: only a file of its own can include another; give the merged settings"
     if BASELINES in config.methods:
         yield f"methods.{BASELINES}: the name is reserved (see 'baselines'); choose another"
     if not config.pool():

@@ -29,7 +29,7 @@ class _Constructor(SafeConstructor):
 
 def load(path: Path | str) -> Config:
     """Read and check a configuration. Raises MergelawError."""
-    return parse(read(path), str(path))
+    return parse(read_files([path]), str(path))
 
 
 def parse_text(text: str, where: str) -> Config:
@@ -64,16 +64,29 @@ def _parse_yaml(content: bytes, where: str) -> Any:
 def read_files(paths: Iterable[Path | str], settings: Iterable[str] = ()) -> dict[str, Any]:
     """Read YAML files and merge them as Snakemake merges its configuration files.
 
-    Later files win, and ``settings`` (``key=value`` of ``--config``, values in YAML) over all.
-    Nested mappings are merged. Raises MergelawError.
+    Later files win, and ``settings`` (``key=value`` of ``--config``, values in YAML) over all. A
+    file wins over the one that it includes. Nested mappings are merged. Raises MergelawError.
     """
     merged: dict[str, Any] = {}
     for path in paths:
-        _update(merged, read(path))
+        for data in _with_included(Path(path)):
+            _update(merged, data)
     for setting in settings:
         key, _, value = setting.partition("=")
         _update(merged, {key: _parse_yaml(value.encode(), f"--config {clip(setting)}")})
     return merged
+
+
+def _with_included(path: Path, depth: int = 0) -> list[dict[str, Any]]:
+    """The data of a file, after those of the file that its key ``include`` names."""
+    data = read(path)
+    if "include" not in data:
+        return [data]
+    name = data.pop("include")
+    if not isinstance(name, str) or depth >= MAX_DEPTH:
+        problem = "give the path of one file" if depth < MAX_DEPTH else "files include each other"
+        raise MergelawError(f"{path}, include: {problem}")
+    return [*_with_included(path.parent / name, depth + 1), data]
 
 
 def _update(target: dict[str, Any], data: Mapping[str, Any]) -> None:

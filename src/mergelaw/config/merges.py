@@ -28,6 +28,15 @@ else:
     ]
 
 
+class Prediction(Model):
+    """The value of an objective that was predicted for a merge before it was measured."""
+
+    objective: str = Field(description="the options of the objective")
+    value: float = Field(description="predicted value, in nats per token")
+    low: float = Field(description="lower end of its 90% interval")
+    high: float = Field(description="upper end")
+
+
 class Merge(Model):
     """A merge to measure and to write out as a checkpoint."""
 
@@ -38,3 +47,7 @@ class Merge(Model):
         None, description="one weight for each expert; null: equal weights"
     )
     seed: Seed | None = Field(None, description="training seed; null: the first one")
+    write: bool = Field(True, description="write it out as a checkpoint; false: measure it only")
+    predicted: Prediction | None = Field(
+        None, description="what `mergelaw select` predicted; changes no result"
+    )

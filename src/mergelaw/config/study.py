@@ -26,6 +26,9 @@ EmptyOrExpert = Annotated[
 class Config(Model):
     """A study."""
 
+    include: LocalPath | None = Field(
+        None, description="path, from this file's folder, of a configuration that this one adds to"
+    )
     name: Name = Field(description="name of the study and of the model family of its bases")
     results: LocalPath = Field(
         "results", pattern=r"^[^{}<>*?\r\n]+$", description="folder that results are written to"
@@ -61,7 +64,7 @@ class Config(Model):
     sampling: Sampling = Field(Sampling(), description="which subsets are merged")
     evaluation: Evaluation = Field(Evaluation(), description="how a merge is evaluated")
     merges: dict[Name, Merge] = Field(
-        {}, description="merges to measure, and to write out as checkpoints"
+        {}, description="merges to measure besides the design's, and to write out as checkpoints"
     )
 
     @cached_property

@@ -4,71 +4,19 @@ import json
 import math
 import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
 from mergelaw.decide.measured import Array, Difference, Documents, Measured, Model, to_json
-from mergelaw.errors import MergelawError, nearest
+from mergelaw.decide.objective import Objective
+from mergelaw.errors import MergelawError
 
-EVERY = "all"  # stands for every domain in limits
 CONTENDERS = 200  # lowest merges that are compared with the best
 FEW = 2  # experts left out by the best merge that its sentence names
 RESAMPLES = 1000  # of the documents, for the optimism of the selection
-
-
-@dataclass(frozen=True)
-class Objective:
-    """Objective of the best merge, and limits that it must keep.
-
-    Attributes:
-        kind: ``macro``, the (weighted) mean loss over domains; ``worst``, the loss above the
-            base in the domain that gains least over it.
-        weights: weights of domains, of which only those named count; empty: the held-in domains
-            count alike.
-        limits: nats per token by which a domain's loss may be above the base's; ``all`` is every
-            domain.
-    """
-
-    kind: Literal["macro", "worst"] = "macro"
-    weights: Mapping[str, float] = field(default_factory=dict)
-    limits: Mapping[str, float] = field(default_factory=dict)
-
-    def shares(self, measured: Measured) -> Array:
-        """Weights of all domains, with sum one. Raises MergelawError for an unknown domain."""
-        for name in [*self.weights, *self.limits]:
-            if name not in measured.domains and not (name == EVERY and name in self.limits):
-                raise MergelawError(
-                    f"best: no domain {name!r}{nearest(name, measured.domains)}; the study "
-                    f"measures {', '.join(measured.domains)}"
-                )
-        if not self.weights:
-            return measured.counted
-        if self.kind == "worst":
-            raise MergelawError("best: --objective worst takes no --weights; give one of the two")
-        weights = np.array([self.weights.get(domain, 0.0) for domain in measured.domains])
-        if not np.isfinite(weights).all() or (weights < 0).any() or not weights.any():
-            raise MergelawError("best: weights of domains are numbers of 0 or more, not all 0")
-        return np.asarray(weights / weights.sum())
-
-    def values(self, losses: Array, base: Array, shares: Array) -> Array:
-        """Objective of losses (..., models, domains), the base's losses being (..., domains)."""
-        if self.kind == "worst":
-            above = np.where(shares > 0, losses - base[..., None, :], -np.inf)
-            return np.asarray(above.max(axis=-1))
-        return np.asarray(losses @ shares)
-
-    def slopes(self, measured: Measured, model: Model) -> dict[str, Array]:
-        """Coefficients of losses, by model and domain, whose sum is the objective of a model."""
-        shares, base = self.shares(measured), measured.reference
-        if self.kind == "macro":
-            return {model.identity: shares}
-        above = np.where(shares > 0, model.losses - base.losses, -np.inf)
-        one = np.zeros(len(shares))
-        one[above.argmax()] = 1.0
-        return {model.identity: one, base.identity: -one}
 
 
 @dataclass(frozen=True)
@@ -315,20 +263,18 @@ def best(measured: Measured, objective: Objective | None = None) -> Best:
         MergelawError: an unknown domain, or no merge within the limits.
     """
     objective = objective or Objective()
-    shares, base, limits = objective.shares(measured), measured.reference, objective.limits
-    merges = sorted(measured.merges, key=lambda m: (len(m.experts), m.identity))
+    shares, base = objective.shares(measured), measured.reference
+    merges = allowed(measured, objective)
     losses = np.array([merge.losses for merge in merges])
-    allowed = [limits.get(d, limits.get(EVERY, math.inf)) for d in measured.domains]
-    excess = losses - base.losses - np.array(allowed)
-    within = (excess <= 0).all(axis=1)
+    excess = losses - objective.ceilings(measured)
+    within = np.all(excess <= 0, axis=1)
     if not within.any():
         closest = int(excess.max(axis=1).argmin())
         place = int(excess[closest].argmax())
-        above = losses[closest, place] - base.losses[place]
         raise MergelawError(
             f"best: no measured merge of {measured.base} is within the limits; the closest, "
-            f"{measured.name(merges[closest])}, is {above:+.4f} against the base on "
-            f"{measured.domains[place]}; relax --not-above"
+            f"{measured.name(merges[closest])}, is {excess[closest, place]:.4f} above the one on "
+            f"{measured.domains[place]}; relax --not-above or --not-above-expert"
         )
     values = objective.values(losses, base.losses, shares)
     order = [i for i in np.argsort(values, kind="stable") if within[i]]  # ties: fewer experts
@@ -360,6 +306,21 @@ def best(measured: Measured, objective: Objective | None = None) -> Best:
         optimism,
         wins,
     )
+
+
+def allowed(measured: Measured, objective: Objective) -> list[Model]:
+    """Measured merges that the limits on experts and methods allow, those of few experts first.
+
+    Raises MergelawError if there are none, or if the limits contradict each other.
+    """
+    objective.check(measured)
+    merges = [m for m in measured.merges if objective.allows(m.method, m.experts)]
+    if not merges:
+        raise MergelawError(
+            f"best: no measured merge of {measured.base} keeps the limits on experts and methods; "
+            "relax them, or let `mergelaw select` propose merges that do"
+        )
+    return sorted(merges, key=lambda m: (len(m.experts), m.identity))
 
 
 def _minus(one: Mapping[str, Array], other: Mapping[str, Array]) -> dict[str, Array]:

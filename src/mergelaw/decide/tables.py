@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from mergelaw.decide.best import Best
 from mergelaw.decide.experts import Verdict
+from mergelaw.decide.select import Selection
 
 NONE = "-"
 
@@ -72,6 +73,17 @@ def domains(best: Best) -> Table:
     ]
     heads = ["domain", "best expert", "base", "expert alone", *best.measured.baselines, "merge"]
     return Table([*heads, "merge - base"], rows)
+
+
+def proposals(selection: Selection) -> Table:
+    """Merges to measure next, with their predictions."""
+    rows = []
+    for one in selection.proposals:
+        numbers = ["not predicted", NONE]
+        if one.value is not None:
+            numbers = [f"{one.value:.4f}", f"{one.low:.4f} to {one.high:.4f}"]
+        rows.append([f"{one.method} of {', '.join(one.experts)}", *numbers, one.reason])
+    return Table(["measure next", selection.objective.text, "90%", "why"], rows)
 
 
 def verdicts(every: Sequence[Verdict]) -> Table:

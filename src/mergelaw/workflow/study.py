@@ -4,6 +4,7 @@ It is a pure function of the configuration and the identity of its sources. It m
 does not import torch, because every job of the workflow parses it again.
 """
 
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -25,6 +26,12 @@ from mergelaw.models.checkpoint import files, read_config
 from mergelaw.models.recipe import Checkpoint
 from mergelaw.models.size import Size, size_of_architecture, size_of_nominal
 from mergelaw.workflow.artifact import Artifact
+
+
+def _weighted(experts: Sequence[str], weights: Sequence[float] | None = None) -> Weighted:
+    """The row of a merge outside of the design."""
+    shares = tuple(weights or [1.0] * len(experts))
+    return Weighted(len(experts), -1, -1, tuple(experts), shares)
 
 
 class Study:
@@ -281,27 +288,33 @@ class Study:
 
     @cached_property
     def merge_evals(self) -> dict[str, Artifact]:
-        """Evaluations of the merges to write, by name. No law is fitted to them."""
-        return {
-            name: self._measurement(
-                merge.base, merge.method, f"merge-{name}", *self._members(merge)
-            )
-            for name, merge in self.config.merges.items()
-        }
+        """Evaluations of the merges in ``merges``, by merge. No law is fitted to them.
+
+        Those that are only measured share a job for each base, rule and training seed.
+        """
+        evals: dict[str, Artifact] = {}
+        shared: dict[tuple[str, str, int], dict[str, Weighted]] = defaultdict(dict)
+        for name, merge in self.config.merges.items():
+            experts, weights, seed = self._members(merge)
+            row = _weighted(experts, weights)
+            if merge.write or isinstance(self.config.methods[merge.method], Learned):
+                title = f"merge-{name}"
+                evals[name] = self._measurement(merge.base, merge.method, title, [row], seed)
+            else:
+                shared[merge.base, merge.method, seed][name] = row
+        for (base, method, seed), rows in shared.items():
+            size, names = self.config.sampling_of(base).merges_per_shard, list(rows)
+            for start in range(0, len(names), size):
+                part = names[start : start + size]
+                title, members = f"more-s{seed}-{start // size:03d}", [rows[n] for n in part]
+                evals |= dict.fromkeys(part, self._measurement(base, method, title, members, seed))
+        return evals
 
     def _measurement(
-        self,
-        base: str,
-        method: str,
-        name: str,
-        experts: Sequence[str],
-        weights: Sequence[float] | None,
-        seed: int,
+        self, base: str, method: str, name: str, merges: Sequence[Weighted], seed: int
     ) -> Artifact:
-        """Evaluation of a merge outside of the design, and of the base itself."""
-        shares = tuple(weights or [1.0] * len(experts))
-        row = Weighted(len(experts), -1, -1, tuple(experts), shares)
-        rows: list[Subset | Weighted] = [Subset(0, -1, -1, ()), row]
+        """Evaluation of merges outside of the design, and of the base itself."""
+        rows: list[Subset | Weighted] = [Subset(0, -1, -1, ()), *merges]
         recipe = self.config.methods[method].model_dump(by_alias=True)
         return self._evaluation(base, method, seed, name, recipe, rows)
 
@@ -309,7 +322,7 @@ class Study:
     def learned_evals(self) -> list[Artifact]:
         """Evaluations of merges with learned coefficients, of each base's whole pool."""
         return [
-            self._measurement(base, name, f"s{seed}-000", self.config.pool(base), None, seed)
+            self._measurement(base, name, f"s{seed}-000", [_weighted(self.config.pool(base))], seed)
             for base in self.config.bases
             for name, method in self.config.methods.items()
             if isinstance(method, Learned)
@@ -346,7 +359,8 @@ class Study:
     @cached_property
     def measurements(self) -> list[Artifact]:
         """All evaluations: of the design, of learned merges and of the merges to write."""
-        return [*self.evals.values(), *self.learned_evals, *self.merge_evals.values()]
+        named = dict.fromkeys(self.merge_evals.values())
+        return [*self.evals.values(), *self.learned_evals, *named]
 
     @cached_property
     def coefficients(self) -> list[Artifact]:
@@ -380,6 +394,8 @@ class Study:
         """Merges to write as checkpoints, by name."""
         merges = {}
         for name, merge in self.config.merges.items():
+            if not merge.write:
+                continue
             experts, weights, seed = self._members(merge)
             vectors = {e: self.task_vectors[merge.base, e, seed] for e in experts}
             merges[name] = Artifact(
