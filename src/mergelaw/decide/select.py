@@ -112,8 +112,8 @@ class Selection:
         )
         if not self.best and not self.proposals:
             lines = [
-                f"No measured merge keeps the limits, and the chance that one of {self.candidates:,} "
-                f"unmeasured ones does is {chance}; relax them."
+                f"No measured merge keeps the limits, and the chance that one of "
+                f"{self.candidates:,} unmeasured ones does is {chance}; relax them."
             ]
         elif not self.candidates:
             lines = [f"Every merge within the limits is measured: {best}."]

@@ -1,0 +1,267 @@
+"""Regret of `mergelaw select` against greedy addition, random search and CMA-ES.
+
+    python benchmarks/select.py measure STUDY BASE TRUTH.npz    measure all subsets by every rule
+    python benchmarks/select.py score TRUTH.npz...              search them, for 20 objectives
+
+The study must be made up to its task vectors. Regret is the best loss that a search has measured,
+above the best of all, as a share of that one's gain over the base. CMA-ES: `pip install cma`.
+"""
+
+import json
+import sys
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mergelaw import config
+from mergelaw.decide import Measured, Objective
+from mergelaw.decide.measured import Model
+from mergelaw.decide.predict import predictor
+from mergelaw.decide.select import select
+from mergelaw.workflow.study import Study
+
+BUDGETS = (40, 80, 120)
+OBJECTIVES = 20
+BATCH = 8
+START = (1, 2, 4, 5, 7, 9)  # experts in the merges of each rule that `select` begins with
+Place = tuple[int, tuple[int, ...]]  # rule, experts
+
+
+def measure(file: str, base: str, output: str) -> None:
+    """Measure every subset under every rule that does not learn."""
+    from mergelaw.cli.process import prepare_torch
+    from mergelaw.evaluation import cross_entropy
+    from mergelaw.evaluation.shard import counts_of, encode, load_model
+    from mergelaw.merging.engine import Merger
+    from mergelaw.merging.methods.learned import Learned
+    from mergelaw.merging.task_vector import TaskVector
+
+    study = Study(config.load(file))
+    prepare_torch(1)
+    pool, settings = study.config.pool(base), study.config.evaluation.model_dump()
+    folder = study.results / study.bases[base].path
+    corpora = {name: study.results / a.path for name, a in study.corpora["eval"].items()}
+    sets, rows = encode(settings, folder, corpora), []
+    vectors = {n: TaskVector(study.results / study.task_vectors[base, n, 0].path) for n in pool}
+    methods = {n: m for n, m in study.config.methods.items() if not isinstance(m, Learned)}
+    subsets = [s for k in range(len(pool) + 1) for s in combinations(pool, k)]
+    for name, method in methods.items():
+        model = load_model(folder, settings["dtype"])
+        batches = {
+            d: cross_entropy.batches(s.windows, settings["batch_tokens"], model.device)
+            for d, s in sets.items()
+        }
+        with Merger(model, folder, vectors, method, 1 << 33) as merger:
+            for members in subsets if not rows else subsets[1:]:
+                merger.merge(members)
+                nll = [cross_entropy.nll(model, batches[d], s.documents) for d, s in sets.items()]
+                counts = [sum(counts_of(s)["document_tokens"]) for s in sets.values()]
+                rows.append([part.sum() / count for part, count in zip(nll, counts, strict=True)])
+        print(name, flush=True)
+    recipes = [
+        json.dumps(m.model_dump(by_alias=True), separators=(",", ":")) for m in methods.values()
+    ]
+    np.savez(
+        output, losses=rows, domains=list(sets), experts=pool, methods=list(methods),
+        recipes=recipes, base=base,
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Truth:
+    """Losses, (1 + rules x subsets, domains), of the base and of all merges of a pool."""
+
+    losses: Any
+    domains: list[str]
+    experts: list[str]
+    methods: list[str]
+    recipes: list[str]
+    base: str
+
+    @classmethod
+    def read(cls, path: str) -> "Truth":
+        file = np.load(path)
+        lists = {n: file[n].tolist() for n in ("domains", "experts", "methods", "recipes", "base")}
+        return cls(file["losses"], **lists)
+
+    @property
+    def places(self) -> list[Place]:
+        """All merges, in the order of the losses."""
+        M = len(self.experts)
+        subsets = [s for k in range(1, M + 1) for s in combinations(range(M), k)]
+        return [(rule, s) for rule in range(len(self.methods)) for s in subsets]
+
+    def measured(self, places: list[Place]) -> Measured:
+        """These merges as if nothing else were measured."""
+        row = {place: 1 + i for i, place in enumerate(self.places)}
+
+        def model(
+            identity: str, role: str, rule: int, members: tuple[int, ...], losses: Any
+        ) -> Model:
+            names = tuple(self.experts[i] for i in members)
+            return Model(
+                identity, role, self.methods[rule], self.recipes[rule], 0, names,
+                (1.0,) * len(names), losses,
+            )  # fmt: skip
+
+        models = [model("base", "base", (0, ()), self.losses[0])] + [
+            model(str(place), "merge", place, self.losses[row[place]]) for place in places
+        ]
+        by_name = {one.identity: one for one in models}
+        return Measured(self.base, tuple(self.domains), frozenset(), by_name, lambda _: None)  # type: ignore[arg-type, return-value]
+
+
+def objectives(domains: list[str]) -> list[Objective]:
+    """The macro loss, the worst domain, and random weights of domains."""
+    random = np.random.default_rng(1)
+    every = [Objective(), Objective("worst")]
+    while len(every) < OBJECTIVES:
+        weights = random.dirichlet(np.full(len(domains), 0.5)).round(3)
+        every.append(Objective(weights=dict(zip(domains, weights.tolist(), strict=True))))
+    return every
+
+
+# Each search yields the places that it measures, in order; `values` has the objective by place.
+
+
+def by_random(truth: Truth, values: dict[Place, float], seed: int) -> Iterator[Place]:
+    places = truth.places
+    for i in np.random.default_rng(seed).permutation(len(places)):
+        yield places[i]
+
+
+def by_greedy(truth: Truth, values: dict[Place, float], seed: int) -> Iterator[Place]:
+    """Add the expert that lowers the loss most, rule by rule, until none does."""
+    M = len(truth.experts)
+    for rule in np.random.default_rng(seed).permutation(len(truth.methods)).tolist():
+        current: Place | None = None
+        while True:
+            members = current[1] if current else ()
+            more = [(rule, tuple(sorted({*members, i}))) for i in range(M) if i not in members]
+            yield from more
+            best = min(more, key=values.__getitem__, default=None)
+            if best is None or (current and values[best] >= values[current]):
+                break
+            current = best
+
+
+def by_cma(truth: Truth, values: dict[Place, float], seed: int) -> Iterator[Place]:
+    """CMA-ES over a number for each expert, positive where it is merged, and one for each rule."""
+    import cma
+
+    M, rules = len(truth.experts), len(truth.methods)
+    options = {"seed": seed + 1, "verbose": -9}
+    for again in range(100):
+        search = cma.CMAEvolutionStrategy(
+            np.full(M + rules, 0.2), 0.6, options | {"seed": 100 * seed + again + 1}
+        )
+        while not search.stop():
+            points, losses = search.ask(), []
+            for x in points:
+                members = tuple(np.flatnonzero(x[:M] > 0).tolist()) or (int(x[:M].argmax()),)
+                place = int(x[M:].argmax()), members
+                yield place
+                losses.append(values[place])
+            search.tell(points, losses)
+
+
+def by_select(
+    truth: Truth, objective: Objective, values: dict[Place, float], seed: int, held: list[Any]
+) -> Iterator[Place]:
+    """The product: a small random start of every rule, then its batches."""
+    random, M = np.random.default_rng(seed), len(truth.experts)
+    done: list[Place] = []
+    for rule in range(len(truth.methods)):
+        for k in START:
+            members = tuple(sorted(random.choice(M, k, replace=False).tolist()))
+            done.append((rule, members))
+    yield from done
+    earlier: list[Any] = []
+    while True:
+        one = truth.measured(done)
+        answer = select(one, predictor(one), objective, BATCH, earlier=earlier)
+        if not answer.proposals:
+            return
+        for p in answer.proposals:
+            place = truth.methods.index(p.method), tuple(truth.experts.index(e) for e in p.experts)
+            held.append((len(done), values[place], p.value, p.low, p.high, p.usable))
+            earlier.append((p.method, p.experts, p.value, p.low, p.high))
+            done.append(place)
+            yield place
+
+
+def regrets(
+    truth: Truth, objective: Objective, values: dict[Place, float], search: Any
+) -> list[float]:
+    """Regret after each budget. Repeated merges are free; a search may end early."""
+    base = truth.losses[0]
+    shares = objective.shares(truth.measured([truth.places[0]]))
+    level = float(objective.values(base[None], base, shares)[0])
+    least, best, seen, result = min(values.values()), level, set(), []
+    for place in search:
+        if place not in seen:
+            if len(seen) in BUDGETS and len(result) < BUDGETS.index(len(seen)) + 1:
+                result.append((best - least) / (level - least))
+            if len(seen) == BUDGETS[-1]:
+                break
+            seen.add(place)
+        best = min(best, values[place])
+    return (result + [(best - least) / (level - least)] * len(BUDGETS))[: len(BUDGETS)]
+
+
+def score(paths: list[str]) -> None:
+    """Print tables of regrets and of intervals' hold rates."""
+    for path in paths:
+        truth = Truth.read(path)
+        table: dict[str, list[Any]] = {"select": [], "greedy": [], "random": [], "CMA-ES": []}
+        held: list[Any] = []
+        for seed, objective in enumerate(objectives(truth.domains)):
+            one = truth.measured(truth.places)
+            every = objective.values(truth.losses[1:], truth.losses[0], objective.shares(one))
+            values = dict(zip(truth.places, every.tolist(), strict=True))
+            searches = {
+                "select": by_select(truth, objective, values, seed, held),
+                "greedy": by_greedy(truth, values, seed),
+                "random": by_random(truth, values, seed),
+                "CMA-ES": by_cma(truth, values, seed),
+            }
+            for name, search in searches.items():
+                table[name].append(regrets(truth, objective, values, search))
+            print(objective.text[:40], [f"{table[n][-1][0]:.3f}" for n in table], file=sys.stderr)
+        print(f"\n### {truth.base}\n\n| search | " + " | ".join(map(str, BUDGETS)) + " |")
+        print("|---|" + "---|" * len(BUDGETS))
+        for name, rows in table.items():
+            mean = np.mean(rows, axis=0)
+            gap = np.array(rows) - np.array(table["select"])
+            error = gap.std(axis=0, ddof=1) / np.sqrt(len(gap))
+            cells = [f"{100 * m:.2f}%" for m in mean]
+            if name != "select":
+                cells = [
+                    f"{c} ({100 * g:+.2f} ± {100 * e:.2f})"
+                    for c, g, e in zip(cells, gap.mean(axis=0), error, strict=True)
+                ]
+            print(f"| {name} | " + " | ".join(cells) + " |")
+        numbers = np.array([[float(x) for x in row] for row in held])
+        holds = (numbers[:, 3] <= numbers[:, 1]) & (numbers[:, 1] <= numbers[:, 4])
+        z = (numbers[:, 1] - numbers[:, 2]) / (numbers[:, 4] - numbers[:, 3]) * 2 * 1.645
+        print(
+            f"\n90% intervals of {len(holds)} proposals hold in {100 * holds.mean():.0f}%; measured "
+            f"minus predicted is {z.mean():+.2f} standard deviations in the mean, root mean square "
+            f"{np.sqrt((z**2).mean()):.2f}."
+        )
+
+
+if __name__ == "__main__":
+    warnings.simplefilter("ignore")
+    command, *words = sys.argv[1:] or ["-h"]
+    if command == "measure" and len(words) == 3 and Path(words[0]).is_file():
+        measure(*words)
+    elif command == "score" and words:
+        score(words)
+    else:
+        sys.exit(__doc__)
