@@ -250,9 +250,9 @@ def score(paths: list[str]) -> None:
         holds = (numbers[:, 3] <= numbers[:, 1]) & (numbers[:, 1] <= numbers[:, 4])
         z = (numbers[:, 1] - numbers[:, 2]) / (numbers[:, 4] - numbers[:, 3]) * 2 * 1.645
         print(
-            f"\n90% intervals of {len(holds)} proposals hold in {100 * holds.mean():.0f}%; measured "
-            f"minus predicted is {z.mean():+.2f} standard deviations in the mean, root mean square "
-            f"{np.sqrt((z**2).mean()):.2f}."
+            f"\n90% intervals of {len(holds)} proposals hold in {100 * holds.mean():.0f}%; "
+            f"measured minus predicted is {z.mean():+.2f} standard deviations in the mean, "
+            f"root mean square {np.sqrt((z**2).mean()):.2f}."
         )
 
 

@@ -7,6 +7,7 @@ import pytest
 
 import pool
 from mergelaw.decide import Objective
+from mergelaw.decide.pareto import pareto
 from mergelaw.decide.predict import predictor
 from mergelaw.decide.select import select
 from mergelaw.errors import MergelawError
@@ -146,3 +147,23 @@ def test_a_large_pool_is_searched_beyond_the_sample():
     answer = propose(one, batch=3)
     assert len(set(answer.proposals[0].experts) & set(experts[:12])) >= 11
     assert len(set(answer.proposals[0].experts) & set(experts[12:])) <= 1
+
+
+def test_a_pareto_front_has_every_merge_that_none_beats_and_no_other():
+    one = measured_of(EVERY)
+    groups = ["dates", "maths+sql"]
+    shares = np.array(
+        [[d == "dates" for d in one.domains], [d in ("maths", "sql") for d in one.domains]]
+    )
+    points = {m.identity: m.losses @ shares.T / [1, 2] for m in one.merges}
+    front = pareto(one, Objective(), groups)
+    for identity, point in points.items():
+        beaten = any((p <= point).all() and (p < point).any() for p in points.values())
+        on = [f for f in front if f.model.identity == identity and f.front]
+        assert bool(on) != beaten and all(f.losses == pytest.approx(point) for f in on)
+    assert {f.kind for f in front} == {"merge", "expert", "base"}
+    limited = pareto(one, Objective(at_most=2, methods=("ties",)), groups)
+    assert all(len(f.model.experts) <= 2 for f in limited)
+    for wrong, words in (["dates"], "two different"), (["dates", "mathss"], "did you mean 'maths'"):
+        with pytest.raises(MergelawError, match=words):
+            pareto(one, Objective(), wrong)

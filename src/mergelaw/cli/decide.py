@@ -15,7 +15,7 @@ from mergelaw.errors import MergelawError, nearest
 if TYPE_CHECKING:
     import pandas as pd
 
-    from mergelaw.decide import Best, Measured
+    from mergelaw.decide import Best, Measured, Objective
     from mergelaw.decide.compare import Guard
 
 Base = Annotated[str | None, Option(help="a base of the study; default: all")]
@@ -62,6 +62,13 @@ def best(
     exclude: Exclude = None,
     method: Methods = None,
     top: Annotated[int, Option(min=1, help="merges to list")] = 10,
+    pareto: Annotated[
+        str | None,
+        Option(
+            help="instead of a ranking, the merges that no other beats in all of these domains or "
+            "groups, as in maths,law+code"
+        ),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Rank the measured merges: which one to ship, how sure that is, and how to write it.
@@ -79,6 +86,9 @@ def best(
         *(names or () for names in (require, exclude, method)),
     )
     study = load_study(file)
+    if pareto is not None:
+        print_fronts(study, base, wanted, pareto.split(","), as_json)
+        return
     results = for_each_base(study, base, lambda measured: decide.best(measured, wanted))
     if as_json:
         answers = [
@@ -88,6 +98,26 @@ def best(
         print(json.dumps(answers, indent=1, ensure_ascii=False, allow_nan=False))
         return
     print("\n\n".join(best_text(b, str(file), top, len(study.bases) > 1) for b in results))
+
+
+def print_fronts(
+    study: Any, base: str | None, objective: "Objective", groups: list[str], as_json: bool
+) -> None:
+    """Print the Pareto front of each base."""
+    from mergelaw.decide import tables
+    from mergelaw.decide.measured import to_json
+    from mergelaw.decide.pareto import pareto
+
+    answers = {}
+    for one, points in for_each_base(study, base, lambda m: (m, pareto(m, objective, groups))):
+        table = tables.front(one, points, groups)
+        answers[one.base] = [dict(zip(table.columns, row, strict=True)) for row in table.rows]
+        if not as_json:
+            print(
+                "\n".join([f"{one.base}: * no measured merge is lower in all", *table.lines(), ""])
+            )
+    if as_json:
+        print(json.dumps(to_json(answers), indent=1, ensure_ascii=False, allow_nan=False))
 
 
 def select(

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 from mergelaw.decide.best import Best
 from mergelaw.decide.experts import Verdict
+from mergelaw.decide.measured import Measured
+from mergelaw.decide.pareto import Point
 from mergelaw.decide.select import Selection
 
 NONE = "-"
@@ -84,6 +86,21 @@ def proposals(selection: Selection) -> Table:
             numbers = [f"{one.value:.4f}", f"{one.low:.4f} to {one.high:.4f}"]
         rows.append([f"{one.method} of {', '.join(one.experts)}", *numbers, one.reason])
     return Table(["measure next", selection.objective.text, "90%", "why"], rows)
+
+
+def front(measured: Measured, points: Sequence[Point], groups: Sequence[str]) -> Table:
+    """A Pareto front, and models for comparison."""
+    rows = [
+        [
+            "*" if one.front else "",
+            one.kind,
+            measured.name(one.model),
+            *(f"{loss:.4f}" for loss in one.losses),
+            one.model.identity,
+        ]
+        for one in points
+    ]
+    return Table(["front", "", "model", *groups, "id"], rows)
 
 
 def verdicts(every: Sequence[Verdict]) -> Table:
