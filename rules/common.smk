@@ -29,5 +29,6 @@ localrules:
     check_overlap,
     fetch_base,
     fetch_expert,
+    gradients,
     sample_design,
     write_report,

@@ -28,6 +28,7 @@ ENTRIES = {
     "task_vector": ["mergelaw.merging.task_vector"],
     "design": ["mergelaw.evaluation.design"],
     "learn": ["mergelaw.decide.calibration"],
+    "gradients": ["mergelaw.decide.gradients"],
     "evaluate": ["mergelaw.evaluation.shard"],
     "fit": ["mergelaw.laws.fits"],
     "report": ["mergelaw.report.page"],

@@ -21,6 +21,7 @@ STAGES: dict[str, int] = {
     "task_vector": 4,
     "design": 1,
     "learn": 1,
+    "gradients": 1,
     "evaluate": 3,
     "fit": 6,
     "report": 5,

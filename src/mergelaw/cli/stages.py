@@ -138,6 +138,17 @@ def learn(job: Job, folder: Path, state: Path) -> dict[str, Any]:
 
 
 @stage
+def gradients(job: Job, folder: Path, state: Path) -> dict[str, Any]:
+    """Compute gradients at the mean of all experts, from which merges are predicted."""
+    from mergelaw.decide import gradients as stage_of_gradients
+
+    prepare_torch(job.threads)
+    vectors, corpora = job.all("task_vectors"), job.all("corpora")
+    cache = Path(job.sources["cells"]) / "prepared"
+    return stage_of_gradients.write(job.recipe, job.one("base"), vectors, corpora, cache, folder)
+
+
+@stage
 def evaluate(job: Job, folder: Path, state: Path) -> dict[str, Any]:
     """Measure the cross-entropy of a shard of merges."""
     from mergelaw.evaluation import shard

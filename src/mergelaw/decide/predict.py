@@ -10,27 +10,29 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import combinations
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy import stats
 
+from mergelaw.decide.gradients import PLAIN, STEP, Subsets, candidates, read
 from mergelaw.decide.measured import Array, Measured, Model
 from mergelaw.errors import MergelawError
 from mergelaw.merging.methods import Method, method_of
 
 LEARNED = "learned"  # its coefficients are not a function of the experts' weights
-ALL_SUBSETS = 10  # experts of whose subsets all are candidates
-CANDIDATES = 2000  # about the most candidates of a larger pool
 FITTED = 600  # measured merges of a method that a fit uses
-SHRINKAGES = (0.0, *np.geomspace(1e-2, 1e8, 11))  # variances of terms, relative to the misfit's
+FEWEST = 5  # measured merges of a method that a fit needs
+FLAT = 1e6  # variance of the flat terms, relative to the misfit's
+VARIANCES = (0.0, *np.geomspace(1e-2, 1e8, 21))  # candidates for the other terms' variance
+TINY = 1e-30  # squares of losses below this are rounding errors
+UNEQUAL = 10  # ratio of norms that is warned of
+MACRO = "macro"
 LEVEL = 0.9  # one-sided confidence of a verdict
 CORRELATION = 0.95  # a usable prediction's least rank correlation within k
 ERROR = 0.25  # its largest RMSE, relative to the spread within k
-
-Subsets = NDArray[np.bool_]
 
 
 @dataclass(frozen=True)
@@ -57,47 +59,44 @@ class Check:
 class Process:
     """Gaussian process regression of several outputs that share their kernel.
 
-    The kernel is a constant plus linear and squared terms in ``features``, (n, p), each with a
-    variance that is chosen by the marginal likelihood, relative to the misfit's. ``residuals``,
-    (n, outputs), are those of leaving each point out.
+    ``features``, (n, p), are coefficients and, last, the size of a residual. The prior is flat in a
+    constant and in the residual; linear and squared terms in all features share a variance, which
+    maximises the marginal likelihood. ``residuals``, (n, outputs), are those of leaving each point
+    out, and their ``covariance`` is per unit of the variance that ``predict`` returns.
     """
 
     def __init__(self, features: Array, outputs: Array):
-        self._features = features
-        n = len(features)
-        if not n:
-            return
-        scale = np.sqrt((features**2).mean(axis=0))
-        self._scale = np.where(scale > 0, scale, 1.0)
-        terms = self._terms(features)
+        n, self._features = len(features), features
+        spans = np.append(np.full(features.shape[1] - 1, (features[:, :-1] ** 2).sum() / n), 0.0)
+        spans[-1] = (features[:, -1] ** 2).mean()
+        self._scale = np.sqrt(np.where(spans > 0, spans, 1.0))
+        flat, bent = self._terms(features)
         best = math.inf
-        for linear in SHRINKAGES:
-            for squared in SHRINKAGES:
-                shares = np.array([SHRINKAGES[-1], linear, squared])
-                kernel = np.tensordot(shares, terms, 1) + np.eye(n)
-                sign, logdet = np.linalg.slogdet(kernel)
-                inverse = np.linalg.inv(kernel)
-                squares = np.einsum("nd,nm,md->d", outputs, inverse, outputs)
-                score = len(squares) * logdet + n * np.log(np.maximum(squares, 1e-300)).sum()
-                if sign > 0 and score < best:
-                    best, self._shares, self._inverse = float(score), shares, inverse
+        for variance in VARIANCES:
+            kernel = FLAT * flat + variance * bent + np.eye(n)
+            inverse = np.linalg.inv(kernel)
+            squares = np.maximum(np.einsum("nd,nm,md->d", outputs, inverse, outputs), TINY)
+            score = len(squares) * np.linalg.slogdet(kernel)[1] + n * np.log(squares).sum()
+            if score < best:
+                best, self._variance, self._inverse = float(score), variance, inverse
         self._weights = self._inverse @ outputs
         leverage = self._inverse.diagonal()[:, None]
         self.residuals = self._weights / leverage
-        # Leave-one-out residuals have variance covariance / leverage.
-        self.covariance = (self.residuals * leverage).T @ self.residuals / max(n - 1, 1)
+        self.covariance = (self.residuals * leverage).T @ self.residuals / (n - 2)
 
-    def _terms(self, features: Array) -> Array:
-        product = (features / self._scale) @ (self._features / self._scale).T
-        product = product / features.shape[1]
-        return np.stack([np.ones_like(product), product, product**2])
+    def _terms(self, features: Array) -> tuple[Array, Array]:
+        """Kernels of the flat and the other terms between features and the measured ones."""
+        one, other = features / self._scale, self._features / self._scale
+        product = one @ other.T
+        return 1 + np.outer(one[:, -1], other[:, -1]), product + product**2
 
     def predict(self, features: Array) -> tuple[Array, Array]:
         """Means, (C, outputs), and variances relative to ``covariance``, (C,)."""
-        kernel = np.tensordot(self._shares, self._terms(features), 1)
-        squares = (features / self._scale) ** 2
-        own = squares.sum(axis=1) / features.shape[1]
-        prior = self._shares[0] + self._shares[1] * own + self._shares[2] * own**2
+        flat, bent = self._terms(features)
+        kernel = FLAT * flat + self._variance * bent
+        scaled = features / self._scale
+        own = (scaled**2).sum(axis=1)
+        prior = FLAT * (1 + scaled[:, -1] ** 2) + self._variance * (own + own**2)
         explained = np.einsum("cn,nm,cm->c", kernel, self._inverse, kernel)
         return kernel @ self._weights, 1 + np.maximum(prior - explained, 0)
 
@@ -113,26 +112,31 @@ class Predictor:
     Attributes:
         experts: the M experts of the pool.
         domains: evaluation domains; ``counted`` are their shares in the macro loss.
-        methods: methods that it predicts, by name.
-        checks: by method and domain, and ``macro``.
+        checks: by method and domain, and ``macro``; a method that nothing of is measured has a
+            check of no merges, which is not usable.
+        warnings: what makes predictions doubtful, one line each.
     """
 
     experts: tuple[str, ...]
     domains: tuple[str, ...]
     counted: Array
-    methods: tuple[str, ...]
-    checks: Mapping[str, Mapping[str, Check]] = field(default_factory=dict)
-    _models: Mapping[str, "_Prediction"] = field(default_factory=dict, repr=False)
+    checks: Mapping[str, Mapping[str, Check]]
+    warnings: Sequence[str]
+    _predictions: Mapping[str, "_Prediction"] = field(repr=False)
 
-    def candidates(self, method: str) -> Subsets:
-        """Subsets that can be predicted, (C, M): all of a pool of ten, or a sample."""
-        self._model(method)
+    @property
+    def methods(self) -> tuple[str, ...]:
+        """Methods that it predicts."""
+        return tuple(self._predictions)
+
+    @property
+    def candidates(self) -> Subsets:
+        """Subsets that every method's prediction has, (C, M): all of ten experts, or a sample."""
         return candidates(len(self.experts))
 
     def losses(self, method: str, subsets: ArrayLike) -> tuple[Array, Array]:
         """Losses by domain and their standard deviations, (C, domains), in nats per token."""
-        mean, factor, covariance = self._predict(method, subsets)
-        return mean, np.sqrt(factor[:, None] * covariance.diagonal())
+        return self._predict(method, subsets, np.eye(len(self.domains)))
 
     def macro(
         self, method: str, subsets: ArrayLike, shares: ArrayLike | None = None
@@ -143,42 +147,149 @@ class Predictor:
         takes account of the errors' covariance between domains.
         """
         weights = self.counted if shares is None else np.asarray(shares, dtype=float)
-        mean, factor, covariance = self._predict(method, subsets)
-        return mean @ weights, np.sqrt(factor * (weights @ covariance @ weights))
+        mean, deviations = self._predict(method, subsets, weights[:, None])
+        return mean[:, 0], deviations[:, 0]
 
-    def _model(self, method: str) -> "_Prediction":
-        if method not in self._models:
+    def _predict(self, method: str, subsets: ArrayLike, shares: Array) -> tuple[Array, Array]:
+        weights = np.asarray(subsets, dtype=float)
+        if method not in self._predictions:
             raise MergelawError(
-                f"predict: no merge by {method!r} is measured; measured are "
-                + ", ".join(self.methods)
+                f"predict: {method!r} cannot be predicted, only {', '.join(self.methods)}; measure "
+                "merges by it"
             )
-        return self._models[method]
-
-    def _predict(self, method: str, subsets: ArrayLike) -> tuple[Array, Array, Array]:
-        model, weights = self._model(method), np.asarray(subsets, dtype=float)
         if weights.ndim != 2 or weights.shape[1] != len(self.experts):
             raise MergelawError(
                 f"predict: merges of shape {weights.shape}; give one row a merge, with a value for "
                 f"each of {', '.join(self.experts)}"
             )
-        if not np.isfinite(weights).all() or not weights.any(axis=1).all():
-            raise MergelawError("predict: a merge without experts, or a weight that is not finite")
-        mean, factor = model.predict(weights)
-        return mean, factor, model.process.covariance
+        if not (np.isfinite(weights).all() and weights.any(axis=1).all()):
+            raise MergelawError("predict: a merge has no experts, or a weight that is not finite")
+        return self._predictions[method].predict(weights, shares)
+
+
+class Expansion:
+    """Losses near the mean of all experts, to second order, from the artifact of ``gradients``.
+
+    With a merge's difference D from the base, vbar the mean task vector, g the gradient there, h_i
+    the change of the gradient towards expert i, and D - vbar = sum_i c_i v_i + e with e orthogonal
+    to the task vectors, the loss is
+
+        L + g.(D - vbar) + c'(V'HV)c / 2 + sum_i c_i h_i.e,    V'HV = v_j.h_i, symmetrised.
+    """
+
+    def __init__(self, folder: Path, measured: Measured):
+        about, self._arrays = read(folder)
+        self.experts, self.methods = tuple(about["experts"]), about["methods"]
+        lacking = sorted(
+            {*measured.pool} - {*self.experts} | {*measured.domains} - {*about["domains"]}
+        )
+        if lacking:
+            raise MergelawError(
+                f"{folder}: has no {', '.join(lacking)}, which are measured; run the target "
+                "`gradients` of the present configuration"
+            )
+        order = [about["domains"].index(domain) for domain in measured.domains]
+        for name, array in self._arrays.items():
+            if name.endswith("/gradients"):
+                self._arrays[name] = array[:, order]
+        self._losses, self._steps = self._arrays["losses"][:, order], self._arrays["steps"]
+        ratios = dict(zip(self.experts, STEP / self._steps, strict=True))
+        self.warnings = [
+            f"the task vector of {expert} is {ratio:.3g} times as long as the median; predictions "
+            "near it are doubtful, so believe the checks only"
+            for expert, ratio in ratios.items()
+            if not 1 / UNEQUAL < ratio < UNEQUAL
+        ]
+        self._gram = self._arrays[f"{PLAIN}/vectors"]
+        self._inverse = np.linalg.pinv(self._gram, rcond=1e-9, hermitian=True)
+        slopes = self._arrays[f"{PLAIN}/gradients"]  # point, domain, expert
+        self._mean_slopes = slopes.mean(axis=2)
+        self._curvature = (slopes[1:] - slopes[0]) / self._steps[:, None, None]  # v_j.h_i: i, d, j
+        subsets = self._arrays["subsets"]
+        self._row = {row.tobytes(): i for i, row in enumerate(subsets)}
+
+    def predict(
+        self, name: str, method: Method, weights: Array
+    ) -> tuple[Array, Array, Array, Array]:
+        """Losses, coefficients c, |e|^2 over the mean |v_i|^2, and the losses' second-order part.
+
+        Shapes: (C, domains), (C, M), (C,), (C, domains).
+        A merge that is no candidate has NaN.
+        """
+        columns, block = coefficients(method, weights), f"method {name}"
+        in_span = f"{block}/squares" not in self._arrays
+        block = PLAIN if in_span else block
+        products, vectors, squares = (
+            self._arrays[f"{block}/{array}"] for array in ("gradients", "vectors", "squares")
+        )
+        if squares.ndim == 1:  # candidate merges
+            equal = [len(set(row[row != 0])) == 1 for row in weights]
+            rows = [
+                self._row.get((row != 0).tobytes(), -1) if same else -1
+                for row, same in zip(weights, equal, strict=True)
+            ]
+            slopes, inner, own = products[:, :, rows], vectors.T[rows], squares[rows]
+            missing = np.array(rows) < 0
+        else:
+            slopes, inner = products @ columns.T, columns @ vectors.T
+            own = np.einsum("cm,mn,cn->c", columns, squares, columns)
+            missing = np.zeros(len(weights), dtype=bool)
+        mean = self._gram.mean(axis=1)
+        apart = own - 2 * inner.mean(axis=1) + mean.mean()  # |D - vbar|^2
+        c = columns - 1 / len(self.experts) if in_span else (inner - mean) @ self._inverse
+        rest = np.zeros(len(c)) if in_span else apart - ((inner - mean) * c).sum(axis=1)
+        along = slopes - self._mean_slopes[:, :, None]  # products with D - vbar: point, domain, C
+        bent = (along[1:] - along[0]) / self._steps[:, None, None]  # h_i.(D - vbar)
+        inside = np.einsum("ci,idj,cj->cd", c, self._curvature, c)
+        second = np.einsum("ci,idc->cd", c, bent) - inside / 2
+        losses = self._losses[0] + along[0].T + second
+        losses[missing] = np.nan
+        return losses, c, np.maximum(rest, 0) / self._gram.diagonal().mean(), second
 
 
 class _Prediction:
     """The prediction of one method: ``losses``, (n, domains), are those of measured merges."""
 
-    def __init__(self, method: Method, weights: Array, losses: Array):
-        self._method = method
-        self.process = Process(self._features(weights), losses)
+    def __init__(
+        self,
+        name: str,
+        method: Method,
+        weights: Array,
+        losses: Array,
+        expansion: Expansion | None,
+    ):
+        self._name, self._method, self._expansion = name, method, expansion
+        self.domains, self.process = losses.shape[1], None
+        start, features, _ = self._start(weights)
+        kept = np.isfinite(start).all(axis=1)
+        self.weights, self.losses = weights[kept], losses[kept]
+        if len(self.losses) >= FEWEST:
+            self.process = Process(features[kept], self.losses - start[kept])
 
-    def _features(self, weights: Array) -> Array:
-        return coefficients(self._method, weights)
+    def _start(self, weights: Array) -> tuple[Array, Array, Array]:
+        """Expansion and its second-order part, (C, domains), and the process's features, (C, p)."""
+        if self._expansion is None:
+            features = coefficients(self._method, weights)
+            zero = np.zeros((len(weights), self.domains))
+            return zero, np.column_stack([features, np.zeros(len(weights))]), zero
+        losses, c, rest, bent = self._expansion.predict(self._name, self._method, weights)
+        return losses, np.column_stack([c, rest]), bent
 
-    def predict(self, weights: Array) -> tuple[Array, Array]:
-        return self.process.predict(self._features(weights))
+    def predict(self, weights: Array, shares: Array) -> tuple[Array, Array]:
+        """Means and standard deviations of weighted sums of losses; shares: (domains, outputs)."""
+        start, features, bent = self._start(weights)
+        missing = np.asarray(~np.isfinite(start).all(axis=1))
+        if self.process is not None:
+            mean, factor = self.process.predict(np.where(missing[:, None], 0.0, features))
+            start = start + mean
+            spread = np.sqrt(np.einsum("do,de,eo->o", shares, self.process.covariance, shares))
+            deviations = np.sqrt(factor)[:, None] * spread
+        else:
+            deviations = np.abs(bent) @ shares
+            missing |= self._expansion is None
+        mean = start @ shares
+        mean[missing], deviations[missing] = np.nan, np.inf
+        return mean, deviations
 
 
 def coefficients(method: Method, weights: Array) -> Array:
@@ -192,60 +303,49 @@ def coefficients(method: Method, weights: Array) -> Array:
     return made
 
 
-def candidates(M: int) -> Subsets:
-    """Candidate subsets of M experts, (C, M), in the same order every time.
+def predictor(
+    measured: Measured, gradients: Path | None = None, seed: int | None = None
+) -> Predictor:
+    """A predictor of the merges of a base's pool.
 
-    All of ten experts or fewer. Otherwise singles, pairs, all but one, all, and a random sample
-    with every number of experts alike, about 2,000 in all.
+    Args:
+        measured: the base's measured models; those of one training seed are used.
+        gradients: folder of the artifact of the stage ``gradients``; None: methods are predicted
+            from their measured merges alone.
+        seed: the training seed; None: the first.
+
+    Raises:
+        MergelawError: nothing to predict from, or gradients of another pool or other domains.
     """
-    if M <= ALL_SUBSETS:
-        sets = {s for k in range(1, M + 1) for s in combinations(range(M), k)}
-    else:
-        sets = {s for k in (1, 2, M - 1, M) for s in combinations(range(M), k)}
-        random = np.random.default_rng(0)
-        for k in range(3, M - 1):
-            for _ in range(-(-max(CANDIDATES - len(sets), 0) // (M - 1 - k))):
-                sets.add(tuple(sorted(random.choice(M, k, replace=False).tolist())))
-    made = np.zeros((len(sets), M), dtype=bool)
-    for row, members in zip(made, sorted(sets, key=lambda s: (len(s), s)), strict=True):
-        row[list(members)] = True
-    return made
-
-
-def predictor(measured: Measured, seed: int | None = None) -> Predictor:
-    """A predictor from a base's measured merges (of one training seed; None: the first).
-
-    Raises MergelawError if no merge is measured.
-    """
-    seeds = sorted({model.seed for model in measured.merges})
-    chosen = [m for m in measured.merges if m.seed == (seeds[0] if seed is None else seed)]
+    seed = min((model.seed for model in measured.merges), default=0) if seed is None else seed
     by_method: dict[str, list[Model]] = {}
-    for model in chosen:
-        if json.loads(model.recipe)["method"] != LEARNED:
-            by_method.setdefault(model.method, []).append(model)
-    if not by_method:
+    for merge in measured.merges:
+        if merge.seed == seed and json.loads(merge.recipe)["method"] != LEARNED:
+            by_method.setdefault(merge.method, []).append(merge)
+    expansion = None if gradients is None else Expansion(gradients, measured)
+    recipes = {name: json.loads(merges[0].recipe) for name, merges in by_method.items()}
+    expanded = expansion.methods if expansion else {}
+    recipes = {**expanded, **recipes}
+    if not recipes:
         raise MergelawError(f"predict: no merge of {measured.base} is measured; run the study")
-    experts = tuple(measured.pool)
-    models: dict[str, _Prediction] = {}
-    checks: dict[str, dict[str, Check]] = {}
-    for name, merges in by_method.items():
-        weights, losses = _table(merges, experts)
-        models[name] = prediction = _Prediction(
-            method_of(json.loads(merges[0].recipe)), weights, losses
-        )
-        sizes = (weights != 0).sum(axis=1)
-        outputs = {
-            domain: np.eye(len(measured.domains))[i] for i, domain in enumerate(measured.domains)
-        }
-        outputs["macro"] = measured.counted
+    experts = expansion.experts if expansion else tuple(measured.pool)
+    predictions, checks = {}, {}
+    outputs = np.column_stack([np.eye(len(measured.domains)), measured.counted])
+    for name, recipe in recipes.items():
+        weights, losses = _table(by_method.get(name, []), experts, len(measured.domains))
+        near = expansion if expanded.get(name) == recipe else None
+        predictions[name] = one = _Prediction(name, method_of(recipe), weights, losses, near)
+        sizes = (one.weights != 0).sum(axis=1)
+        residuals = np.full(one.losses.shape, np.nan) if not one.process else one.process.residuals
         checks[name] = {
-            domain: check(losses @ one, prediction.process.residuals @ one, sizes)
-            for domain, one in outputs.items()
+            domain: check(one.losses @ shares, residuals @ shares, sizes)
+            for domain, shares in zip([*measured.domains, MACRO], outputs.T, strict=True)
         }
-    return Predictor(experts, measured.domains, measured.counted, tuple(models), checks, models)
+    warnings = expansion.warnings if expansion else ()
+    return Predictor(experts, measured.domains, measured.counted, checks, warnings, predictions)
 
 
-def _table(merges: Sequence[Model], experts: Sequence[str]) -> tuple[Array, Array]:
+def _table(merges: Sequence[Model], experts: Sequence[str], domains: int) -> tuple[Array, Array]:
     """Weights, (n, M), and losses, (n, domains), of distinct measured merges."""
     place = {name: i for i, name in enumerate(experts)}
     rows: dict[tuple[float, ...], Array] = {}
@@ -253,11 +353,12 @@ def _table(merges: Sequence[Model], experts: Sequence[str]) -> tuple[Array, Arra
         row = np.zeros(len(experts))
         row[[place[name] for name in merge.experts]] = merge.weights
         rows[tuple(row)] = merge.losses
-    chosen = list(rows)
-    if len(chosen) > FITTED:
-        picked = np.random.default_rng(0).choice(len(chosen), FITTED, replace=False)
-        chosen = [chosen[i] for i in sorted(picked)]
-    return np.array(chosen), np.array([rows[row] for row in chosen])
+    weights = np.array(list(rows)).reshape(-1, len(experts))
+    losses = np.array(list(rows.values())).reshape(-1, domains)
+    if len(weights) > FITTED:
+        chosen = np.sort(np.random.default_rng(0).choice(len(weights), FITTED, replace=False))
+        return weights[chosen], losses[chosen]
+    return weights, losses
 
 
 def check(measured: Array, residuals: Array, sizes: NDArray[np.int64]) -> Check:

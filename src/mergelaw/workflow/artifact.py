@@ -62,7 +62,7 @@ class Artifact:
     @property
     def on_gpu(self) -> bool:
         """True if its job uses a GPU if available."""
-        return self.trains or self.stage in ("learn", "evaluate")
+        return self.trains or self.stage in ("learn", "gradients", "evaluate")
 
     def named_inputs(self) -> Iterator[tuple[str, "Artifact"]]:
         """Inputs with their names in a lineage: ``base``, ``corpora:algebra``."""

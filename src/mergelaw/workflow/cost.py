@@ -18,6 +18,7 @@ from mergelaw.workflow.study import Study
 
 WIDTH = {"float32": 4, "bfloat16": 2}  # bytes
 PROCESS = 3e9  # bytes of host memory: Python, torch, transformers, a cluster job's two Snakemakes
+BACKWARD = 3  # forward passes that a gradient costs
 LEARNING_PASSES = 60  # about the most forward passes over the calibration documents
 BUCKET = 500_000_000  # gradients that ZeRO reduces at a time
 STATES = 10  # training states that OpenRLHF saves in a training
@@ -87,7 +88,7 @@ def work_of(study: Study, artifact: Artifact, documents: Documents = UNKNOWN) ->
         moved = 2 * stored + len(artifact.names("task_vectors")) * vector
         host = PROCESS + 24 * size.largest
         return Work(f"{name}: writing a merge", moved=moved, kept=stored, host=host)
-    if artifact.stage in ("evaluate", "learn"):
+    if artifact.stage in ("evaluate", "learn", "gradients"):
         return evaluation(artifact, size, stored, vector, documents)
     if artifact.trains:
         return training(artifact, size, stored, documents)
@@ -186,15 +187,19 @@ def evaluation(
 ) -> Work:
     """Cost of merging and evaluating: one resident model, its layers spread over the GPUs.
 
-    Learning coefficients costs as much as many evaluations, and keeps activations for gradients.
+    Gradients cost as much as several evaluations, and keep activations.
 
     Besides its share of the weights a GPU holds one layer's activations, the logits, the slices of
     a merge and, while loading, a second copy of the largest tensor. The GPUs work one after
     another. Documents of unknown length are assumed to have half the maximum length.
     """
     recipe = Evaluation.model_validate(artifact.recipe["evaluation"])
-    learns, members = artifact.stage == "learn", len(artifact.names("task_vectors"))
-    sizes = [members] * LEARNING_PASSES if learns else [row[0] for row in artifact.rows]
+    members = len(artifact.names("task_vectors"))
+    what, passes = {
+        "learn": ("learning coefficients", LEARNING_PASSES),
+        "gradients": ("gradients", BACKWARD * (members + 1)),
+    }.get(artifact.stage, ("evaluating a merge", 0))
+    sizes = [members] * passes if passes else [row[0] for row in artifact.rows]
     merges = len(sizes)
     longest, width = recipe.max_tokens, WIDTH[recipe.dtype]
     count, length = documents.of(artifact)
@@ -203,19 +208,19 @@ def evaluation(
     widest = 4 * size.hidden + 4 * size.intermediate + size.vocab
     working = width * max(recipe.batch_tokens, longest) * widest
     working += 12 * LOGITS + 4 * GPU_SLICE * (members + 4)
-    kept = size.activations(max(recipe.batch_tokens, longest), recipe.dtype) if learns else 0
+    kept = size.activations(max(recipe.batch_tokens, longest), recipe.dtype) if passes else 0
     return Work(
-        f"bases.{artifact.base}: {'learning coefficients' if learns else 'evaluating a merge'}",
+        f"bases.{artifact.base}: {what}",
         tokens=tokens,
         flops=size.forward_flops(tokens, length),
         dtype=recipe.dtype,
         moved=stored + members * vector,
         streamed=merges * stored + sum(sizes) * vector,
         vectors=4 * size.total * (members + 3),  # as merging.engine decides
-        kept=0 if learns else 2 * merges * (len(artifact.names("corpora")) * ROW + 24 * count),
+        kept=0 if passes else 2 * merges * (len(artifact.names("corpora")) * ROW + 24 * count),
         host=PROCESS + width * size.total,
         counts=tuple(range(1, size.layers + 1)),
-        shared=width * size.total * (2 if learns else 1),  # weights, and gradients
+        shared=width * size.total * (2 if passes else 1),  # weights, and gradients
         each=max(working + kept, 2 * width * size.largest)
         + width * size.non_embedding / size.layers,
         remedy="set evaluation.dtype: bfloat16 or a smaller batch_tokens",

@@ -24,6 +24,7 @@ TITLES = {
     "task_vector": "task vectors",
     "design": "designs",
     "learn": "coefficients",
+    "gradients": "gradients",
     "evaluate": "evaluations",
     "fit": "law fits",
     "report": "report",

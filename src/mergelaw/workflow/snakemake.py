@@ -88,6 +88,10 @@ class Pipeline:
         """Tracked files of all artifacts that the study requests."""
         return [self.tracked(artifact) for artifact in self.study.targets()]
 
+    def gradients(self) -> list[str]:
+        """Tracked files of the gradients of all bases."""
+        return [self.tracked(artifact) for artifact in self.study.gradients.values()]
+
     def names(self, *artifacts: Artifact) -> str:
         """Regular expression of these artifacts' last names, for a wildcard's constraint."""
         names = {re.escape(artifact.folder.rpartition("/")[2]) for artifact in artifacts}

@@ -357,6 +357,39 @@ class Study:
         return {"coefficients": coefficients}
 
     @cached_property
+    def gradients(self) -> dict[tuple[str, int], Artifact]:
+        """Gradients that predict merges, by base and training seed; made only on request."""
+        methods = {
+            name: method.model_dump(by_alias=True)
+            for name, method in self.config.methods.items()
+            if not isinstance(method, Learned)
+        }
+        return {
+            (base, seed): Artifact(
+                "gradients",
+                f"gradients/{base}/s{seed}",
+                {
+                    "methods": methods,
+                    "experts": self.config.pool(base),
+                    "evaluation": self.config.evaluation.model_dump(),
+                },
+                base=base,
+                seed=seed,
+                sources={"cells": str(self.results / "cells" / base)},
+                inputs={
+                    "base": self.bases[base],
+                    "task_vectors": {
+                        e: self.task_vectors[base, e, seed] for e in self.config.pool(base)
+                    },
+                    "corpora": self.corpora["eval"],
+                },
+                checks={"overlap": self.overlap},
+            )
+            for base in self.config.bases
+            for seed in self.config.training_seeds
+        }
+
+    @cached_property
     def measurements(self) -> list[Artifact]:
         """All evaluations: of the design, of learned merges and of the merges to write."""
         named = dict.fromkeys(self.merge_evals.values())
@@ -484,6 +517,7 @@ class Study:
     def known(self) -> Mapping[str, Artifact]:
         """Artifacts by path, including those that are made only on request."""
         on_request = [*self.corpora["calibration"].values(), self.calibration_overlap]
+        on_request += self.gradients.values()
         return {**self.by_path, **{artifact.path: artifact for artifact in on_request}}
 
     def targets(self) -> list[Artifact]:
