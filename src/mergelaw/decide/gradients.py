@@ -24,7 +24,6 @@ from mergelaw.decide.calibration import BACKWARD, Documents
 from mergelaw.decide.measured import Array
 from mergelaw.errors import MergelawError
 from mergelaw.evaluation.shard import encode, load_model, memory_for_vectors
-from mergelaw.merging import kernels
 from mergelaw.merging.engine import Merger, Prepared, prepare, slices
 from mergelaw.merging.methods import Method, method_of
 from mergelaw.merging.methods.task_arithmetic import TaskArithmetic
@@ -89,6 +88,8 @@ class Block:
     def parts(self, name: str, part: slice, device: Any) -> Iterator[tuple[slice, "Tensor"]]:
         """Rows of columns' elements, some columns at a time, and which columns these are."""
         import torch
+
+        from mergelaw.merging import kernels
 
         vectors = [v.part(name, part.start, part.stop, device) for v in self._vectors]
         if self._members is None:

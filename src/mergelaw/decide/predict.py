@@ -17,7 +17,8 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy import stats
 
-from mergelaw.decide.gradients import PLAIN, STEP, Subsets, candidates, read
+from mergelaw.decide.gradients import PLAIN, STEP, candidates, read
+from mergelaw.decide.gradients import Subsets as Subsets
 from mergelaw.decide.measured import Array, Measured, Model
 from mergelaw.errors import MergelawError
 from mergelaw.merging.methods import Method, method_of
@@ -129,9 +130,8 @@ class Predictor:
         """Methods that it predicts."""
         return tuple(self._predictions)
 
-    @property
-    def candidates(self) -> Subsets:
-        """Subsets that every method's prediction has, (C, M): all of ten experts, or a sample."""
+    def candidates(self, method: str) -> Subsets:
+        """Subsets that can be predicted, (C, M): all of ten experts, or a sample of more."""
         return candidates(len(self.experts))
 
     def losses(self, method: str, subsets: ArrayLike) -> tuple[Array, Array]:
