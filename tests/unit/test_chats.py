@@ -179,11 +179,15 @@ def test_ids_are_those_of_transformers_and_the_answer_is_scored_to_its_end(famil
 SHIPPED = sorted(
     path.name for path in (files("trl") / "chat_templates").iterdir() if path.name.endswith("jinja")
 )
-# They write parts of contents, as images need them.
+# They write parts of contents alone, as images need them.
 OF_PARTS = ("idefics3", "llava_next", "smolvlm")
 
 
-@pytest.mark.parametrize("name", [name for name in SHIPPED if not name.startswith(OF_PARTS)])
+def as_parts(turns):
+    return [{**t, "content": [{"type": "text", "text": t["content"]}]} for t in turns]
+
+
+@pytest.mark.parametrize("name", SHIPPED)
 def test_templates_that_trl_ships(name):
     ours = of((files("trl") / "chat_templates" / name).read_text(encoding="utf-8"))
     for answer in (ANSWER, f"<think>\nred\n</think>\n\n{ANSWER}", f" {ANSWER}\n"):
@@ -195,17 +199,13 @@ def test_templates_that_trl_ships(name):
             assert "</think>" in answer
             continue
         settings = {"tokenize": True, "date_string": "26 Jul 2024"}
-        theirs = ours.apply_chat_template(whole(document), **settings)["input_ids"]
+        turns = as_parts(whole(document)) if name.startswith(OF_PARTS) else whole(document)
+        theirs = ours.apply_chat_template(turns, **settings)["input_ids"]
         assert part.ids == theirs or "strftime_now" in ours.chat_template
         assert part.answer == answer or ("changes white space" in changes)
         assert "".join(part.answer.split()) == "".join(answer.split())
-        assert ours.decode(part.ids[part.start : part.stop]).startswith(part.answer)
-
-
-def test_a_template_of_parts_gets_parts_or_is_refused():
-    ours = of((files("trl") / "chat_templates" / "smolvlm.jinja").read_text(encoding="utf-8"))
-    with pytest.raises(MergelawError, match="leaves out its user turn"):
-        parts(ours, [chat()])
+        scored = ours.decode(part.ids[part.start : part.stop])  # its first token may hold a blank
+        assert scored.removeprefix(" ").startswith(part.answer.removeprefix(" "))
 
 
 PLAIN = headed("<|turn|>ROLE\n", "<|close|>")

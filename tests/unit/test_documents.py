@@ -686,6 +686,16 @@ def test_overlap_of_splits_is_refused_across_domains(tmp_path):
         assert "'question " in str(caught.value) and "remove them" in str(caught.value)
 
 
+def test_domains_that_evaluate_the_same_documents_are_said_or_refused(tmp_path):
+    sets = folders(tmp_path, a=[1, 2, 3], b=[3, 4], c=[5])
+    (note,) = check_overlap({}, sets, {})
+    assert "domains a (3) and b (2): 1 evaluation documents are in both" in note
+    with pytest.raises(MergelawError, match="domains b and d: evaluate the same 2 documents"):
+        check_overlap({}, sets | folders(tmp_path, d=[4, 3]), {})
+    same = folders(tmp_path, e=[6], f=[6])
+    assert check_overlap(same, {}, {}) == []  # two experts may learn from one corpus
+
+
 def test_what_is_not_a_split_is_refused(tmp_path):
     with pytest.raises(MergelawError, match="not a split of a corpus"):
         check_overlap({"a": tmp_path}, {}, {})

@@ -386,13 +386,27 @@ def test_an_adapter_that_names_another_base_is_a_note_and_no_warning_of_peft(tmp
         assert all(f"{adapter}: was trained on {named} by its" in note for note in notes)
 
 
-def test_another_initialisation_is_said_with_figures(tmp_path, base, capsys):
+def test_another_initialisation_is_refused_with_figures(tmp_path, base, capsys):
     other = models.write_checkpoint(tmp_path / "other", "qwen3", False, "float32", seed=7)
-    models.write_task_vector(base, other, tmp_path / "vector")
-    for said in (capsys.readouterr().err, *inspect_expert(other, base)):
-        assert "nothing in common" in said and "times the base's norm, the cosine is " in said
+    words = "nothing in common", "times the base's norm, the mean cosine", "trust: [weights]"
+    refused(lambda: inspect_expert(other, base), *words)
+    refused(lambda: models.write_task_vector(base, other, tmp_path / "vector"), *words)
+    (note,) = inspect_expert(other, base, trust=["weights"])
+    assert "accepted (trust)" in note
+    models.write_task_vector(base, other, tmp_path / "vector", trust=["weights"])
+    far = models.write_expert(base, tmp_path / "far", scale=0.5)
+    assert "differs much from its base" in inspect_expert(far, base)[0]
+    capsys.readouterr()
     models.write_task_vector(base, models.write_expert(base, tmp_path / "e"), tmp_path / "v")
-    assert "common" not in capsys.readouterr().err
+    assert "its base" not in capsys.readouterr().err
+
+
+def test_a_new_embedding_does_not_make_models_unrelated(tmp_path, base, expert):
+    tensors = load_file(expert / WEIGHTS)
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        tensors[name] = torch.randn_like(tensors[name])  # of a larger norm than all layers
+    save_file(tensors, expert / WEIGHTS, metadata={"format": "pt"})
+    assert inspect_expert(expert, base) == []
 
 
 def test_one_checkpoint_under_two_names():

@@ -1,5 +1,6 @@
 """`mergelaw init`: from models and files that lie there to a configuration that is accepted."""
 
+import json
 import shutil
 from pathlib import Path
 
@@ -9,8 +10,9 @@ from typer.testing import CliRunner
 import models
 from mergelaw import config
 from mergelaw.cli.app import app
-from mergelaw.config.init import domain_of, domains_of, named
+from mergelaw.config.init import domain_of, domains_of, draft, named
 from mergelaw.errors import MergelawError
+from mergelaw.workflow.deploy import run_command
 from mergelaw.workflow.inspect import inspect
 from mergelaw.workflow.study import Study
 
@@ -65,6 +67,28 @@ def test_what_is_written_is_accepted_by_the_check(place):
     assert "# adapter" in text and "# whole model" in text and study.by_path
     assert init(*ALL, "-o", "ours.yaml").exit_code == 1  # it is not written over
     assert Path("ours.yaml").read_text() == text
+
+
+def test_the_command_to_run_next_works_outside_a_checkout(place):
+    run = init(*ALL)
+    (words,) = (line.split() for line in run.output.splitlines() if "snakemake" in line)
+    options = dict(zip(words[1::2], words[2::2], strict=True))
+    assert (Path(options["--snakefile"])).is_file() and Path(options["--profile"]).is_dir()
+    assert options["--configfile"] == "study.yaml"
+    Path("workflow").mkdir()
+    Path("workflow/Snakefile").touch()
+    assert run_command("a b.yaml") == "snakemake --profile profiles/local --configfile 'a b.yaml'"
+
+
+def test_warnings_of_libraries_are_not_shown(place, recwarn):
+    settings, ropes = Path("tiny-base/config.json"), {"type": "linear", "factor": 2.0}
+    settings.write_text(json.dumps(json.loads(settings.read_text()) | {"rope_scaling": ropes}))
+    parts = "x", Path("tiny-base"), sorted(Path("experts").glob("*l*lora")), [Path("data")]
+    with pytest.warns(FutureWarning, match="rope_scaling"):
+        draft.__wrapped__(*parts)
+    recwarn.clear()
+    draft(*parts)
+    assert not recwarn.list
 
 
 def test_names_that_yaml_would_read_as_something_else_are_quoted(place):

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 import models
@@ -91,6 +92,43 @@ def test_trust_is_part_of_a_task_vectors_key_and_only_its(place):
     new = {artifact.stage for path, artifact in after.by_path.items() if path not in before.by_path}
     assert new == {"task_vector", "evaluate", "fit", "report"}
     assert problems(place, experts=experts) == []
+
+
+def test_earlier_answers_of_chats_are_said_to_be_context(place):
+    turns = [{"role": role, "content": f"{role} says"} for role in ("user", "assistant")]
+    chats = (
+        {"messages": [*turns, *turns, {**turns[0], "content": f"{n}"}, turns[1]]} for n in range(9)
+    )
+    models.write_jsonl(place / "sums.jsonl", chats)
+    (note,) = (n for n in inspect(study(place), deep=True).notes if "earlier" in n)
+    assert note.startswith("domains.sums.source: 18 earlier answers in the chats of 9 documents")
+
+
+def test_domains_of_few_or_the_same_documents_are_said(place):
+    lines(place / "few.jsonl", 3)
+    domains = {n: {"source": {"files": [str(place / f"{n}.jsonl")]}} for n in ("sums", "few")}
+    few, shared = sorted(inspect(study(place, domains=domains)).notes)
+    assert few.startswith("domain few: evaluates 3 documents, too few")
+    assert "domains sums (23) and few (3): 3 evaluation documents are in both" in shared
+    shutil.copyfile(place / "sums.jsonl", place / "few.jsonl")
+    (problem,) = problems(place, domains=domains)
+    assert "domains sums and few: evaluate the same" in problem
+
+
+def test_an_expert_that_equals_its_base_is_refused(place):
+    for file in (place / "base").glob("*.safetensors"):
+        shutil.copyfile(file, place / "sums" / file.name)
+    untrained = models.write_adapter(place / "base", place / "untrained", r=2)
+    weights = load_file(untrained / "adapter_model.safetensors")
+    zero = {n: t * ("lora_A" in n) for n, t in weights.items()}
+    save_file(zero, untrained / "adapter_model.safetensors")
+    experts = {
+        name: {"checkpoints": {"tiny": {"path": str(place / name)}}}
+        for name in ("sums", "untrained", "tales", "adapter")
+    }
+    first, second = problems(place, experts=experts)
+    assert "experts.sums" in first and "equals its base" in first
+    assert "experts.untrained" in second and "equals its base" in second
 
 
 def test_an_adapter_is_no_base(place):

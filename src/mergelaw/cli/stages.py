@@ -55,8 +55,10 @@ def overlap(job: Job, folder: Path, state: Path) -> dict[str, Any]:
     from mergelaw.data import documents
 
     splits = [job.all(split) for split in ("train", "eval", "calibration")]
-    documents.check_overlap(*splits)
-    return {"corpora": sum(map(len, splits))}
+    notes = documents.check_overlap(*splits)
+    for note in notes:
+        print(f"mergelaw: {note}", file=sys.stderr)
+    return {"corpora": sum(map(len, splits))} | ({"notes": notes} if notes else {})
 
 
 @stage

@@ -110,6 +110,7 @@ def init(
     """
     from mergelaw.config.init import draft
     from mergelaw.config.load import parse_text
+    from mergelaw.workflow.deploy import run_command
     from mergelaw.workflow.study import Study
 
     if output.exists():
@@ -123,7 +124,7 @@ def init(
     print(
         f"{output}: {len(config.models)} experts ({len(placed)} with a domain), "
         f"{len(config.domains)} domains, {jobs} jobs. Read it, then run\n"
-        f"  snakemake --profile profiles/local --configfile {output}\n  mergelaw best {output}"
+        f"  {run_command(output)}\n  mergelaw best {output}"
     )
 
 
@@ -306,6 +307,7 @@ def merge(
     from mergelaw.config import parse
     from mergelaw.decide.card import write_card
     from mergelaw.merging.export import export
+    from mergelaw.workflow.deploy import run_command
     from mergelaw.workflow.results import rows_of_merge
     from mergelaw.workflow.study import Study
 
@@ -325,7 +327,7 @@ def merge(
             also = "" if dependency.path in study.known else "name the merge in `merges`, then "
             raise MergelawError(
                 f"{study.results / dependency.path}: is not made yet; {also}run "
-                f"`snakemake --profile profiles/local --configfile {file}` first"
+                f"`{run_command(file)}` first"
             )
         places[name] = study.results / dependency.path
     vectors = {name: places[f"task_vectors:{name}"] for name in artifact.names("task_vectors")}

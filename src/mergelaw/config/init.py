@@ -17,7 +17,7 @@ from mergelaw.models.checkpoint import (
     read_config,
     vocabulary_size,
 )
-from mergelaw.models.inspect import inspect_base, inspect_expert
+from mergelaw.models.inspect import inspect_base, inspect_expert, without_warnings
 from mergelaw.models.size import size_of_architecture
 
 TRAIN = {"train", "training"}
@@ -29,6 +29,7 @@ STEM = 5  # letters that two words may have in common, as medical and medicine
 TOKENS = 256  # evaluation.max_tokens is this times a power of two
 
 
+@without_warnings()
 def draft(name: str, base: Path, experts: Sequence[Path], data: Sequence[Path]) -> str:
     """Text of a configuration for ready-made experts of one base.
 

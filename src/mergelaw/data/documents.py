@@ -45,6 +45,7 @@ LOST = ("tools", "functions", "documents")
 REASONING = ("reasoning_content", "reasoning", "thinking")
 TURN_KEYS = (*REASONING, "tool_calls", "function_call", "tool_call_id", "name")
 
+FEW = 10  # documents, below which an evaluation says little
 DRAWS = 16  # from a generator for each document wanted, before it counts as exhausted
 
 Message = dict[str, Any]  # role, content (text) and what else the turn has
@@ -313,16 +314,23 @@ def split_sizes(recipe: SplitRecipe, split: str, cache: FileCache) -> tuple[int,
     return tuple(_contents(part, cache)[split][1:]) if part.source.is_local else None
 
 
+def evaluated(recipe: SplitRecipe, cache: FileCache) -> list[str]:
+    """The evaluation documents of local files; empty for another source."""
+    part = recipe.part("eval")
+    return _contents(part, cache)["evaluated"] if part.source.is_local else []
+
+
 def _contents(part: SplitRecipe, cache: FileCache) -> dict[str, list[Any]]:
-    """Digest, number and bytes of the documents of each split of local files, cached."""
+    """Digest, number and bytes of each split of local files, and what it evaluates, cached."""
 
     def contents() -> dict[str, list[Any]]:
+        splits = _divided(_pool(part), part)
         return {
             name: [content_digest(documents), len(documents), sum(map(_bytes, documents))]
-            for name, documents in _divided(_pool(part), part).items()
-        }
+            for name, documents in splits.items()
+        } | {"evaluated": [document.document for document in splits["eval"]]}
 
-    name = f"split contents {STAGES['corpus']} {part.model_dump_json(exclude_defaults=True)}"
+    name = f"split contents 2 {STAGES['corpus']} {part.model_dump_json(exclude_defaults=True)}"
     try:
         values: dict[str, list[Any]] = cache.value(name, local_files(part.source), contents)
     except OSError as error:
@@ -445,33 +453,68 @@ def _rows(folder: Path, columns: list[str]) -> list[dict[str, Any]]:
 
 def check_overlap(
     train: Mapping[str, Path], evaluation: Mapping[str, Path], calibration: Mapping[str, Path]
-) -> None:
+) -> list[str]:
     """Refuse splits ({domain: folder}) that share documents, also across domains.
 
     No domain may train or calibrate on an evaluation document, which would make a merge look better
     than it is, nor calibrate on a training document. Several domains may train on the same
-    document. Raises MergelawError for the first pair of domains that share documents.
+    document, or evaluate some. Returns notes (:func:`shared_documents`). Raises MergelawError for
+    the first pair of domains that share documents.
     """
-    for first_use, first_folders, second_use, second_folders in (
-        ("trains", train, "evaluates", evaluation),
-        ("calibrates", calibration, "evaluates", evaluation),
-        ("trains", train, "calibrates", calibration),
+    splits = {"trains": train, "evaluates": evaluation, "calibrates": calibration}
+    digests = {
+        use: {name: {row["document"] for row in _rows(path, ["document"])} for name, path in all_of}
+        for use, all_of in ((use, folders.items()) for use, folders in splits.items())
+    }
+    for first_use, second_use in (
+        ("trains", "evaluates"),
+        ("calibrates", "evaluates"),
+        ("trains", "calibrates"),
     ):
-        used = {
-            domain: {row["document"] for row in _rows(folder, ["document"])}
-            for domain, folder in first_folders.items()
-        }
-        for second, folder in second_folders.items():
-            digests = {row["document"] for row in _rows(folder, ["document"])}
-            for first, others in used.items():
-                if not (shared := digests & others):
-                    continue
-                document = next(one for one in read_split(folder) if one.document in shared)
-                turns = document.messages
-                text = _normalised(turns[-1]["content"] if turns else document.response)
-                raise MergelawError(
-                    f"{first} {first_use} on documents that {second} {second_use} on:"
-                    f" {len(shared)} of them, the first is {document.document} ({text[:60]!r});"
-                    " remove them from one of the two sources, or give the domains sources that"
-                    " have nothing in common"
-                )
+        for (second, theirs), (first, ours) in itertools.product(
+            digests[second_use].items(), digests[first_use].items()
+        ):
+            if not (shared := ours & theirs):
+                continue
+            split = read_split(splits[second_use][second])
+            document = next(one for one in split if one.document in shared)
+            turns = document.messages
+            text = _normalised(turns[-1]["content"] if turns else document.response)
+            raise MergelawError(
+                f"{first} {first_use} on documents that {second} {second_use} on:"
+                f" {len(shared)} of them, the first is {document.document} ({text[:60]!r});"
+                " remove them from one of the two sources, or give the domains sources that"
+                " have nothing in common"
+            )
+    return shared_documents(digests["evaluates"])
+
+
+def shared_documents(evaluation: Mapping[str, Iterable[str]]) -> list[str]:
+    """Notes on domains that evaluate some of the same documents, by pair.
+
+    Raises MergelawError for two domains that evaluate the same documents and no others.
+    """
+    notes = []
+    for (first, ours), (second, theirs) in itertools.combinations(evaluation.items(), 2):
+        ours, theirs = {*ours}, {*theirs}
+        if ours and ours == theirs:
+            raise MergelawError(
+                f"domains {first} and {second}: evaluate the same {len(ours)} documents, so one of"
+                " them says nothing new and the macro loss counts them twice; remove one"
+            )
+        if shared := len(ours & theirs):
+            notes.append(
+                f"domains {first} ({len(ours)}) and {second} ({len(theirs)}): {shared} evaluation"
+                " documents are in both, and count twice in the macro loss"
+            )
+    return notes
+
+
+def few_documents(domain: str, count: int) -> list[str]:
+    """A note on a domain that evaluates fewer than :data:`FEW` documents."""
+    if count >= FEW:
+        return []
+    return [
+        f"domain {domain}: evaluates {count} documents, too few to know the error of its losses;"
+        f" give at least {FEW}, better 100"
+    ]

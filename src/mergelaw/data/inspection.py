@@ -18,6 +18,7 @@ class Inspection:
 
     documents: list[Document] = field(default_factory=list)
     longest: int = 0  # tokens of the longest document
+    earlier_answers: int = 0  # of chats, which are context: only the last answer is scored
     changes: Counter[str] = field(default_factory=Counter)  # by the chat template, in documents
 
 
@@ -48,6 +49,8 @@ def inspect(
                 if source.invalid_records == "refuse":
                     raise MergelawError(f"{place}: {error}; correct or remove the record") from None
         inspection.documents += documents
+        roles = (turn["role"] for one in documents for turn in one.messages or [])
+        inspection.earlier_answers += list(roles).count("assistant")
         if tokenizer is None or not documents:
             continue
         where = str(file or source)

@@ -16,6 +16,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime, tzinfo
+from functools import lru_cache
 from typing import Any, Self
 from unittest.mock import patch
 
@@ -92,12 +93,29 @@ class Encoded:
     changes: dict[str, int]  # what chat templates changed, and in how many documents
 
 
+@lru_cache(maxsize=8)
+def _takes_parts(tokenizer: Any, template: str) -> bool:
+    """True for a chat template that writes contents as lists of parts alone, not as text.
+
+    Such templates come with multimodal models. Text goes first, as in transformers and vLLM.
+    """
+    word = "probe"
+    for content in (word, [{"type": "text", "text": word}]):
+        turns = [{"role": role, "content": content} for role in ("user", "assistant")]
+        with suppress(Exception):  # a template raises whatever it likes
+            if tokenizer.apply_chat_template(turns, tokenize=False).count(word) == len(turns):
+                return content != word
+    return False
+
+
 def _render(
     tokenizer: Any, document: Document, turns: list[Any], default: str, generate: bool = False
 ) -> str:
     """The text of a chat, by the tokenizer's template or the default one."""
     from transformers.utils import chat_template_utils
 
+    if tokenizer.chat_template and _takes_parts(tokenizer, str(tokenizer.chat_template)):
+        turns = [{**t, "content": [{"type": "text", "text": t["content"]}]} for t in turns]
     try:
         with patch.object(chat_template_utils, "datetime", Clock):
             text: str = tokenizer.apply_chat_template(

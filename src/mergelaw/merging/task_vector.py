@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 from mergelaw.artifacts import files, lineage
 from mergelaw.errors import MergelawError
 from mergelaw.models.checkpoint import Tensors, Writer, is_adapter, mergeable, open_mapped
-from mergelaw.models.compare import check_trust, compare, kinship, matrices
+from mergelaw.models.compare import check_trust, compare, equals_base, kinship, matrices
 from mergelaw.models.lora import merge_adapter
 from mergelaw.models.parameters import open_arranged
 
@@ -136,8 +136,8 @@ def write(
         write_exceptions(source, statistics, folder / EXCEPTIONS)
     norm = math.fsum(s["norm"] ** 2 for s in statistics.values()) ** 0.5
     if norm == 0:
-        raise MergelawError(f"{expert}: equals its base; an expert must differ from it")
-    notes = [*source.notes, *kinship_of(source, statistics)]
+        raise equals_base(expert)
+    notes = [*source.notes, *kinship_of(source, statistics, trust)]
     for note in notes:
         print(f"mergelaw: {note}", file=sys.stderr)
     total = {key: sum(s[key] for s in statistics.values()) for key in ("elements", "exceptions")}
@@ -150,11 +150,13 @@ def write(
     return facts | ({"notes": notes} if notes else {})
 
 
-def kinship_of(source: Expert, statistics: dict[str, dict[str, Any]]) -> list[str]:
+def kinship_of(
+    source: Expert, statistics: dict[str, dict[str, Any]], trust: Sequence[str]
+) -> list[str]:
     """:func:`compare.kinship` of an expert; removes ``expert_norm`` from ``statistics``."""
     norms = {name: values.pop("expert_norm") for name, values in statistics.items()}
     rows = [(statistics[n]["base_norm"], norms[n], statistics[n]["norm"]) for n in source.matrices]
-    return kinship(rows, str(source.folder))
+    return kinship(rows, str(source.folder), trust)
 
 
 def measured(

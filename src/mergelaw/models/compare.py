@@ -33,7 +33,8 @@ UNREAD = re.compile(
     r"|unsloth_.*|tokenizer_class|finetuning_task|task_specific_params.*|quantization_config.*"
 )
 # Cosines of expert and base: unrelated models, and far ones. Matrices of LARGE elements count.
-UNRELATED, FAR, LARGE = 0.02, 0.5, 1024
+UNRELATED, FAR, LARGE = 0.04, 0.5, 1024
+WEIGHTS = "weights"  # what `trust` calls the relation of an expert's weights to its base's
 SAMPLED = 8  # matrices that a quick look reads
 
 
@@ -104,7 +105,7 @@ def different_settings(base: Tensors, expert: Tensors) -> dict[str, tuple[Any, A
 
 def check_trust(trust: Sequence[str], keys: Collection[str], where: str) -> set[str]:
     """The ``keys`` that ``trust`` names, whole or without sections. Refuses a name of none."""
-    trusted = set()
+    trusted: set[str] = set()
     for name in trust:
         matches = {key for key in keys if key == name or key.endswith(f".{name}")}
         if not matches:
@@ -122,7 +123,7 @@ def compare_settings(base: Tensors, expert: Tensors, where: str, trust: Sequence
     Returns notes on the keys of ``trust``, which may differ.
     """
     different = different_settings(base, expert)
-    trusted, notes = check_trust(trust, different, where), []
+    trusted, notes = check_trust(trust, {*different, WEIGHTS}, where), []
     for key, (ours, theirs) in different.items():
         values = f"its config.json has {key} {theirs}, the base's has {ours}"
         if key not in trusted:
@@ -239,34 +240,61 @@ def text_parameters(model: Any, text: Any, expert: Tensors) -> tuple[dict[str, s
     return placed, {name_in_model(key) for key in values_of(text)}
 
 
+def equal_rows(left: Any, right: Any) -> bool:
+    """True if the rows that two tensors have in common are equal, in whatever dtypes."""
+    rows = min(len(left), len(right)) if left.dim() else None
+    return bool((left[:rows] == right[:rows]).all() if rows else left == right)
+
+
 def matrices(base: Tensors, names: Sequence[str]) -> list[str]:
     """The large matrices among ``names``, which tell whether two models are related."""
     shapes = {name: base.shape(name) for name in names}
     return [n for n in names if len(shapes[n]) > 1 and prod(shapes[n]) >= LARGE]
 
 
-def kinship(norms: Sequence[tuple[float, float, float]], where: str) -> list[str]:
-    """A note on an expert whose matrices have little in common with its base's.
+def kinship(
+    norms: Sequence[tuple[float, float, float]], where: str, trust: Sequence[str] = ()
+) -> list[str]:
+    """A note on an expert that differs much from its base.
 
-    ``norms`` are those of base, expert and difference by matrix. Their cosine is near 0 for models
-    that were trained independently.
+    ``norms`` are those of base, expert and difference by matrix. The mean of the matrices' cosines
+    is near 0 for models that were trained independently: without ``weights`` in ``trust`` they are
+    refused, since their merge is no model. Raises MergelawError.
     """
-    ours, theirs, apart = (fsum(norm[side] ** 2 for norm in norms) for side in range(3))
-    cosine = (ours + theirs - apart) / 2 / (ours * theirs) ** 0.5 if ours and theirs else 1.0
+    cosines = [
+        (ours**2 + theirs**2 - apart**2) / 2 / (ours * theirs)
+        for ours, theirs, apart in norms
+        if ours and theirs
+    ]
+    cosine = fsum(cosines) / len(cosines) if cosines else 1.0
     if cosine >= FAR:
         return []
-    relation = "has nothing in common with" if cosine < UNRELATED else "differs much from"
-    return [
-        f"{where}: {relation} its base (the difference has {(apart / ours) ** 0.5:.2f} times the "
-        f"base's norm, the cosine is {cosine:.3f}; a fine-tune's is above 0.9); check that it was "
-        "fine-tuned from this base"
-    ]
+    ours, apart = (fsum(norm[side] ** 2 for norm in norms) ** 0.5 for side in (0, 2))
+    figures = (
+        f"the difference has {apart / ours:.2f} times the base's norm, the mean cosine of their "
+        f"matrices is {cosine:.3f}; a fine-tune's is above 0.9"
+    )
+    if cosine >= UNRELATED:
+        return [f"{where}: differs much from its base ({figures}); check that it is of this base"]
+    message = f"{where}: has nothing in common with its base ({figures})"
+    if WEIGHTS not in trust:
+        raise MergelawError(
+            f"{message}; give an expert that was fine-tuned from this base, or set trust: "
+            f"[{WEIGHTS}] beside its checkpoint"
+        )
+    return [f"{message}; accepted (trust)"]
 
 
-def sampled_kinship(base: Tensors, expert: Tensors, names: Sequence[str]) -> list[str]:
-    """:func:`kinship` from the first elements of a few matrices."""
+def sampled_kinship(
+    base: Tensors, expert: Tensors, names: Sequence[str], trust: Sequence[str] = ()
+) -> list[str]:
+    """:func:`kinship` from the first elements of a few matrices.
+
+    Refuses an expert that equals its base. Raises MergelawError.
+    """
     rows = []
-    for name in matrices(base, [n for n in names if n in expert])[:SAMPLED]:
+    stored = [name for name in names if name in expert]
+    for name in matrices(base, stored)[:SAMPLED]:
         ours, theirs = (side[name].reshape(-1)[: 1 << 16].float() for side in (base, expert))
         common = min(len(ours), len(theirs))
         both = ours[:common], theirs[:common], theirs[:common] - ours[:common]
@@ -278,4 +306,13 @@ def sampled_kinship(base: Tensors, expert: Tensors, names: Sequence[str]) -> lis
                     "out"
                 )
         rows.append((first, second, apart))
-    return kinship(rows, str(expert.folder))
+    if not any(apart for _, _, apart in rows) and all(
+        equal_rows(base[name], expert[name]) for name in stored
+    ):
+        raise equals_base(expert.folder)
+    return kinship(rows, str(expert.folder), trust)
+
+
+def equals_base(folder: Path) -> MergelawError:
+    """The error for an expert without a difference from its base."""
+    return MergelawError(f"{folder}: equals its base, so there is nothing to merge; leave it out")

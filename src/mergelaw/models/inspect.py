@@ -1,7 +1,8 @@
 """Checks of local checkpoints from their headers, before anything is trained or merged."""
 
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,21 @@ from mergelaw.models.parameters import (
     values_of,
 )
 from mergelaw.models.tokenizers import added_of, read_tokenizer, tokens_of
+
+
+@contextmanager
+def without_warnings() -> Iterator[None]:
+    """Silence the warnings of libraries: what matters of them is checked, and said in one line."""
+    from transformers.utils import logging
+
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.set_verbosity(level)
 
 
 def inspect_base(folder: Path) -> list[str]:
@@ -78,7 +94,7 @@ def inspect_expert(
     with ExitStack() as stack:
         ours, theirs = (stack.enter_context(open_arranged(side)) for side in (base, folder))
         names, notes = compare(ours, theirs, str(folder), vocabulary, trust)
-        return notes + sampled_kinship(ours, theirs, names)
+        return notes + sampled_kinship(ours, theirs, names, trust)
 
 
 def same_checkpoints(identities: Mapping[str, Any]) -> list[str]:

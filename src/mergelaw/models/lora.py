@@ -21,7 +21,7 @@ from mergelaw.models.checkpoint import (
     pickled,
     read_config,
 )
-from mergelaw.models.compare import check_rows
+from mergelaw.models.compare import check_rows, equals_base
 from mergelaw.models.parameters import parameter_names
 from mergelaw.models.tokenizers import compare_tokenizers
 
@@ -123,7 +123,12 @@ def merge_adapter(
 
 def inspect_adapter(model: Any, base: Path, folder: Path, vocabulary: str = "refuse") -> list[str]:
     """Check an adapter by its headers; ``model`` is the base on the meta device. Returns notes."""
-    tensors = read_weights(folder, "meta")
+    tensors = read_weights(folder)
+    trained = [name for name in tensors if "lora_A" not in name and "lora_embedding_A" not in name]
+    # What LoRA adds is B times A, and a training begins with B = 0.
+    if trained and all("lora_" in n and "_B" in n and not tensors[n].any() for n in trained):
+        raise equals_base(folder)
+    tensors = {name: tensor.to("meta") for name, tensor in tensors.items()}
     return wrap(model, base, folder, tensors, vocabulary)[1]
 
 
@@ -181,11 +186,11 @@ def compare_named_base(model: Any, base: Path, folder: Path) -> list[str]:
     return [] if same else [note]
 
 
-def read_weights(folder: Path, device: str = "cpu") -> dict[str, "Tensor"]:
-    """The adapter's tensors; on the ``meta`` device shapes alone."""
+def read_weights(folder: Path) -> dict[str, "Tensor"]:
+    """The adapter's tensors."""
     with ExitStack() as stack:
         file = open_mapped(Path(folder) / ADAPTER_WEIGHTS, stack)
-        return {name: file.get_tensor(name).to(device, copy=True) for name in file.keys()}  # noqa: SIM118
+        return {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
 
 
 def resize(
@@ -229,7 +234,11 @@ def check_weights(wrapped: "nn.Module", tensors: dict[str, "Tensor"], folder: Pa
     needed = get_peft_model_state_dict(wrapped, save_embedding_layers=False)
     allowed = needed | get_peft_model_state_dict(wrapped, save_embedding_layers=True)
     if missing := needed.keys() - tensors.keys():
-        raise MergelawError(f"{folder}: its weights lack {min(missing)!r}; copy the adapter again")
+        needed_by = type(getattr(wrapped, "base_model", wrapped).model).__name__
+        raise MergelawError(
+            f"{folder}: its weights lack {min(missing)!r}, but have {min(tensors)!r}; give an "
+            f"adapter of a {needed_by}, or {ADVICE}"
+        )
     for name, tensor in sorted(tensors.items()):
         if name not in allowed or allowed[name].shape != tensor.shape:
             shape = list(allowed[name].shape) if name in allowed else "not part of it"

@@ -31,7 +31,7 @@ class ExpertCheckpoint(Checkpoint):
     """A ready-made expert, a model or LoRA adapter: exactly one of `path` and `hub`."""
 
     trust: Distinct[str] | None = Field(
-        None, description="keys of its config.json that may differ: the base's values are used"
+        None, description="keys of its config.json that may differ (the base's count), or `weights`"
     )
 
 

@@ -1,6 +1,7 @@
 """Lay the workflow out in a folder, and run the demo there."""
 
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -16,6 +17,14 @@ def source() -> Path:
     package = Path(__file__).resolve().parents[1]
     installed = package / "deploy"
     return installed if installed.is_dir() else package.parents[1]
+
+
+def run_command(study: Path | str) -> str:
+    """The command that runs a study from the present folder, a checkout or another one."""
+    root = Path() if Path("workflow/Snakefile").is_file() else source()
+    words = [] if root == Path() else ["--snakefile", str(root / "workflow" / "Snakefile")]
+    words += ["--profile", str(root / "profiles" / "local"), "--configfile", str(study)]
+    return shlex.join(["snakemake", *words])
 
 
 def deploy(folder: Path) -> None:

@@ -6,8 +6,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from mergelaw.data.documents import few_documents, shared_documents
 from mergelaw.errors import MergelawError
 from mergelaw.merging.methods.learned import FEWEST, Learned
+from mergelaw.models.inspect import without_warnings
 from mergelaw.workflow.study import Study
 
 RECORDS = 4  # of each file, where not all are looked at
@@ -29,6 +31,7 @@ class Findings:
             self.problems.append(f"{where}: {error}")
 
 
+@without_warnings()
 def inspect(study: Study, deep: bool = False) -> Findings:
     """Open a study's local checkpoints and the first records of its local files.
 
@@ -39,6 +42,7 @@ def inspect(study: Study, deep: bool = False) -> Findings:
     bases = _bases(study, findings)
     _experts(study, bases, findings)
     _documents(study, bases, None if deep else RECORDS, findings)
+    _evaluation_sets(study, findings)
     _calibration(study, findings)
     return findings
 
@@ -121,6 +125,20 @@ def _documents(
                             f"({settings.max_tokens:,}), and long documents are refused; raise it, "
                             "or set evaluation.long_documents"
                         )
+                if seen.earlier_answers:
+                    findings.notes.append(
+                        f"{where}: {seen.earlier_answers} earlier answers in the chats of "
+                        f"{len(seen.documents)} documents are context; only last answers are scored"
+                    )
+
+
+def _evaluation_sets(study: Study, findings: Findings) -> None:
+    """Domains that evaluate the same documents, or few; of local files."""
+    sets = study.evaluated()
+    with findings.at("domains"):
+        findings.notes += shared_documents(sets)
+    for name, documents in sets.items():
+        findings.notes += few_documents(name, len(documents))
 
 
 def _calibration(study: Study, findings: Findings) -> None:

@@ -18,6 +18,7 @@ from mergelaw.evaluation.cells import identities
 from mergelaw.laws.points import MACRO
 from mergelaw.merging.methods.learned import read_coefficients
 from mergelaw.merging.task_vector import digest_of
+from mergelaw.workflow.deploy import run_command
 from mergelaw.workflow.folder import use
 from mergelaw.workflow.progress import TITLES
 from mergelaw.workflow.study import Study
@@ -175,10 +176,7 @@ def find_laws(file: Path) -> tuple[Path, list[str]]:
         ]
     others = sorted((study.results / "laws").glob(f"{name}@*"))
     hint = f"; laws of another configuration or version are in {others[-1]}" if others else ""
-    raise MergelawError(
-        f"{file}: its laws are not fitted yet; run `snakemake --profile profiles/local "
-        f"--configfile {file}`{hint}"
-    )
+    raise MergelawError(f"{file}: its laws are not fitted yet; run `{run_command(file)}`{hint}")
 
 
 def measured_costs(laws: Path) -> pd.DataFrame:

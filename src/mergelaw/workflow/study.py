@@ -15,7 +15,7 @@ from mergelaw.artifacts.keys import digest
 from mergelaw.artifacts.lineage import LINEAGE
 from mergelaw.config import Config
 from mergelaw.config.merges import Merge
-from mergelaw.data.documents import split_identity, split_sizes
+from mergelaw.data.documents import evaluated, split_identity, split_sizes
 from mergelaw.data.recipe import SPLITS
 from mergelaw.errors import MergelawError
 from mergelaw.evaluation.design import Subset, Weighted, sample
@@ -92,6 +92,12 @@ class Study:
             more = f" ({len(errors) - 1} more domains have errors)" if errors[1:] else ""
             raise MergelawError(errors[0] + more)
         return corpora
+
+    def evaluated(self) -> dict[str, list[str]]:
+        """The evaluation documents of each domain of local files, by their digests."""
+        splits = {name: self.config.splits_of(name) for name in self.config.domains}
+        sets = {name: evaluated(recipe, self._cache) for name, recipe in splits.items()}
+        return {name: documents for name, documents in sets.items() if documents}
 
     @cached_property
     def overlap(self) -> Artifact:
