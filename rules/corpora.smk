@@ -22,6 +22,7 @@ rule check_overlap:
         train=overlap.input("train"),
         eval=overlap.input("eval"),
         calibration=overlap.input("calibration"),
+        confirm=overlap.input("confirm"),
     output:
         update(overlap.output),
     log:

@@ -22,6 +22,7 @@ rule write_merge:
         base=merges.input("base"),
         task_vectors=merges.input("task_vectors"),
         evaluation=merges.input("evaluation"),
+        confirmation=merges.input("confirmation"),
         coefficients=merges.input("coefficients"),
     output:
         update(merges.output),

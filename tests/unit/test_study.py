@@ -105,12 +105,36 @@ def test_merges_that_are_only_measured_share_a_job_and_change_nothing_else(tmp_p
     assert again.by_path.keys() == more.by_path.keys()
 
 
+def test_a_merge_to_write_is_confirmed_on_documents_of_no_other_use(tmp_path):
+    plain = study(tmp_path)
+    settings = plain.config.model_dump(exclude_unset=True)
+    one = {"base": "tiny", "method": "average", "experts": ["split"]}
+    merges = {"merges": {"a": one, "b": one | {"experts": ["apart"], "write": False}}}
+    corpus = settings["corpus"]
+    before = Study(parse(settings | merges))
+    after = Study(parse(settings | merges | {"corpus": corpus | {"confirm_documents": 0}}))
+    assert not after.confirmations and after.by_path.keys() == before.by_path.keys()
+    held = {"held": settings["domains"]["held"] | {"eval_documents": 5}}
+    more = {"corpus": corpus | {"confirm_documents": 3}, "domains": settings["domains"] | held}
+    after = Study(parse(settings | merges | more))
+    assert set(after.confirmations) == {"a"}
+    confirmation = after.confirmations["a"]
+    assert confirmation.inputs["corpora"] == after.corpora["confirm"]
+    assert after.merges["a"].inputs["confirmation"] is confirmation
+    assert confirmation not in after.measurements and confirmation.path in after.by_path
+    assert {a.size[0] for a in after.corpora["confirm"].values()} == {3}
+    same = ("corpora/split/eval", "corpora/split/calibration", "corpora/apart/eval")
+    paths = {a.folder: a.path for a in before.known.values()}
+    assert all(paths[a.folder] == a.path for a in after.known.values() if a.folder in same)
+
+
 def test_splits_are_artifacts_and_calibration_is_made_on_request(tmp_path):
     whole = study(tmp_path)
     assert {split: set(domains) for split, domains in whole.corpora.items()} == {
         "train": {"split", "apart"},
         "eval": {"split", "apart", "held"},
         "calibration": {"split", "apart"},
+        "confirm": set(),
     }
     calibration = {"corpora/split/calibration", "corpora/apart/calibration"}
     planned = {artifact.folder for artifact in whole.by_path.values()}

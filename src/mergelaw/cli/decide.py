@@ -98,6 +98,9 @@ def best(
         print(json.dumps(answers, indent=1, ensure_ascii=False, allow_nan=False))
         return
     print("\n\n".join(best_text(b, str(file), top, len(study.bases) > 1) for b in results))
+    from mergelaw.workflow.results import confirmed
+
+    print("".join(f"\n{line}" for line in confirmed(study)))
 
 
 def print_fronts(

@@ -52,9 +52,9 @@ def corpus(job: Job, folder: Path, state: Path) -> dict[str, Any]:
 @stage
 def overlap(job: Job, folder: Path, state: Path) -> dict[str, Any]:
     """Check that no document is in two splits, whatever the domains."""
-    from mergelaw.data import documents
+    from mergelaw.data import SPLITS, documents
 
-    splits = [job.all(split) for split in ("train", "eval", "calibration")]
+    splits = [job.all(split) for split in SPLITS]
     notes = documents.check_overlap(*splits)
     for note in notes:
         print(f"mergelaw: {note}", file=sys.stderr)
@@ -206,7 +206,9 @@ def merge(job: Job, folder: Path, state: Path) -> dict[str, Any]:
 
     start, vectors = job.one("base"), job.all("task_vectors")
     rows = read_rows([job.one("evaluation")], documents=True)
-    write_card(job.recipe, start, vectors, rows, folder)
+    other = job.optional("confirmation")
+    confirmed = read_rows([other], documents=True) if other else None
+    write_card(job.recipe, start, vectors, rows, folder, confirmed)
     return export(job.recipe, start, vectors, folder, job.output, job.optional("coefficients"))
 
 

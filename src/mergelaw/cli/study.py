@@ -321,7 +321,7 @@ def merge(
     (artifact,) = Study(parse(settings | {"merges": {"merge": wanted}}, "merge")).merges.values()
     places = {}
     for name, dependency in artifact.named_inputs():
-        if name == "evaluation":
+        if name in ("evaluation", "confirmation"):
             continue
         if not study.made(dependency):
             also = "" if dependency.path in study.known else "name the merge in `merges`, then "

@@ -16,6 +16,9 @@ class Corpus(Model):
     calibration_documents: int = Field(
         12, ge=0, description="documents per domain to fit merging coefficients to"
     )
+    confirm_documents: int = Field(
+        0, ge=0, description="documents per domain that only the merges to write are measured on"
+    )
 
 
 class Domain(Model):

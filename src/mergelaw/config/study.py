@@ -140,6 +140,7 @@ class Config(Model):
             calibration_documents=(
                 corpus.calibration_documents if calibration is None else calibration
             ),
+            confirm_documents=corpus.confirm_documents,
             at_most=tuple(s for s in at_most if f"{s}_documents" not in settings),
             seed=self.seed,
         )

@@ -245,6 +245,7 @@ def _pool(part: SplitRecipe) -> Pool:
             " give train_documents a number"
         )
     wanted = part.eval_documents + (part.train_documents or 0) + part.calibration_documents
+    wanted += part.confirm_documents
     records: Iterable[tuple[Any, Any]] = kept_records(part.source)
     if name:
         records = enumerate(itertools.islice(draw(name, part.seed), DRAWS * wanted))
@@ -271,8 +272,9 @@ def _pool(part: SplitRecipe) -> Pool:
         raise MergelawError(
             f"{part.source}: {len(distinct)} distinct documents{skipped}, but {part.eval_documents}"
             f" were asked for evaluation, {'the rest' if rest else part.train_documents} for"
-            f" training and {part.calibration_documents} for calibration; lower eval_documents,"
-            " train_documents or calibration_documents, or give more records"
+            f" training, {part.calibration_documents} for calibration and"
+            f" {part.confirm_documents} to confirm; lower eval_documents, train_documents,"
+            " calibration_documents or confirm_documents, or give more records"
         )
     documents = list(distinct.values())
     # Synthetic documents are already in random order. Sorting by digest would make the evaluation
@@ -294,13 +296,15 @@ def _check_invalid(source: Source, invalid: Sequence[str], records: int) -> None
 
 
 def _divided(pool: Pool, part: SplitRecipe) -> dict[str, list[Document]]:
-    # Evaluation takes the first documents, training the next and calibration the last, so that
-    # a new document in a source moves as few others as possible.
+    # Evaluation takes the first documents, training the next and calibration the last, behind those
+    # that confirm, so that a new document in a source moves as few others as possible.
     counts = part.counts(len(pool.documents))
     evaluation, last = counts["eval"], len(pool.documents) - counts["calibration"]
+    before = last - counts["confirm"]
     return {
         "eval": pool.documents[:evaluation],
-        "train": pool.documents[evaluation:last][: part.train_documents],
+        "train": pool.documents[evaluation:before][: part.train_documents],
+        "confirm": pool.documents[before:last],
         "calibration": pool.documents[last:],
     }
 
@@ -353,6 +357,8 @@ def split_identity(recipe: SplitRecipe, split: str, cache: FileCache) -> dict[st
         counts |= {"train_documents"}
     if split == "calibration" or (split == "train" and part.train_documents is None):
         counts |= {"calibration_documents"}
+    if split == "confirm" or (part.confirm_documents and "calibration_documents" in counts):
+        counts |= {"calibration_documents", "confirm_documents"}
     identity = part.model_dump(include={"seed", *counts})
     if part.source.synthetic is not None:
         identity |= {"generator_version": GENERATOR_VERSION}
@@ -452,16 +458,20 @@ def _rows(folder: Path, columns: list[str]) -> list[dict[str, Any]]:
 
 
 def check_overlap(
-    train: Mapping[str, Path], evaluation: Mapping[str, Path], calibration: Mapping[str, Path]
+    train: Mapping[str, Path],
+    evaluation: Mapping[str, Path],
+    calibration: Mapping[str, Path],
+    confirm: Mapping[str, Path] | None = None,
 ) -> list[str]:
     """Refuse splits ({domain: folder}) that share documents, also across domains.
 
     No domain may train or calibrate on an evaluation document, which would make a merge look better
-    than it is, nor calibrate on a training document. Several domains may train on the same
-    document, or evaluate some. Returns notes (:func:`shared_documents`). Raises MergelawError for
+    than it is, nor calibrate on a training document. Documents that confirm a choice have no other
+    use. Several domains may train on the same document, or evaluate some. Returns notes (:func:`shared_documents`). Raises MergelawError for
     the first pair of domains that share documents.
     """
     splits = {"trains": train, "evaluates": evaluation, "calibrates": calibration}
+    splits["confirms"] = confirm or {}
     digests = {
         use: {name: {row["document"] for row in _rows(path, ["document"])} for name, path in all_of}
         for use, all_of in ((use, folders.items()) for use, folders in splits.items())
@@ -470,6 +480,9 @@ def check_overlap(
         ("trains", "evaluates"),
         ("calibrates", "evaluates"),
         ("trains", "calibrates"),
+        ("trains", "confirms"),
+        ("evaluates", "confirms"),
+        ("calibrates", "confirms"),
     ):
         for (second, theirs), (first, ours) in itertools.product(
             digests[second_use].items(), digests[first_use].items()

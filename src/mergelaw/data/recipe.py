@@ -86,7 +86,7 @@ def is_hub_id(dataset: str) -> bool:
     return not dataset.startswith((".", "/")) and not Path(dataset).is_dir()
 
 
-SPLITS = ("train", "eval", "calibration")
+SPLITS = ("train", "eval", "calibration", "confirm")
 
 
 class SplitRecipe(Model):
@@ -97,6 +97,7 @@ class SplitRecipe(Model):
     eval_documents: int
     train_documents: int | None  # None: all that are left
     calibration_documents: int = 0
+    confirm_documents: int = 0
     at_most: tuple[str, ...] = ()  # splits that take fewer documents where the source has fewer
     seed: int
 
@@ -107,6 +108,8 @@ class SplitRecipe(Model):
     def counts(self, documents: int) -> dict[str, int]:
         """Documents of each split of a source with so many; their sum may be more than it has."""
         evaluation, calibration = self.eval_documents, self.calibration_documents
+        confirm = self.confirm_documents
+        documents -= confirm
         if "calibration" in self.at_most:
             most = documents // 4 if "eval" in self.at_most else documents - evaluation
             calibration = min(calibration, max(most, 0))
@@ -114,13 +117,14 @@ class SplitRecipe(Model):
             evaluation = min(evaluation, max(documents - calibration, 1))
         rest = max(documents - evaluation - calibration, 1)
         train = rest if self.train_documents is None else self.train_documents
-        return {"eval": evaluation, "train": train, "calibration": calibration}
+        return {"eval": evaluation, "train": train, "confirm": confirm, "calibration": calibration}
 
     def part(self, split: str) -> Self:
         """The part of the recipe that defines ``split``: one source and its splits."""
         if self.eval_source is None:
             return self
-        if split != "eval":
-            return self.model_copy(update={"eval_source": None, "eval_documents": 0})
+        if split not in ("eval", "confirm"):
+            others = {"eval_source": None, "eval_documents": 0, "confirm_documents": 0}
+            return self.model_copy(update=others)
         others = {"eval_source": None, "train_documents": 0, "calibration_documents": 0}
         return self.model_copy(update={**others, "source": self.eval_source})

@@ -24,6 +24,7 @@ def write_card(
     vectors: Mapping[str, Path],
     rows: pd.DataFrame | None,
     folder: Path,
+    confirmed: pd.DataFrame | None = None,
 ) -> None:
     """Write README.md into the folder of a merge. It holds no text of any document.
 
@@ -32,6 +33,7 @@ def write_card(
         base, vectors: folders of the base and of the experts' task vectors.
         rows: evaluation rows of the base and the merge, with the columns per document; None if the
             merge is not measured.
+        confirmed: the same on documents that no choice has seen, if any.
     """
     experts = {
         name: vectors[name] / lineage.read(vectors[name])["inputs"]["expert"]["path"]
@@ -76,6 +78,8 @@ def write_card(
         "## Measured losses",
         "",
         *_losses(rows),
+        *(["", "## On documents that no choice has seen", ""] if confirmed is not None else []),
+        *(_losses(confirmed) if confirmed is not None else []),
     ]
     (folder / "README.md").write_text("\n".join([*lines, ""]), encoding="utf-8")
 

@@ -75,6 +75,26 @@ def measured_in(shards: Sequence[Path]) -> tuple[list[Measured], list[str]]:
     )
 
 
+def confirmed(study: Study) -> list[str]:
+    """Losses of written merges on documents that no choice has seen, a sentence each."""
+    lines = []
+    for name, artifact in study.confirmations.items():
+        if study.made(artifact):
+            rows = read_rows(use(study, [artifact]), documents=True)
+            every, warnings = by_base(rows, lambda _, rows=rows: rows)
+            lines += warnings
+            for one in every:
+                (merge,), base, shares = one.merges, one.reference, one.counted
+                documents = one.documents([merge, base])
+                loss = documents.difference({merge.identity: shares})
+                gain = documents.difference({merge.identity: shares, base.identity: -shares})
+                lines.append(
+                    f"{one.base}: {name} has {loss.text(sign='')} on documents that no choice has "
+                    f"seen, {gain.text()} against the base"
+                )
+    return lines
+
+
 def rows_of_merge(
     study: Study,
     recipe: Mapping[str, Any],

@@ -107,7 +107,7 @@ class Study:
 
     @cached_property
     def calibration_overlap(self) -> Artifact:
-        """The overlap check with calibration documents included."""
+        """The overlap check with calibration and confirming documents included."""
         return Artifact("overlap", "checks/calibration-overlap", {}, inputs=self.corpora)
 
     @cached_property
@@ -249,6 +249,7 @@ class Study:
         name: str,
         recipe: Mapping[str, Any],
         rows: Sequence[Subset | Weighted],
+        split: str = "eval",
     ) -> Artifact:
         members = sorted({expert for row in rows for expert in row.experts})
         return Artifact(
@@ -274,10 +275,10 @@ class Study:
             inputs={
                 "base": self.bases[base],
                 "task_vectors": {e: self.task_vectors[base, e, seed] for e in members},
-                "corpora": self.corpora["eval"],
+                "corpora": self.corpora[split],
                 **self._learned(base, method, seed, rows[-1].experts),
             },
-            checks={"overlap": self.overlap},
+            checks={"overlap": self.overlap if split == "eval" else self.calibration_overlap},
             rows=rows,
         )
 
@@ -316,13 +317,32 @@ class Study:
                 evals |= dict.fromkeys(part, self._measurement(base, method, title, members, seed))
         return evals
 
+    @cached_property
+    def confirmations(self) -> dict[str, Artifact]:
+        """Evaluations of the merges to write, by name, on documents that no choice has seen."""
+        if not self.config.corpus.confirm_documents:
+            return {}
+        evals = {}
+        for name, merge in self.config.merges.items():
+            if merge.write:
+                experts, weights, seed = self._members(merge)
+                place, rows = (merge.base, merge.method), [_weighted(experts, weights)]
+                evals[name] = self._measurement(*place, f"confirm-{name}", rows, seed, "confirm")
+        return evals
+
     def _measurement(
-        self, base: str, method: str, name: str, merges: Sequence[Weighted], seed: int
+        self,
+        base: str,
+        method: str,
+        name: str,
+        merges: Sequence[Weighted],
+        seed: int,
+        split: str = "eval",
     ) -> Artifact:
         """Evaluation of merges outside of the design, and of the base itself."""
         rows: list[Subset | Weighted] = [Subset(0, -1, -1, ()), *merges]
         recipe = self.config.methods[method].model_dump(by_alias=True)
-        return self._evaluation(base, method, seed, name, recipe, rows)
+        return self._evaluation(base, method, seed, name, recipe, rows, split)
 
     @cached_property
     def learned_evals(self) -> list[Artifact]:
@@ -431,7 +451,7 @@ class Study:
     @cached_property
     def merges(self) -> dict[str, Artifact]:
         """Merges to write as checkpoints, by name."""
-        merges = {}
+        merges, confirm = {}, self.confirmations
         for name, merge in self.config.merges.items():
             if not merge.write:
                 continue
@@ -453,6 +473,7 @@ class Study:
                     "base": self.bases[merge.base],
                     "task_vectors": vectors,
                     "evaluation": self.merge_evals[name],
+                    **({"confirmation": confirm[name]} if name in confirm else {}),
                     **self._learned(merge.base, merge.method, seed, experts),
                 },
             )
@@ -505,11 +526,13 @@ class Study:
         yield from self.experts.values()
         yield from self.task_vectors.values()
         yield from self.designs.values()
-        if self.coefficients:
+        if self.coefficients or self.confirmations:
             yield from self.corpora["calibration"].values()
+            yield from self.corpora["confirm"].values()
             yield self.calibration_overlap
             yield from self.coefficients
         yield from self.measurements
+        yield from self.confirmations.values()
         yield self.laws
         yield self.report
         yield from self.merges.values()
@@ -522,7 +545,8 @@ class Study:
     @cached_property
     def known(self) -> Mapping[str, Artifact]:
         """Artifacts by path, including those that are made only on request."""
-        on_request = [*self.corpora["calibration"].values(), self.calibration_overlap]
+        splits = [*self.corpora["calibration"].values(), *self.corpora["confirm"].values()]
+        on_request = [*splits, self.calibration_overlap]
         on_request += self.gradients.values()
         return {**self.by_path, **{artifact.path: artifact for artifact in on_request}}
 
