@@ -1,7 +1,7 @@
 """Regret of `mergelaw select` against greedy addition, random search and CMA-ES.
 
-    python benchmarks/select.py measure STUDY BASE TRUTH.npz    measure all subsets by every rule
-    python benchmarks/select.py score TRUTH.npz...              search them, for 20 objectives
+    python benchmarks/selection.py measure STUDY BASE TRUTH.npz    measure all subsets by every rule
+    python benchmarks/selection.py score TRUTH.npz...              search them, for 20 objectives
 
 The study must be made up to its task vectors. Regret is the best loss that a search has measured,
 above the best of all, as a share of that one's gain over the base. CMA-ES: `pip install cma`.
