@@ -100,17 +100,16 @@ class Truth:
         """These merges as if nothing else were measured."""
         row = {place: 1 + i for i, place in enumerate(self.places)}
 
-        def model(
-            identity: str, role: str, rule: int, members: tuple[int, ...], losses: Any
-        ) -> Model:
+        def model(role: str, place: Place, losses: Any) -> Model:
+            rule, members = place
             names = tuple(self.experts[i] for i in members)
             return Model(
-                identity, role, self.methods[rule], self.recipes[rule], 0, names,
+                str(place), role, self.methods[rule], self.recipes[rule], 0, names,
                 (1.0,) * len(names), losses,
             )  # fmt: skip
 
-        models = [model("base", "base", (0, ()), self.losses[0])] + [
-            model(str(place), "merge", place, self.losses[row[place]]) for place in places
+        models = [model("base", (0, ()), self.losses[0])] + [
+            model("merge", place, self.losses[row[place]]) for place in places
         ]
         by_name = {one.identity: one for one in models}
         return Measured(self.base, tuple(self.domains), frozenset(), by_name, lambda _: None)  # type: ignore[arg-type, return-value]

@@ -80,8 +80,7 @@ def confirmed(study: Study) -> list[str]:
     lines = []
     for name, artifact in study.confirmations.items():
         if study.made(artifact):
-            rows = read_rows(use(study, [artifact]), documents=True)
-            every, warnings = by_base(rows, lambda _, rows=rows: rows)
+            every, warnings = measured_in(use(study, [artifact]))
             lines += warnings
             for one in every:
                 (merge,), base, shares = one.merges, one.reference, one.counted
