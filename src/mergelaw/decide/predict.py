@@ -376,7 +376,8 @@ def check(measured: Array, residuals: Array, sizes: NDArray[np.int64]) -> Check:
     passed = False
     if math.isfinite(correlation) and freedom > 0:
         bound = math.tanh(
-            math.atanh(min(max(correlation, -0.99), 1 - 1e-9)) - stats.norm.ppf(LEVEL) / math.sqrt(freedom)
+            math.atanh(min(max(correlation, -0.99), 1 - 1e-9))
+            - stats.norm.ppf(LEVEL) / math.sqrt(freedom)
         )
         passed = bound >= CORRELATION and max(error, error_low) <= ERROR
     return Check(len(measured), correlation, tail, error, "usable" if passed else "not usable")
