@@ -467,8 +467,9 @@ def check_overlap(
 
     No domain may train or calibrate on an evaluation document, which would make a merge look better
     than it is, nor calibrate on a training document. Documents that confirm a choice have no other
-    use. Several domains may train on the same document, or evaluate some. Returns notes (:func:`shared_documents`). Raises MergelawError for
-    the first pair of domains that share documents.
+    use. Several domains may train on the same document, or evaluate some. Returns notes
+    (:func:`shared_documents`). Raises MergelawError for the first pair of domains that share
+    documents.
     """
     splits = {"trains": train, "evaluates": evaluation, "calibrates": calibration}
     splits["confirms"] = confirm or {}

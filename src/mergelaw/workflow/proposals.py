@@ -43,7 +43,10 @@ def select(study: Study, measured: Measured, objective: Objective, batch: int) -
         for merge in study.config.merges.values()
         if (p := merge.predicted) and merge.base == measured.base and p.objective == objective.text
     ]
-    return select_merges(measured, predictor(measured), objective, batch, learned, earlier)
+    gradients = study.gradients.get((measured.base, min(m.seed for m in measured.merges)))
+    folder = use(study, [gradients])[0] if gradients and study.made(gradients) else None
+    predicts = predictor(measured, folder)
+    return select_merges(measured, predicts, objective, batch, learned, earlier)
 
 
 def write(study: Study, file: Path, output: Path, selections: Sequence[Selection]) -> None:
