@@ -431,10 +431,28 @@ def test_a_synthetic_source_runs_dry_with_a_message(tmp_path, monkeypatch):
 GOOD = '{"prompt": "a", "response": "b"}'
 
 
+@pytest.mark.parametrize("name", ["a.json", "a.jsonl", "a.ndjson"])
+def test_json_is_a_list_or_lines_whatever_its_name(tmp_path, name):
+    rows = [json.dumps(record) for record in records(3)]
+    found = [
+        build(tmp_path / str(number), recipe({"files": [written(tmp_path / name, content)]}))[0]
+        for number, content in enumerate(
+            (
+                "\n".join(rows),
+                "\r\n".join(rows) + "\r\n",
+                "\ufeff" + "\n".join(rows),
+                f"[{','.join(rows)}]",
+                f"\ufeff\n [{', '.join(rows)}]",
+            )
+        )
+    ]
+    assert all(one == found[0] for one in found) and len(found[0]) == 2  # one is evaluated
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("a.json", "", "a.json, line 1, column 1: not JSON"),
+        ("a.json", "", "a.json: the file holds no records"),
         ("a.jsonl", "", "a.jsonl: the file holds no records"),
         ("a.csv", "prompt,response\n", "a.csv: the file holds no records"),
         ("a.csv", "", "a.csv: the file holds no records"),
@@ -454,7 +472,7 @@ GOOD = '{"prompt": "a", "response": "b"}'
         ("a.json", "[]", "a.json: the file holds no records"),
         ("a.json", "[{]", "a.json, line 1, column 3: not JSON"),
         ("a.json", "[\n{'a': 1}]", "a.json, line 2, column 2: not JSON"),
-        ("a.json", GOOD, "a.json: must be a list of records, not {"),
+        ("a.json", '{"data": [1]}', "a.json, line 1: no response among its columns ['data']"),
         ("a.json", f"[{GOOD}, 3]", "a.json, record 2: a record must be an object, not 3"),
         ("a.json", b'["\xff"]', "a.json, line 1: not UTF-8"),
         ("a.json", "[" * 100_000, "a.json, line 1: JSON that Python cannot hold"),

@@ -16,7 +16,7 @@ import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from itertools import chain
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from mergelaw.artifacts.keys import canonical_json
 from mergelaw.data.recipe import Source
@@ -146,7 +146,7 @@ def _kind(path: Path) -> str:
     return Path(path.stem).suffix.lower() if suffix in COMPRESSED else suffix
 
 
-def _open(path: Path) -> IO[bytes]:
+def _open(path: Path) -> io.BufferedReader:
     codec = COMPRESSED.get(path.suffix.lower())
     if codec is None:
         return path.open("rb")
@@ -187,20 +187,13 @@ class _Limited(io.RawIOBase):
 
 
 def _json_records(path: Path) -> Records:
+    """A list of records, or a record on each line: files have either under any of the names."""
     with _open(path) as file:
-        records = _parsed(file.read(), path, line=1)
-    if not isinstance(records, list):
-        raise MergelawError(
-            f"{path}: must be a list of records, not {reprlib.repr(records)};"
-            " write [record, ...], or one record a line in a .jsonl file"
-        )
-    for number, record in enumerate(records, start=1):
-        yield f"record {number}", record
-
-
-def _jsonl_records(path: Path) -> Records:
-    with _open(path) as lines:
-        for number, line in enumerate(lines, start=1):
+        if file.peek().lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"["):
+            for number, record in enumerate(_parsed(file.read(), path, line=1), start=1):
+                yield f"record {number}", record
+            return
+        for number, line in enumerate(file, start=1):
             if line.strip():
                 yield f"line {number}", _parsed(line, path, line=number)
 
@@ -310,8 +303,8 @@ def _expanded(array: Any) -> int:
 
 READERS: dict[str, Callable[[Path], Records]] = {
     ".json": _json_records,
-    ".jsonl": _jsonl_records,
-    ".ndjson": _jsonl_records,
+    ".jsonl": _json_records,
+    ".ndjson": _json_records,
     ".csv": _csv_records,
     ".tsv": _csv_records,
     ".parquet": _parquet_records,
