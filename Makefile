@@ -1,4 +1,4 @@
-# make demo | make test | make test-conformance | make test-openrlhf | make test-slurm
+# make demo | make learned-law | make test | make test-conformance | make test-openrlhf | make test-slurm
 # make bench | make bench-gpu | make bench-coverage | make lint | make clean-venv
 PYTHON ?= python3
 VENV := .venv
@@ -29,9 +29,13 @@ $(PEERS)/.installed: requirements-peers.txt
 	$(PEERS)/bin/pip install -q -r requirements-peers.txt
 	touch $@
 
-.PHONY: demo test test-conformance test-openrlhf test-slurm bench bench-gpu bench-coverage lint format check clean-venv
+.PHONY: demo learned-law test test-conformance test-openrlhf test-slurm bench bench-gpu bench-coverage lint format check clean-venv
 demo: $(VENV)/.installed
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python benchmarks/measure.py -- $(BIN)/snakemake --profile profiles/local
+
+# The law of learned merges, on the demo's experts.
+learned-law: $(VENV)/.installed
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/snakemake --profile profiles/local --configfile config/learned_law.yaml
 
 test: $(VENV)/.installed
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest -n 2

@@ -26,7 +26,7 @@ from mergelaw.cli.process import prepare_torch
 from mergelaw.data import documents as corpus
 from mergelaw.data.recipe import SplitRecipe
 from mergelaw.decide import calibration
-from mergelaw.decide.calibration import BACKWARD, Calibration, Documents
+from mergelaw.decide.calibration import BACKWARD, Calibration, Documents, divide
 from mergelaw.decide.learned import GRANULARITIES, Parts, learn
 from mergelaw.evaluation import read_rows
 from mergelaw.evaluation.shard import load_model
@@ -88,7 +88,8 @@ class Pool:
                     corpus.write_split(split, "calibration", {}, path)
                 domains[name] = self.windows(name, path)
         names = list(experts) or list(self.vectors)
-        return Calibration(self.model, self.merger, names, domains, self.settings["batch_tokens"])
+        documents = divide(domains, self.settings["batch_tokens"], self.model.device)
+        return Calibration(self.model, self.merger, names, documents)
 
     def loss(self, objective: Calibration, coefficients: np.ndarray) -> float:
         """Loss of evaluation documents."""

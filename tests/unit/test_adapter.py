@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 import models
 from mergelaw.errors import MergelawError
 from mergelaw.merging import engine as merge
+from mergelaw.merging import export
 from mergelaw.merging.methods import method_of
 from mergelaw.merging.task_vector import TaskVector
 from mergelaw.models import hub
@@ -272,3 +273,77 @@ def test_a_truncated_adapter_is_named(tmp_path, bases, plain):
     path = plain / ADAPTER_WEIGHTS
     path.write_bytes(path.read_bytes()[:-3])
     refused(bases["tied"], plain, tmp_path / "vector", ADAPTER_WEIGHTS, "half-copied")
+
+
+# Merges as one adapter
+
+
+def adapters(tmp_path, which="untied", **more):
+    """A base, and the task vectors of two adapters of it, of ranks 2 and 3."""
+    base = models.write_checkpoint(tmp_path / "base", **BASES[which])
+    every = {"r": 3, "target_modules": "all-linear", **more}
+    names = ["c_attn"] if which == "gpt2" else ["q_proj"]
+    for name, settings in {"a": {"r": 2, "target_modules": names}, "b": every}.items():
+        models.write_adapter(base, tmp_path / name, **settings)
+    vectors = {n: models.write_task_vector(base, tmp_path / n, tmp_path / f"v-{n}") for n in "ab"}
+    return base, {name: vector.folder for name, vector in vectors.items()}
+
+
+def export_as_adapter(base, vectors, folder, rank, method, weights=None):
+    folder.mkdir()
+    recipe = {"method": method, "experts": [*vectors], "weights": weights}
+    return export.export_adapter(recipe, base, vectors, folder, rank)
+
+
+def logits(model):
+    with torch.no_grad():
+        return model(torch.arange(3, 23)[None]).logits
+
+
+@pytest.mark.parametrize("which", ["untied", "gpt2"])
+def test_a_linear_merge_of_adapters_is_one_adapter_of_the_sum_of_their_ranks(tmp_path, which):
+    from peft import PeftModel
+
+    base, vectors = adapters(tmp_path, which, fan_in_fan_out=which == "gpt2")
+    method = {"method": "task_arithmetic", "lambda": 1.5}
+    errors = export_as_adapter(base, vectors, tmp_path / "one", 5, method, [1.0, 2.0])
+    assert len(errors) > 3 and max(errors.values()) < 1e-4
+    pool = {name: TaskVector(path) for name, path in vectors.items()}
+    (tmp_path / "whole").mkdir()
+    merge.write_merge(base, pool, method_of(method), [1.0, 2.0], tmp_path / "whole")
+    one = PeftModel.from_pretrained(models.load(base), tmp_path / "one")
+    away = logits(models.load(tmp_path / "whole")) - logits(models.load(base))
+    assert away.abs().max() > 1e-2
+    assert torch.allclose(logits(one) - logits(models.load(base)), away, atol=1e-5)
+    # Like any adapter it can be an expert, or measured.
+    again = models.write_task_vector(base, tmp_path / "one", tmp_path / "again")
+    for name in again.names:
+        change = sum(weight * pool[n][name] for n, weight in (("a", 0.5), ("b", 1.0)))
+        assert torch.allclose(again[name], change, atol=1e-5)
+
+
+def test_a_truncated_adapter_is_the_closest_of_its_rank(tmp_path):
+    base, vectors = adapters(tmp_path)
+    errors = export_as_adapter(base, vectors, tmp_path / "one", 2, {"method": "ties"})
+    vector = models.write_task_vector(base, tmp_path / "one", tmp_path / "again")
+    pool = {name: TaskVector(path) for name, path in vectors.items()}
+    (tmp_path / "whole").mkdir()
+    merge.write_merge(base, pool, method_of({"method": "ties"}), None, tmp_path / "whole")
+    with Tensors(base) as before, Tensors(tmp_path / "whole") as after:
+        for module, error in errors.items():
+            name = f"{module}.weight"
+            change = after[name] - before[name]
+            tail = torch.linalg.svdvals(change)[2:].norm() / change.norm()
+            assert error == pytest.approx(float(tail), rel=1e-3) and error > 0.05
+            left = (vector[name].view(change.shape) - change).norm() / change.norm()
+            assert float(left) == pytest.approx(error, rel=1e-3)
+
+
+def test_what_no_adapter_can_hold_is_refused(tmp_path):
+    base, vectors = adapters(tmp_path, modules_to_save=["norm"])
+    with pytest.raises(MergelawError, match=r"change 'model.layers.*norm.weight'.* drop --lora"):
+        export_as_adapter(base, vectors, tmp_path / "one", 2, {"method": "average"})
+    whole = models.write_expert(base, tmp_path / "whole"), tmp_path / "v-whole"
+    vectors["whole"] = models.write_task_vector(base, *whole, storage="derived").folder
+    with pytest.raises(MergelawError, match="'whole' is a whole model, not an adapter"):
+        export_as_adapter(base, vectors, tmp_path / "two", 2, {"method": "average"})

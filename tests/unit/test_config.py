@@ -328,7 +328,7 @@ def test_a_learned_merge_takes_no_weights():
     [
         ({"corpus__calibration_documents": 0}, "methods.learned: no domain has calibration"),
         ({"corpus__calibration_documents": 3}, "calibration_documents: 3, of which a third is"),
-        ({"methods": {"learned": {}}}, "methods: laws need a rule besides `learned`"),
+        ({"methods": {"learned": {}}}, "methods: laws need a method that merges more than the"),
         ({"methods": {"learned": {"by": "layer"}}}, "methods.learned.by: "),
         ({"methods": {"learned": {"gradients": 0}}}, "methods.learned.gradients: "),
     ],

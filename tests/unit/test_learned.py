@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from mergelaw.data.tokenize import encode
-from mergelaw.decide.calibration import Calibration
+from mergelaw.decide.calibration import Calibration, divide, save_memory
 from mergelaw.decide.learned import GRANULARITIES, Parts, block, descend, learn
 from mergelaw.errors import MergelawError
 from mergelaw.merging.engine import Merger
@@ -47,7 +47,7 @@ def calibration(base, pool, memory=ROOMY, dtype="float32", count=6):
     """The calibration loss of a pool, and the merger that it writes with."""
     model = load(base, dtype)
     merger = Merger(model, base, pool, method_of(LEARNED), memory)
-    return Calibration(model, merger, list(pool), windows(count), 512)
+    return Calibration(model, merger, list(pool), divide(windows(count), 512, "cpu"))
 
 
 @pytest.fixture(scope="module")
@@ -103,6 +103,24 @@ def test_bfloat16_gradients_point_the_same_way(base, pool):
     assert full @ half > 0.99 * np.linalg.norm(full) * np.linalg.norm(half)
 
 
+def test_recomputed_activations_give_the_same_bits_and_no_dropout(base, pool):
+    place, found = np.full((3, 100), 0.4), []
+    settings = {"batch_tokens": 512, "max_tokens": 512, "dtype": "float32"}
+    for room in (ROOMY, NONE):
+        with calibration(base, pool) as objective:
+            model, calls = objective._model, []
+            save_memory(model, base, settings, room)
+            layer = model.model.layers[0]
+            layer.register_forward_hook(lambda *_, calls=calls: calls.append(1))
+            layer.self_attn.register_forward_hook(lambda *_, calls=calls: calls.append(2))
+            found.append(objective.gradient(place[:, : len(objective.tensors)], "all"))
+            found.append((calls.count(1), calls.count(2)))
+            assert not any(module.training for module in model.modules())
+    (loss, gradient), (once, also), (again, same), (whole, twice) = found
+    assert loss == again and (gradient == same).all()
+    assert once == also == whole and twice == 2 * once
+
+
 def test_gradients_leave_nothing_behind(base, pool):
     with calibration(base, pool) as objective:
         objective.gradient(np.full((3, len(objective.tensors)), 0.4), "fit")
@@ -120,7 +138,7 @@ def test_domains_count_alike_whatever_their_length(base, pool):
         model, merger = objective._model, objective._merger
     alone = []
     for name, domain in windows(6).items():
-        with Calibration(model, merger, list(pool), {name: domain}, 512) as one:
+        with Calibration(model, merger, list(pool), divide({name: domain}, 512, "cpu")) as one:
             alone.append(one.loss(coefficients, "all"))
     assert both == pytest.approx(sum(alone) / 2, rel=1e-6)
 

@@ -4,6 +4,7 @@ import pytest
 
 import models
 from mergelaw.config import parse
+from mergelaw.config.merges import Merge
 from mergelaw.errors import MergelawError
 from mergelaw.merging.methods.learned import Learned
 from mergelaw.workflow.study import Study
@@ -126,6 +127,23 @@ def test_a_merge_to_write_is_confirmed_on_documents_of_no_other_use(tmp_path):
     same = ("corpora/split/eval", "corpora/split/calibration", "corpora/apart/eval")
     paths = {a.folder: a.path for a in before.known.values()}
     assert all(paths[a.folder] == a.path for a in after.known.values() if a.folder in same)
+
+
+def test_a_method_that_learns_the_design_has_a_job_and_a_law_like_any_other(tmp_path):
+    plain = study(tmp_path)
+    methods = {**plain.config.methods, "learned": Learned(by="expert", subsets="design")}
+    experts = list(plain.config.pool())
+    merges = {"both": Merge(base="tiny", method="learned", experts=experts[::-1])}
+    learned = Study(plain.config.model_copy(update={"methods": methods, "merges": merges}))
+    assert not learned.learned_evals and learned.laws.path != plain.laws.path
+    evaluation = learned.evals["tiny", "learned", 0, 0]
+    assert evaluation.rows == learned.evals["tiny", "average", 0, 0].rows
+    (one,) = learned.coefficients  # the merge to write is in the same table
+    assert one.rows == [row.experts for row in evaluation.rows if row.experts]
+    assert learned.merges["both"].inputs["coefficients"].path == one.path
+    assert learned.report.inputs["coefficients"]["tiny"].path == one.path
+    # What is learned is no part of what a merge is, so cells are shared.
+    assert Learned().model_dump() == Learned(subsets="design").model_dump()
 
 
 def test_splits_are_artifacts_and_calibration_is_made_on_request(tmp_path):

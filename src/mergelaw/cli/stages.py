@@ -123,7 +123,7 @@ def design(job: Job, folder: Path, state: Path) -> dict[str, Any]:
 
 
 def checked_rows(job: Job) -> list[Any]:
-    """The design's rows in a job, after comparing them with their digest in the recipe."""
+    """The rows or subsets in a job, after comparing them with their digest in the recipe."""
     if keys.digest(list(job.rows)) != job.recipe["subsets"]:
         raise MergelawError(f"{job.output}: the job's rows are not the recipe's; rerun snakemake")
     return list(job.rows)
@@ -131,12 +131,12 @@ def checked_rows(job: Job) -> list[Any]:
 
 @stage
 def learn(job: Job, folder: Path, state: Path) -> dict[str, Any]:
-    """Learn the coefficients of a merge from calibration documents."""
+    """Learn the coefficients of merges from calibration documents."""
     from mergelaw.decide import calibration
 
     prepare_torch(job.threads)
-    vectors, corpora = job.all("task_vectors"), job.all("corpora")
-    return calibration.write(job.recipe, job.one("base"), vectors, corpora, folder)
+    start, vectors, corpora = job.one("base"), job.all("task_vectors"), job.all("corpora")
+    return calibration.write(job.recipe, checked_rows(job), start, vectors, corpora, folder, state)
 
 
 @stage
@@ -180,19 +180,16 @@ def fit(job: Job, folder: Path, state: Path) -> dict[str, Any]:
 @stage
 def report(job: Job, folder: Path, state: Path) -> dict[str, Any]:
     """Write the report: one HTML page with its figures and tables."""
-    import pandas as pd
-
     from mergelaw.evaluation import read_rows
-    from mergelaw.merging.methods.learned import COEFFICIENTS
+    from mergelaw.merging.methods.learned import read_coefficients
     from mergelaw.report import write_report
     from mergelaw.workflow.results import facts_of, measured_in
 
     laws, shards = job.one("laws"), list(job.all("evals").values())
     title, facts, rows = job.recipe["title"], facts_of(laws), read_rows(shards)
     every, _ = measured_in(shards)
-    tables = {
-        name: pd.read_parquet(path / COEFFICIENTS) for name, path in job.all("coefficients").items()
-    }
+    learned = job.all("coefficients").items()
+    tables = {name: max(read_coefficients(path).values(), key=len) for name, path in learned}
     write_report(laws, rows, folder, title=title, facts=facts, measured=every, coefficients=tables)
     return {}
 

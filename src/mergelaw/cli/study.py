@@ -50,7 +50,6 @@ def config_check(
 
     Example: mergelaw config check ours.yaml --deep
     """
-    from mergelaw.merging.methods.learned import Learned
     from mergelaw.workflow.inspect import inspect
 
     study = load_study(file)
@@ -64,7 +63,7 @@ def config_check(
     merges = f"{low}" if low == high else f"{low} to {high}"
     bases, seeds = len(designs), len(config.training_seeds)
     learned = len(study.learned_evals)
-    rules = sum(not isinstance(method, Learned) for method in config.methods.values())
+    rules = len(config.designed)
     measured = (sum(designs) - bases) * rules + bases * len(config.baselines)
     cells = (measured * seeds + learned + bases) * len(config.domains)
     trained = sum(artifact.trains for artifact in artifacts)
@@ -299,14 +298,18 @@ def merge(
     seed: Annotated[
         int | None, typer.Option(help="training seed; default: the study's first")
     ] = None,
+    lora: Annotated[
+        int | None,
+        typer.Option(min=1, help="write one LoRA adapter of this rank; all experts are adapters"),
+    ] = None,
 ) -> None:
-    """Write a merge of a study's experts as a Hugging Face checkpoint.
+    """Write a merge of a study's experts as a Hugging Face checkpoint, or as one adapter.
 
     Example: mergelaw merge ours.yaml --method ties --expert law --expert medicine --output merged
     """
     from mergelaw.config import parse
     from mergelaw.decide.card import write_card
-    from mergelaw.merging.export import export
+    from mergelaw.merging.export import export, export_adapter
     from mergelaw.workflow.deploy import run_command
     from mergelaw.workflow.results import rows_of_merge
     from mergelaw.workflow.study import Study
@@ -334,13 +337,49 @@ def merge(
     coefficients = places.get("coefficients")
     rows = rows_of_merge(study, artifact.recipe, places["base"], vectors, coefficients)
 
+    recipe, start = artifact.recipe | ({"lora": lora} if lora else {}), places["base"]
+
     def work(folder: Path, state: Path) -> dict[str, Any]:
-        write_card(artifact.recipe, places["base"], vectors, rows, folder)
-        return export(artifact.recipe, places["base"], vectors, folder, output, coefficients)
+        if lora is None:
+            write_card(recipe, start, vectors, rows, folder)
+            return export(recipe, start, vectors, folder, output, coefficients)
+        errors = export_adapter(recipe, start, vectors, folder, lora, coefficients)
+        note = truncation(study, start, folder, errors, lora, rows)
+        write_card(recipe, start, vectors, rows, folder, note)
+        return {"relative_errors": errors}
 
     keys = {name: dependency.key for name, dependency in artifact.named_inputs()}
-    is_new = store.make(output, "merge", artifact.recipe, places, work, wanted=keys)
+    is_new = store.make(output, "merge", recipe, places, work, wanted=keys)
     print(f"{output}: {'written' if is_new else 'exists already'}")
+
+
+def truncation(
+    study: Any, base: Path, adapter: Path, errors: dict[str, float], rank: int, rows: Any
+) -> str:
+    """Print what a merge loses as one adapter of a rank; return a sentence for its card.
+
+    ``rows`` are those of the merge itself, or None.
+    """
+    from mergelaw.cli.process import prepare_torch
+    from mergelaw.evaluation.shard import measure_model
+
+    for module, error in errors.items():
+        print(f"{module}: relative error {error:.2g}")
+    note = f"This adapter is the merge's closest one of rank {rank}: relative Frobenius errors up "
+    note += f"to {max(errors.values(), default=0):.2g} by module."
+    corpora = {name: study.results / a.path for name, a in study.corpora["eval"].items()}
+    if all(path.exists() for path in corpora.values()):
+        prepare_torch(1)
+        losses = measure_model(base, study.config.evaluation.model_dump(), corpora, adapter)
+        nats = [
+            sum(nll) / sum(tokens)
+            for nll, tokens in losses[["document_nll", "document_tokens"]].to_numpy()
+        ]
+        note += f" Its mean loss over all domains, measured, is {sum(nats) / len(nats):.4f}"
+        merges = None if rows is None else rows[rows["k"] > 0]
+        note += "." if merges is None else f"; the merge's is {merges['ce'].mean():.4f}."
+    print(note)
+    return note
 
 
 def fit(

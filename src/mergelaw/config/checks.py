@@ -35,8 +35,11 @@ def problems(config: Config) -> Iterator[str]:
             yield f"domains.{name}.train_documents: a synthetic source has no end; give a number"
     for name in config.bases:
         yield from _sampling_problems(config, name)
-    if all(isinstance(method, Learned) for method in config.methods.values()):
-        yield "methods: laws need a rule besides `learned`; add one, such as `average: {}`"
+    if not config.designed:
+        yield (
+            "methods: laws need a method that merges more than the whole pool; add `average: {}`, "
+            "or set `subsets: design`"
+        )
     for name, method in config.methods.items():
         if isinstance(method, Learned):
             yield from _calibration_problems(config, name)

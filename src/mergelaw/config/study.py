@@ -12,6 +12,8 @@ from mergelaw.config.partial import Partial, complete
 from mergelaw.config.pool import Base, Expert
 from mergelaw.data.recipe import SplitRecipe
 from mergelaw.evaluation.recipe import Evaluation, Sampling
+from mergelaw.merging.methods import Method
+from mergelaw.merging.methods.learned import Learned
 from mergelaw.models.recipe import Pretraining, Training
 
 # `algebra:` without settings is an expert with all defaults.
@@ -81,6 +83,15 @@ class Config(Model):
     def pool(self, base: str | None = None) -> list[str]:
         """Names of the experts, or of those that a base has, in the order of the configuration."""
         return [name for name in self._pool if base is None or self.has(base, name)]
+
+    @property
+    def designed(self) -> dict[str, Method]:
+        """Methods that merge every subset of the design, so that laws are fitted to them."""
+        return {
+            name: method
+            for name, method in self.methods.items()
+            if not (isinstance(method, Learned) and method.subsets == "pool")
+        }
 
     def common_pool(self) -> list[str]:
         """Names of the experts that all bases have; a law over several sizes is about them."""

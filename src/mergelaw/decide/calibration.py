@@ -6,7 +6,9 @@ in memory, a tensor's gradient is freed as soon as its products are taken; where
 files, the gradients of all batches are summed first, so that the files are read once.
 """
 
+import json
 import math
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
@@ -16,9 +18,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from mergelaw.artifacts.files import write_json
 from mergelaw.data.documents import read_split
 from mergelaw.data.tokenize import Window, encode
-from mergelaw.decide.learned import Array, Kind, Learned, block, learn
+from mergelaw.decide.learned import Array, Kind, block, learn
 from mergelaw.errors import MergelawError
 from mergelaw.evaluation.cross_entropy import batches, nll, token_losses
 from mergelaw.evaluation.shard import load_model, memory_for_vectors
@@ -28,6 +31,7 @@ from mergelaw.merging.methods.learned import COEFFICIENTS, FEWEST
 from mergelaw.merging.task_vector import TaskVector
 from mergelaw.models.causal_lm import load_tokenizer
 from mergelaw.models.checkpoint import read_config, vocabulary_size
+from mergelaw.models.size import size_of_architecture
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -65,11 +69,35 @@ class Documents:
         return total
 
 
+def divide(
+    domains: Mapping[str, Sequence[Sequence[Window]]], batch_tokens: int, device: Any
+) -> dict[Kind, Documents]:
+    """Calibration documents by kind; each domain's are given as one list of windows a document."""
+
+    def length(document: Sequence[Window]) -> int:
+        return sum(len(window.ids) for window in document)
+
+    ordered = [sorted(domain, key=length) for domain in domains.values()]
+
+    def documents(kept: Callable[[int], bool]) -> Documents:
+        parts = [
+            [window for n, document in enumerate(domain) if kept(n) for window in document]
+            for domain in ordered
+        ]
+        return Documents(parts, batch_tokens, device)
+
+    return {
+        "fit": documents(lambda n: n % HELD_OUT != 1),
+        "held": documents(lambda n: n % HELD_OUT == 1),
+        "all": documents(lambda n: True),
+    }
+
+
 class Calibration(ExitStack):
     """The objective of ``learned.learn``; leaving the context removes its hooks from the model.
 
-    ``domains`` holds each domain's documents, one list of windows a document. ``passes`` counts
-    forward passes over all documents, of which a gradient is three.
+    ``documents`` are those of ``divide``. ``passes`` counts forward passes over all documents, of
+    which a gradient is three.
     """
 
     def __init__(
@@ -77,30 +105,12 @@ class Calibration(ExitStack):
         model: Any,
         merger: Merger,
         experts: Sequence[str],
-        domains: Mapping[str, Sequence[Sequence[Window]]],
-        batch_tokens: int,
+        documents: Mapping[Kind, Documents],
     ):
         super().__init__()
         self._model, self._merger, self._experts = model, merger, experts
         self.tensors, self.passes = list(merger.parameters), 0.0
-
-        def length(document: Sequence[Window]) -> int:
-            return sum(len(window.ids) for window in document)
-
-        ordered = [sorted(domain, key=length) for domain in domains.values()]
-
-        def documents(kept: Callable[[int], bool]) -> Documents:
-            parts = [
-                [window for n, document in enumerate(domain) if kept(n) for window in document]
-                for domain in ordered
-            ]
-            return Documents(parts, batch_tokens, model.device)
-
-        self._documents: dict[Kind, Documents] = {
-            "fit": documents(lambda n: n % HELD_OUT != 1),
-            "held": documents(lambda n: n % HELD_OUT == 1),
-            "all": documents(lambda n: True),
-        }
+        self._documents = documents
         self._losses: dict[tuple[Kind, bytes], float] = {}
         self._gradients: dict[tuple[Kind, bytes], tuple[float, Array]] = {}
         self._products: dict[str, Tensor] = {}
@@ -161,16 +171,19 @@ class Calibration(ExitStack):
 
 def write(
     recipe: Mapping[str, Any],
+    subsets: Sequence[Sequence[str]],
     base: Path,
     vectors: Mapping[str, Path],
     corpora: Mapping[str, Path],
     folder: Path,
+    state: Path,
 ) -> dict[str, Any]:
-    """Learn coefficients and write ``coefficients.parquet`` and ``searches.parquet``.
+    """Learn coefficients of merges, and write ``coefficients.parquet`` and ``searches.parquet``.
 
-    ``recipe`` holds the method, the experts in canonical order and the evaluation's settings; the
-    folders are the base, task vectors by expert and calibration documents by domain. Returns facts
-    for the lineage. Raises MergelawError for a domain with too few documents.
+    ``recipe`` holds the method and the evaluation's settings, ``subsets`` the experts of each merge
+    in canonical order. The folders are the base, task vectors by expert, calibration documents by
+    domain, and ``state``, which keeps learned merges if the process is killed. Returns facts for
+    the lineage. Raises MergelawError for a domain with too few documents.
     """
     import pandas as pd
 
@@ -179,42 +192,88 @@ def write(
             "learn: no domain has calibration documents; give the domains' sources more documents, "
             "or set calibration_documents"
         )
-    settings, experts, tokenizer = recipe["evaluation"], recipe["experts"], load_tokenizer(base)
+    settings, tokenizer = recipe["evaluation"], load_tokenizer(base)
     embedding_rows = vocabulary_size(read_config(base))
     domains = {
         name: windows_of(tokenizer, embedding_rows, name, path, settings)
         for name, path in corpora.items()
     }
     model = load_model(base, settings["dtype"])
-    pool = {expert: TaskVector(vectors[expert]) for expert in experts}
+    pool = {expert: TaskVector(path) for expert, path in vectors.items()}
     method, room = method_of(recipe["method"]), memory_for_vectors(model.device)
-    with (
-        Merger(model, base, pool, method, room) as merger,
-        Calibration(model, merger, experts, domains, settings["batch_tokens"]) as objective,
-    ):
-        statistics = [vector.statistics()["tensors"] for vector in pool.values()]
-        norms = np.array([[s[name]["norm"] for name in objective.tensors] for s in statistics])
-        by, gradients = recipe["method"]["by"], recipe["method"]["gradients"]
-        learned = learn(objective, objective.tensors, norms, by, gradients)
-        nothing = objective.loss(np.zeros(norms.shape), "held")
-    rows = [
-        (expert, name, block(name), learned.coefficients[i, t], norms[i, t])
-        for i, expert in enumerate(experts)
-        for t, name in enumerate(objective.tensors)
-    ]
-    columns = ["expert", "tensor", "block", "coefficient", "norm"]
-    pd.DataFrame(rows, columns=columns).to_parquet(folder / COEFFICIENTS, index=False)
-    trials = [
-        (search.by, search.parts.count, step, loss)
-        for search in learned.searches
-        for step, loss in enumerate(search.losses)
-    ]
-    columns = ["by", "coefficients", "step", "held_out_loss"]
-    pd.DataFrame(trials, columns=columns).to_parquet(folder / "searches.parquet", index=False)
-    return _facts(learned, nothing) | {
-        "forward_passes": round(objective.passes, 1),
+    save_memory(model, base, settings, room)
+    documents = divide(domains, settings["batch_tokens"], model.device)
+    coefficients, searches, passes = [], [], 0.0
+    with Merger(model, base, pool, method, room) as merger:
+        for number, experts in enumerate(subsets):
+            file, members = state / f"{number}.json", {name: pool[name] for name in experts}
+            if not file.exists():
+                with Calibration(model, merger, experts, documents) as objective:
+                    write_json(file, _learn_one(objective, members, recipe["method"]))
+            one = json.loads(file.read_text(encoding="utf-8"))
+            coefficients += [(number, *row) for row in one["coefficients"]]
+            searches += [(number, *row) for row in one["searches"]]
+            passes += one["passes"]
+            text = f"learned {number + 1} of {len(subsets)} merges, {', '.join(experts)}"
+            print(f"mergelaw: {text}: {one['choice']}", file=sys.stderr, flush=True)
+    columns = ["merge", "expert", "tensor", "block", "coefficient", "norm"]
+    pd.DataFrame(coefficients, columns=columns).to_parquet(folder / COEFFICIENTS, index=False)
+    columns = ["merge", "by", "coefficients", "step", "held_out_loss", "chosen"]
+    pd.DataFrame(searches, columns=columns).to_parquet(folder / "searches.parquet", index=False)
+    return {
+        "merges": len(subsets),
+        "forward_passes": round(passes, 1),
         "documents": {name: len(documents) for name, documents in domains.items()},
     }
+
+
+def _learn_one(
+    objective: Calibration, vectors: Mapping[str, TaskVector], method: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Learn one merge: rows of its coefficients and searches, passes and the choice, as JSON."""
+    tensors = objective.tensors
+    statistics = [vector.statistics()["tensors"] for vector in vectors.values()]
+    norms = np.array([[entry[name]["norm"] for name in tensors] for entry in statistics])
+    learned = learn(objective, tensors, norms, method["by"], method["gradients"])
+    chosen = learned.chosen
+    trials = [(one, step, loss) for one in learned.searches for step, loss in enumerate(one.losses)]
+    return {
+        "coefficients": [
+            (expert, name, block(name), learned.coefficients[i, t], norms[i, t])
+            for i, expert in enumerate(vectors)
+            for t, name in enumerate(tensors)
+        ],
+        "searches": [
+            (
+                one.by,
+                one.parts.count,
+                step,
+                loss if math.isfinite(loss) else None,
+                one is chosen and step == one.steps,
+            )
+            for one, step, loss in trials
+        ],
+        "passes": objective.passes,
+        "choice": f"by {chosen.by}, {chosen.steps} steps, held-out loss "
+        f"{chosen.losses[chosen.steps]:.4f}, the average's {learned.searches[0].losses[0]:.4f}",
+    }
+
+
+def save_memory(model: Any, base: Path, settings: Mapping[str, Any], room: float) -> None:
+    """Recompute activations in backward passes, layer by layer, where they may fill ``room`` bytes.
+
+    transformers does so in training mode alone, which also turns dropout on.
+    """
+    from torch.utils.checkpoint import checkpoint
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    size = size_of_architecture(read_config(base))
+    tokens = max(settings["batch_tokens"], settings["max_tokens"])
+    if size is not None and size.activations(tokens, settings["dtype"]) < room / 2:
+        return
+    for layer in model.modules():
+        if isinstance(layer, GradientCheckpointingLayer):
+            layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
 
 
 def windows_of(
@@ -233,16 +292,3 @@ def windows_of(
             f"at least {FEWEST} (calibration_documents)"
         )
     return list(by_document.values())
-
-
-def _facts(learned: Learned, nothing: float) -> dict[str, Any]:
-    """The choice and its held-out losses, for the lineage."""
-    chosen, average = learned.chosen, learned.searches[0].losses[0]
-    losses = {"base": nothing, "average": average}
-    losses |= {search.by: min(search.losses) for search in learned.searches}
-    return {
-        "by": chosen.by,
-        "coefficients": chosen.parts.count,
-        "steps": chosen.steps,
-        "held_out_losses": {name: round(loss, 6) for name, loss in losses.items()},
-    }

@@ -25,6 +25,7 @@ def write_card(
     rows: pd.DataFrame | None,
     folder: Path,
     confirmed: pd.DataFrame | None = None,
+    note: str = "",
 ) -> None:
     """Write README.md into the folder of a merge. It holds no text of any document.
 
@@ -34,6 +35,7 @@ def write_card(
         rows: evaluation rows of the base and the merge, with the columns per document; None if the
             merge is not measured.
         confirmed: the same on documents that no choice has seen, if any.
+        note: what the table of losses does not say.
     """
     experts = {
         name: vectors[name] / lineage.read(vectors[name])["inputs"]["expert"]["path"]
@@ -77,6 +79,7 @@ def write_card(
         "",
         "## Measured losses",
         "",
+        *([note, ""] if note else []),
         *_losses(rows),
         *(["", "## On documents that no choice has seen", ""] if confirmed is not None else []),
         *(_losses(confirmed) if confirmed is not None else []),

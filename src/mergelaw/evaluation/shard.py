@@ -17,7 +17,7 @@ from mergelaw.evaluation import cells, cross_entropy
 from mergelaw.evaluation.table import write_table
 from mergelaw.merging.engine import Merger
 from mergelaw.merging.methods import method_of
-from mergelaw.merging.methods.learned import read_coefficients
+from mergelaw.merging.methods.learned import read_coefficients, weights_of
 from mergelaw.merging.task_vector import TaskVector, digest_of
 from mergelaw.models import causal_lm
 from mergelaw.models.checkpoint import Tensors, read_config, vocabulary_size
@@ -72,13 +72,14 @@ def cells_of(
     base_digest = lineage.read(base)["digest"]
     digests = {expert: digest_of(path) for expert, path in vectors.items()}
     sets = {d: lineage.read(corpora[d])["files"][corpus.DOCUMENTS] for d in recipe["domains"]}
+    learned = {} if coefficients is None else read_coefficients(coefficients)
     entries = []
     for k, replicate, place, experts, *free in subsets:
         members = [digests[expert] for expert in experts]
         method = recipe["method"] if experts else None
         weights = free[0] if free else None
-        if coefficients is not None and experts:
-            weights = read_coefficients(coefficients, experts)
+        if learned and experts:
+            weights = weights_of(learned[tuple(experts)])
         merge, by_domain = cells.identities(
             base_digest, members, method, recipe["evaluation"], sets, weights
         )
@@ -221,15 +222,23 @@ def _measure_merge(
 
 
 def measure_model(
-    folder: Path, settings: Mapping[str, Any], corpora: Mapping[str, Path]
+    folder: Path,
+    settings: Mapping[str, Any],
+    corpora: Mapping[str, Path],
+    adapter: Path | None = None,
 ) -> "pd.DataFrame":
     """Losses of a model's folder on every document: domain, document_nll, document_tokens.
 
-    ``settings`` is the evaluation's recipe, ``corpora`` the folders of evaluation documents.
+    ``settings`` is the evaluation's recipe, ``corpora`` the folders of evaluation documents;
+    ``adapter`` is the folder of an adapter that peft adds to the model.
     """
     import pandas as pd
 
     sets, model = encode(settings, folder, corpora), load_model(folder, settings["dtype"])
+    if adapter is not None:
+        from peft import PeftModel
+
+        model = PeftModel.from_pretrained(model, str(adapter)).merge_and_unload()
     rows = []
     for domain, batches in _batches(model, sets, settings["batch_tokens"]).items():
         nll = cross_entropy.nll(model, batches, sets[domain].documents)

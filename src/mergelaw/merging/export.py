@@ -1,16 +1,20 @@
-"""Merges as checkpoints, with a configuration that makes mergekit merge the same way."""
+"""Merges as checkpoints, with mergekit's configuration of the same merge, or as one adapter."""
 
+import json
 import os
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 from mergelaw.artifacts import lineage
-from mergelaw.merging.engine import Weights, write_merge
+from mergelaw.errors import MergelawError
+from mergelaw.merging.engine import Weights, merged_tensor, prepare, rule_of, write_merge
 from mergelaw.merging.methods import Method, method_of
-from mergelaw.merging.methods.learned import COEFFICIENTS, read_coefficients
+from mergelaw.merging.methods.learned import COEFFICIENTS, read_coefficients, weights_of
 from mergelaw.merging.task_vector import TaskVector
-from mergelaw.models.checkpoint import Tensors, is_adapter
+from mergelaw.models.causal_lm import load
+from mergelaw.models.checkpoint import ADAPTER_CONFIG, ADAPTER_WEIGHTS, Tensors, is_adapter
+from mergelaw.models.parameters import open_arranged, parameters_by_tensor
 
 HEADER = "# The same merge by mergekit, from this folder: mergekit-yaml mergekit.yaml OUT\n"
 
@@ -38,12 +42,9 @@ def export(
     import yaml
 
     method, names = method_of(recipe["method"]), recipe["experts"]
-    weights: Weights | None = recipe["weights"]
-    if coefficients is not None:
-        weights = read_coefficients(coefficients, names)
-        (folder / COEFFICIENTS).write_bytes((coefficients / COEFFICIENTS).read_bytes())
+    weights = _weights(recipe, coefficients, folder)
     write_merge(base, {n: TaskVector(vectors[n]) for n in names}, method, weights, folder)
-    paths = {n: vectors[n] / lineage.read(vectors[n])["inputs"]["expert"]["path"] for n in names}
+    paths = _experts(recipe, vectors)
     adapters = [name for name, path in paths.items() if is_adapter(path)]
     with Tensors(base) as tensors:
         dtype = tensors.float_dtype()
@@ -54,6 +55,90 @@ def export(
         text = HEADER + yaml.safe_dump(same, sort_keys=False)
         (folder / "mergekit.yaml").write_text(text, encoding="utf-8")
     return {"mergekit": same is not None}
+
+
+def _weights(recipe: Mapping[str, Any], coefficients: Path | None, folder: Path) -> Weights | None:
+    """Weights of a merge; learned ones are written into its folder too."""
+    weights: Weights | None = recipe["weights"]
+    if coefficients is not None:
+        table = read_coefficients(coefficients)[tuple(recipe["experts"])]
+        table.to_parquet(folder / COEFFICIENTS, index=False)
+        weights = weights_of(table)
+    return weights
+
+
+def _experts(recipe: Mapping[str, Any], vectors: Mapping[str, Path]) -> dict[str, Path]:
+    """Folders of the experts that task vectors were made from."""
+    places = {name: lineage.read(vectors[name])["inputs"]["expert"] for name in recipe["experts"]}
+    return {name: vectors[name] / place["path"] for name, place in places.items()}
+
+
+def export_adapter(
+    recipe: Mapping[str, Any],
+    base: Path,
+    vectors: Mapping[str, Path],
+    folder: Path,
+    rank: int,
+    coefficients: Path | None = None,
+) -> dict[str, float]:
+    """Write a merge of adapters as one LoRA adapter, and return its relative errors by module.
+
+    Each matrix is the merged difference's truncated singular value decomposition, which no other
+    matrix of that rank is closer to in the Frobenius norm. Rules without signs or drops are exact
+    if ``rank`` is at least the sum of the experts' ranks. Other arguments are those of ``export``.
+    Raises MergelawError if an expert is no adapter, or for a change that LoRA cannot hold.
+    """
+    import torch
+    from peft import LoraConfig
+    from safetensors.torch import save_file
+
+    paths = _experts(recipe, vectors)
+    for name, path in paths.items():
+        if not is_adapter(path):
+            raise MergelawError(
+                f"merge: expert {name!r} is a whole model, not an adapter; drop --lora"
+            )
+    method, weights = method_of(recipe["method"]), _weights(recipe, coefficients, folder)
+    prepared = list(prepare(method, {name: TaskVector(vectors[name]) for name in paths}).values())
+    model, factors, errors, layers = load(base, "float32"), {}, {}, set()
+    places = {id(parameter): name for name, parameter in model.named_parameters()}
+    with open_arranged(base, model) as tensors:
+        for name, parameter in parameters_by_tensor(model, tensors).items():
+            before = tensors[name].float()
+            rule = rule_of(method, weights, list(paths), name)
+            change = merged_tensor(before, prepared, rule, name) - before
+            module, _, kind = places[id(parameter)].rpartition(".")
+            if not change.any():
+                continue
+            layer = type(model.get_submodule(module)).__name__
+            if kind != "weight" or layer not in ("Linear", "Conv1D"):
+                raise MergelawError(
+                    f"merge: the experts change {name!r}, which is no matrix of a linear layer, so "
+                    "no LoRA adapter holds the merge; drop --lora"
+                )
+            layers.add(layer)
+            change = change.T if layer == "Conv1D" else change
+            torch.manual_seed(0)  # the decomposition starts from random vectors
+            most = min(2 * rank + 10, *change.shape)
+            U, S, V = torch.svd_lowrank(change, q=most, niter=4)
+            root = S[:rank].sqrt()
+            B, A = torch.zeros(len(change), rank), torch.zeros(rank, change.shape[1])
+            B[:, : len(root)], A[: len(root)] = U[:, :rank] * root, (V[:, :rank] * root).T
+            factors[f"base_model.model.{module}.lora_A.weight"] = A
+            factors[f"base_model.model.{module}.lora_B.weight"] = B
+            errors[module] = float((change - B @ A).norm() / change.norm())
+    settings = json.loads((next(iter(paths.values())) / ADAPTER_CONFIG).read_text("utf-8"))
+    LoraConfig(
+        task_type="CAUSAL_LM",
+        r=rank,
+        lora_alpha=rank,
+        target_modules=sorted(errors),
+        fan_in_fan_out="Conv1D" in layers,
+        base_model_name_or_path=settings.get("base_model_name_or_path"),
+        inference_mode=True,
+    ).save_pretrained(folder)
+    save_file(factors, folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})
+    return errors
 
 
 def mergekit_recipe(

@@ -194,12 +194,13 @@ def evaluation(
     another. Documents of unknown length are assumed to have half the maximum length.
     """
     recipe = Evaluation.model_validate(artifact.recipe["evaluation"])
-    members = len(artifact.names("task_vectors"))
+    members, learns = len(artifact.names("task_vectors")), artifact.stage == "learn"
     what, passes = {
         "learn": ("learning coefficients", LEARNING_PASSES),
         "gradients": ("gradients", BACKWARD * (members + 1)),
     }.get(artifact.stage, ("evaluating a merge", 0))
-    sizes = [members] * passes if passes else [row[0] for row in artifact.rows]
+    subsets = [len(subset) for subset in artifact.rows] if learns else [members]
+    sizes = subsets * passes if passes else [row[0] for row in artifact.rows]
     merges = len(sizes)
     longest, width = recipe.max_tokens, WIDTH[recipe.dtype]
     count, length = documents.of(artifact)
@@ -208,7 +209,9 @@ def evaluation(
     widest = 4 * size.hidden + 4 * size.intermediate + size.vocab
     working = width * max(recipe.batch_tokens, longest) * widest
     working += 12 * LOGITS + 4 * GPU_SLICE * (members + 4)
-    kept = size.activations(max(recipe.batch_tokens, longest), recipe.dtype) if passes else 0
+    # Where memory is short, learning computes activations again.
+    longest_batch = max(recipe.batch_tokens, longest)
+    kept = size.activations(longest_batch, recipe.dtype, learns) if passes else 0
     return Work(
         f"bases.{artifact.base}: {what}",
         tokens=tokens,

@@ -16,7 +16,7 @@ from mergelaw.errors import MergelawError
 from mergelaw.evaluation import read_rows
 from mergelaw.evaluation.cells import identities
 from mergelaw.laws.points import MACRO
-from mergelaw.merging.methods.learned import read_coefficients
+from mergelaw.merging.methods.learned import read_coefficients, weights_of
 from mergelaw.merging.task_vector import digest_of
 from mergelaw.workflow.deploy import run_command
 from mergelaw.workflow.folder import use
@@ -104,7 +104,7 @@ def rows_of_merge(
     """Rows of a merge and its base, with the columns per document; None if it is not measured."""
     experts, weights = recipe["experts"], recipe["weights"]
     if coefficients is not None:
-        weights = read_coefficients(coefficients, experts)
+        weights = weights_of(read_coefficients(coefficients)[tuple(experts)])
     digests = [digest_of(vectors[expert]) for expert in experts]
     start = lineage.read(base)["digest"]
     wanted, _ = identities(start, digests, recipe["method"], {}, {}, weights)

@@ -219,16 +219,12 @@ class Study:
     def evals(self) -> dict[tuple[str, str, int, int], Artifact]:
         """Shards of evaluations by (base, method, training seed, shard)."""
         methods = {
-            name: method.model_dump(by_alias=True)
-            for name, method in self.config.methods.items()
-            if not isinstance(method, Learned)
+            name: method.model_dump(by_alias=True) for name, method in self.config.designed.items()
         }
         single = Average().model_dump(by_alias=True)
         evals = {}
         for base in self.config.bases:
-            size, rows = self.config.sampling_of(base).merges_per_shard, self.rows[base]
-            shards = [rows[start : start + size] for start in range(0, len(rows), size)]
-            work = {method: (recipe, shards) for method, recipe in methods.items()}
+            work = {method: (recipe, self._parts(base)) for method, recipe in methods.items()}
             baselines = [name for name in self.config.baselines if self.config.has(base, name)]
             if baselines:
                 alone = [Subset(1, -1, -1, (name,)) for name in baselines]
@@ -240,6 +236,11 @@ class Study:
                             base, method, seed, f"s{seed}-{shard:03d}", recipe, part
                         )
         return evals
+
+    def _parts(self, base: str) -> list[list[Subset]]:
+        """The rows of a base's design, by shard."""
+        size, rows = self.config.sampling_of(base).merges_per_shard, self.rows[base]
+        return [rows[start : start + size] for start in range(0, len(rows), size)]
 
     def _evaluation(
         self,
@@ -276,7 +277,7 @@ class Study:
                 "base": self.bases[base],
                 "task_vectors": {e: self.task_vectors[base, e, seed] for e in members},
                 "corpora": self.corpora[split],
-                **self._learned(base, method, seed, rows[-1].experts),
+                **self._learned(base, method, seed, [row.experts for row in rows]),
             },
             checks={"overlap": self.overlap if split == "eval" else self.calibration_overlap},
             rows=rows,
@@ -346,33 +347,45 @@ class Study:
 
     @cached_property
     def learned_evals(self) -> list[Artifact]:
-        """Evaluations of merges with learned coefficients, of each base's whole pool."""
+        """Evaluations of learned merges of each base's whole pool, outside of the design."""
         return [
             self._measurement(base, name, f"s{seed}-000", [_weighted(self.config.pool(base))], seed)
             for base in self.config.bases
-            for name, method in self.config.methods.items()
-            if isinstance(method, Learned)
+            for name in self.config.methods
+            if name not in self.config.designed
             for seed in self.config.training_seeds
         ]
 
     def _learned(
-        self, base: str, method: str, seed: int, experts: Sequence[str]
+        self, base: str, method: str, seed: int, subsets: Sequence[Sequence[str]]
     ) -> dict[str, Artifact]:
-        """The coefficients, by their role as an input, of a merge whose method learns them."""
+        """The coefficients, by their role as an input, of merges whose method learns them.
+
+        Those of one merge are in the table of its shard, if the method learns the design.
+        """
         recipe = self.config.methods.get(method)
-        if not isinstance(recipe, Learned):
+        learned = dict.fromkeys(tuple(subset) for subset in subsets if subset)
+        if not (isinstance(recipe, Learned) and learned):
             return {}
+        if recipe.subsets == "design" and len(learned) == 1:
+            for part in self._parts(base):
+                members = dict.fromkeys(row.experts for row in part if row.experts)
+                if learned.keys() <= members.keys():
+                    learned = members
+                    break
+        experts = sorted(set().union(*learned), key=self.config.pool().index)
         coefficients = Artifact(
             "learn",
             f"learned/{base}/{method}-s{seed}",
             {
                 "method": recipe.model_dump(by_alias=True),
-                "experts": list(experts),
+                "subsets": digest(list(learned)),
                 "evaluation": self.config.evaluation.model_dump(),
             },
             base=base,
             method=method,
             seed=seed,
+            rows=list(learned),
             inputs={
                 "base": self.bases[base],
                 "task_vectors": {e: self.task_vectors[base, e, seed] for e in experts},
@@ -424,7 +437,8 @@ class Study:
     @cached_property
     def coefficients(self) -> list[Artifact]:
         """Learned coefficients of all merges that are measured."""
-        return [one for artifact in self.measurements for one in artifact.of_role("coefficients")]
+        every = [a for one in self.measurements for a in one.of_role("coefficients")]
+        return list({artifact.path: artifact for artifact in every}.values())
 
     def _members(self, merge: Merge) -> tuple[list[str], list[float] | None, int]:
         """Experts in the pool's order, their weights, and the training seed of a merge to write."""
@@ -440,7 +454,7 @@ class Study:
         name = self.config.name
         evals = {a.folder.removeprefix("evals/"): a for a in self.measurements}
         inputs: dict[str, Any] = {"laws": self.laws, "evals": evals}
-        learned = [one for a in self.learned_evals for one in a.of_role("coefficients")]
+        learned = [a for a in self.coefficients if tuple(self.config.pool(a.base)) in a.rows]
         if learned:
             one_each = len(learned) == len(self.config.bases)
             inputs["coefficients"] = {
@@ -474,7 +488,7 @@ class Study:
                     "task_vectors": vectors,
                     "evaluation": self.merge_evals[name],
                     **({"confirmation": confirm[name]} if name in confirm else {}),
-                    **self._learned(merge.base, merge.method, seed, experts),
+                    **self._learned(merge.base, merge.method, seed, [experts]),
                 },
             )
         return merges

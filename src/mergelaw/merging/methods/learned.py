@@ -15,22 +15,26 @@ from pydantic import Field
 from mergelaw.merging.methods.base import Method
 
 if TYPE_CHECKING:
+    import pandas as pd
+
     from mergelaw.merging.kernels import Rule
 
 FEWEST = 4  # calibration documents of a domain, of which a third is held out
-COEFFICIENTS = "coefficients.parquet"  # columns: expert, tensor, block, coefficient, norm
+COEFFICIENTS = "coefficients.parquet"  # columns: merge, expert, tensor, block, coefficient, norm
 
 
-def read_coefficients(folder: Path, experts: Sequence[str]) -> dict[str, list[float]]:
-    """Learned weights by tensor, in the order of ``experts``."""
+def read_coefficients(folder: Path) -> dict[tuple[str, ...], pd.DataFrame]:
+    """Tables of learned coefficients by the experts of the merge, in canonical order."""
     import pandas as pd
 
-    table = pd.read_parquet(folder / COEFFICIENTS)
-    columns = [table[table["expert"] == expert].set_index("tensor") for expert in experts]
-    return {
-        str(name): [float(column.loc[name, "coefficient"]) for column in columns]
-        for name in columns[0].index
-    }
+    merges = pd.read_parquet(folder / COEFFICIENTS).groupby("merge")
+    return {tuple(table["expert"].unique()): table for _, table in merges}
+
+
+def weights_of(table: pd.DataFrame) -> dict[str, list[float]]:
+    """Learned weights of a merge by tensor, in the order of its experts."""
+    weights = table["coefficient"].to_numpy().reshape(table["expert"].nunique(), -1)
+    return dict(zip(table["tensor"], weights.T.tolist(), strict=False))
 
 
 class Learned(Method):
@@ -44,6 +48,13 @@ class Learned(Method):
     )
     gradients: int = Field(
         5, ge=1, le=100, description="most gradients of the calibration loss for one granularity"
+    )
+    # Which merges are learned is no part of what a merge is.
+    subsets: Literal["pool", "design"] = Field(
+        "pool",
+        exclude=True,
+        description="what is learned: the merge of each base's whole pool, or every merge of the "
+        "design, so that a law is fitted",
     )
 
     def rule(self, weights: Sequence[float]) -> Rule:
