@@ -345,7 +345,7 @@ def merge(
             return export(recipe, start, vectors, folder, output, coefficients)
         errors = export_adapter(recipe, start, vectors, folder, lora, coefficients)
         note = truncation(study, start, folder, errors, lora, rows)
-        write_card(recipe, start, vectors, rows, folder, note)
+        write_card(recipe, start, vectors, rows, folder, note=note)
         return {"relative_errors": errors}
 
     keys = {name: dependency.key for name, dependency in artifact.named_inputs()}
