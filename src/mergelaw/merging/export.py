@@ -136,7 +136,7 @@ def export_adapter(
         fan_in_fan_out="Conv1D" in layers,
         base_model_name_or_path=settings.get("base_model_name_or_path"),
         inference_mode=True,
-    ).save_pretrained(folder)
+    ).save_pretrained(str(folder))
     save_file(factors, folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})
     return errors
 
