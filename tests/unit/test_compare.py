@@ -42,6 +42,9 @@ def test_a_regression_on_one_domain_is_found_and_named():
     assert [c.domain for c in table if c.regressed] == ["domain3"]
     assert conclusion(table).startswith("REGRESSION on 1 of 8 domains: domain3 +0.")
     assert mean.value == pytest.approx(np.mean([c.difference.value for c in table]))
+    _, macro = compare(*pair(1, shift=0.1, worse=("domain3",)), DOMAINS, Guard(), ["domain3"])
+    rest = [c.difference.value for c in table if c.domain != "domain3"]
+    assert macro.value == pytest.approx(np.mean(rest))
 
 
 def test_thresholds_allow_what_they_say():

@@ -71,6 +71,8 @@ def test_a_running_shard_counts_by_its_cells(study):
     assert now.merges_measured == 4
     assert now.merges_per_minute == pytest.approx(4, rel=0.2)
     assert "merges measured 4 of 14, 4 a minute" in now.text()
+    # 16 rows of the design (8 a base, with the base itself) at that rate; fits take no time yet.
+    assert now.seconds_left == pytest.approx(16 / 4 * 60, rel=0.25)
 
 
 def test_time_left_follows_from_finished_jobs_of_the_stage_and_base(study, monkeypatch):

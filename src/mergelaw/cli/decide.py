@@ -237,7 +237,8 @@ def compare(
     domains = list(study.config.domains)
     guard = read_guard(against, domains) if against else comparison.Guard()
     before, after = (rows_of(study, model) for model in (first, second))
-    table, mean = comparison.compare(before, after, domains, guard)
+    held_out = [name for name in domains if study.config.domains[name].held_out]
+    table, mean = comparison.compare(before, after, domains, guard, held_out)
     sentence, failed = comparison.conclusion(table), any(c.regressed for c in table)
     if as_json:
         from mergelaw.decide.measured import to_json
@@ -253,7 +254,7 @@ def compare(
         ]  # fmt: skip
         heads = ["domain", "before", "after", "after - before", "allowed", "p (Holm)", ""]
         lines = Table(heads, rows).lines()
-        print("\n".join([sentence, f"mean of domains: {mean.text()}", "", *lines]))
+        print("\n".join([sentence, f"macro loss: {mean.text()}", "", *lines]))
     if failed:
         raise Exit(1)
 

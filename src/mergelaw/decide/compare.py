@@ -56,7 +56,11 @@ class Compared:
 
 
 def compare(
-    before: pd.DataFrame, after: pd.DataFrame, domains: Sequence[str], guard: Guard
+    before: pd.DataFrame,
+    after: pd.DataFrame,
+    domains: Sequence[str],
+    guard: Guard,
+    held_out: Sequence[str] = (),
 ) -> tuple[list[Compared], Difference]:
     """Compare two models on every domain.
 
@@ -64,9 +68,10 @@ def compare(
         before, after: a row per domain with document_nll (nats) and document_tokens.
         domains: the domains, in order.
         guard: thresholds.
+        held_out: domains that the macro loss leaves out, unless all are.
 
     Returns:
-        A comparison per domain, and the difference of the mean losses over them.
+        A comparison per domain, and the difference of the macro losses.
 
     Raises:
         MergelawError: documents or tokens differ, or a loss is not finite.
@@ -101,7 +106,9 @@ def compare(
             domains, *losses, differences, allowed, holm[1].tolist(), holm[0].tolist(), strict=True
         )
     ]
-    mean = np.full(len(domains), 1 / len(domains))
+    counted = np.array([domain not in held_out for domain in domains], float)
+    counted = counted if counted.any() else np.ones(len(domains))
+    mean = counted / counted.sum()
     return table, documents.difference({"after": mean, "before": -mean})
 
 

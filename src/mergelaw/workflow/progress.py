@@ -113,8 +113,9 @@ def progress(study: Study) -> Progress:
         else:
             failed.append(artifact)
     workers = max(sum(counts["running"] for counts in stages.values()), 1)
-    left = _seconds_left(study, finished, missing, workers)
-    return Progress(stages, *_merges(study), left, dict(_failures(study, failed)))
+    measured, planned, rate = _merges(study)
+    left = _seconds_left(study, finished, missing, workers, rate)
+    return Progress(stages, measured, planned, rate, left, dict(_failures(study, failed)))
 
 
 def _is_running(output: Path) -> bool:
@@ -153,11 +154,16 @@ def _merges(study: Study) -> tuple[int, int, float]:
 
 
 def _seconds_left(
-    study: Study, finished: Iterable[Artifact], missing: Iterable[Artifact], workers: int
+    study: Study,
+    finished: Iterable[Artifact],
+    missing: Iterable[Artifact],
+    workers: int,
+    rate: float,
 ) -> float | None:
     """Seconds for the missing jobs, from finished jobs of their stage and, if possible, their base.
 
-    Evaluations are counted in merges. None if a slow stage has no finished job.
+    Evaluations are counted in merges; before one is finished, at the running ones' ``rate``, merges
+    a minute. None if another slow stage has no finished job.
     """
     times: dict[tuple[str, str | None], list[float]] = defaultdict(list)
     for artifact in finished:
@@ -169,6 +175,8 @@ def _seconds_left(
         seconds = times.get((artifact.stage, artifact.base)) or times.get((artifact.stage, None))
         if seconds:
             total += sum(seconds) / len(seconds) * max(len(artifact.rows), 1)
+        elif artifact.stage == "evaluate" and rate:
+            total += 60 * workers / rate * len(artifact.rows)
         elif artifact.stage in LONG:
             return None
     return total / workers

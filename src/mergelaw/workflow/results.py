@@ -58,7 +58,8 @@ def measured(study: Study) -> tuple[list[Measured], list[str]]:
     missing = len(study.measurements) - len(shards)
     if not shards:
         raise MergelawError(
-            f"{study.results}: nothing of {study.config.name} is measured yet; run the study first"
+            f"{study.results}: no shard of {study.config.name} is finished yet (`mergelaw status` "
+            "says what runs); run the study first"
         )
     every, warnings = measured_in(shards)
     if not every:
