@@ -1,10 +1,12 @@
 """Thousands of kills, damages and forgeries, counted: python tests/campaign/campaign.py --rounds 1000
 
-A results folder is made without training. Then single jobs, gc, copies and writers of cells are
-killed at a random change of the file system; files are damaged; lineages and cells are forged with
-the right checksums. A case passes if nothing is lost and nothing false is believed: an artifact is
-whole or absent, a damage is named, a cell is used as it was measured or not at all. Ends with an
-error at the first that does not. Prints a table in Markdown. Whole runs: tests/campaign/runs.py.
+A results folder is made without training. Then a run's start, single jobs, gc, copies and writers
+of cells are killed at a random change of the file system; files are damaged; lineages, jobs and
+cells are forged, with the right checksums. A case passes if nothing is lost and nothing false is
+believed: an artifact is whole or absent, a damage is named, a cell is used as it was measured or
+not at all. A round has a case of each kind. With `--record FILE` the same command goes on where an
+earlier one stopped. Prints a table in Markdown; the exit status is 1 if a case failed. Whole runs:
+tests/campaign/runs.py.
 """
 
 import argparse
@@ -16,6 +18,7 @@ import shutil
 import sys
 import tempfile
 import time
+import traceback
 from collections import Counter
 from collections.abc import Callable
 from contextlib import redirect_stderr
@@ -28,11 +31,12 @@ import numpy as np
 from test_folder import TINY, forge, study_in
 
 import jobs
-from mergelaw.artifacts import lineage, run_lock, store
+from mergelaw.artifacts import files, lineage, run_lock, store
 from mergelaw.artifacts.lineage import LINEAGE
 from mergelaw.errors import MergelawError
 from mergelaw.evaluation import cells
 from mergelaw.workflow import folder as folders
+from mergelaw.workflow.job import job_file, read_job, write_job
 from mergelaw.workflow.study import Study
 
 CHANGES = {"os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.truncate", "shutil.copyfile"}
@@ -281,33 +285,105 @@ def forge_cell(bench: Bench, rng: random.Random, count: Count) -> None:
     count("forged cell not used" if used is None else f"forged cell used: its {name} is not known")
 
 
-CASES = (kill_gc, kill_job, kill_copy, cut_store, damage, forge_lineage, forge_cell)
+def start(study: Study) -> None:
+    """What a run writes before its first job."""
+    run_lock.lock_results(study.results).release()
+    for artifact in study.known.values():
+        write_job(study.results, artifact)
 
 
-def main() -> None:
+def kill_start(bench: Bench, rng: random.Random, count: Count) -> None:
+    """The start of a run is killed, in a new folder or in one with results."""
+    study, before = bench.again(), bench.all_whole()
+    if rng.random() < 0.3:
+        shutil.rmtree(study.results)
+        before = set()
+    hit = killed(lambda: start(study), rng.randrange(120))
+    start(study)
+    for artifact in study.known.values():
+        read_job(job_file(study.results, artifact), artifact.stage)
+    list(folders.collect_garbage([study], True))
+    assert bench.all_whole() == before
+    leftover = {p for p in study.results.rglob("*") if folders.SCRATCH_FILE.search(p.name)}
+    assert not leftover, leftover
+    count("kill of a run's start" if hit else "start ended first")
+
+
+def damage_job(bench: Bench, rng: random.Random, count: Count) -> None:
+    """A job's file is flipped or cut, or an entry of it changed."""
+    study = bench.again()
+    artifact = rng.choice(list(study.known.values()))
+    write_job(study.results, artifact)
+    file = job_file(study.results, artifact)
+    good, whole = read_job(file, artifact.stage), file.read_bytes()
+    spot, way = rng.randrange(len(whole)), rng.choice(("flip", "cut", "entry"))
+    flipped = whole[:spot] + bytes([whole[spot] ^ 1 << rng.randrange(8)]) + whole[spot + 1 :]
+    entries = json.loads(whole)
+    entries[rng.choice(sorted(entries))] = rng.choice(VALUES)
+    text = json.dumps(entries).encode()
+    file.write_bytes({"flip": flipped, "cut": whole[:spot], "entry": text}[way])
+    try:
+        job = read_job(file, artifact.stage)
+    except MergelawError as error:
+        assert "\n" not in str(error)
+        count(f"damaged job refused: {way}")
+        return
+    assert (job.stage, job.key) == (good.stage, good.key) or job.key is None
+    assert job.key is None or (job.recipe, job.keys) == (good.recipe, good.keys)
+    count(f"damaged job with the right key, recipe and inputs' keys: {way}")
+
+
+CASES = (
+    kill_start, kill_gc, kill_job, kill_copy, cut_store, damage, damage_job, forge_lineage,
+    forge_cell,
+)  # fmt: skip
+
+
+def read_record(path: Path | None, seed: int) -> dict[str, Any]:
+    """Rounds, seconds and counts of an earlier command with the same record."""
+    if path is None or not path.exists():
+        return {"seed": seed, "rounds": 0, "seconds": 0.0, "counts": {}, "failed": []}
+    record: dict[str, Any] = json.loads(path.read_text())
+    if record["seed"] != seed:
+        sys.exit(f"{path}: has rounds of seed {record['seed']}; name another file")
+    return record
+
+
+def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--rounds", type=int, default=100, help="cases of each kind")
+    parser.add_argument("--rounds", type=int, default=100, help="rounds in all")
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="of this command")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--record", type=Path, help="file of the rounds that are done")
     asked = parser.parse_args()
-    done, started = Counter[str](), time.perf_counter()
+    record = read_record(asked.record, asked.seed)
+    counts, before = Counter[str](record["counts"]), record["seconds"]
+    began = time.perf_counter()
     with tempfile.TemporaryDirectory() as scratch, Path(os.devnull).open("w") as quiet:
         bench = Bench(Path(scratch))
-        for case in CASES:
-            for number in range(asked.rounds):
-                rng = random.Random(f"{case.__name__} {asked.seed} {number}")
+        while record["rounds"] < asked.rounds and time.perf_counter() - began < 60 * asked.minutes:
+            for case in CASES:
+                rng = random.Random(f"{case.__name__} {asked.seed} {record['rounds']}")
                 try:
                     with redirect_stderr(quiet):  # messages on damaged cells
-                        case(bench, rng, lambda what: done.update([what]))
-                except BaseException:
-                    print(f"{case.__name__}, seed {asked.seed}, case {number}", file=sys.stderr)
-                    raise
+                        case(bench, rng, lambda what: counts.update([what]))
+                except Exception:
+                    where = f"{case.__name__}, seed {asked.seed}, round {record['rounds']}"
+                    print(f"{where}\n{traceback.format_exc()}", file=sys.stderr, flush=True)
+                    record["failed"].append(where)
+            record["rounds"] += 1
+            record["counts"], record["seconds"] = counts, before + time.perf_counter() - began
+            if asked.record:
+                files.write_json(asked.record, record)
     print("| what | times |\n|---|---|")
-    for what, times in sorted(done.items()):
+    for what, times in sorted(counts.items()):
         print(f"| {what} | {times} |")
-    print(f"seed {asked.seed}, {time.perf_counter() - started:.0f} s; all passed")
+    print(f"| failed | {len(record['failed'])} |\n")
+    print(f"seed {asked.seed}, {record['rounds']} rounds, {record['seconds']:.0f} s")
+    return bool(record["failed"])
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

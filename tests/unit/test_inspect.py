@@ -3,16 +3,24 @@
 import hashlib
 import json
 import shutil
+from collections import Counter
 from pathlib import Path
+from typing import Any, BinaryIO
 
 import pytest
 import yaml
+from click.testing import Result
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 import models
+from mergelaw.artifacts import lineage
+from mergelaw.artifacts.files import file_digest
+from mergelaw.artifacts.run_lock import lock_results
 from mergelaw.cli.app import app
 from mergelaw.config import parse
+from mergelaw.workflow.artifact import Artifact
+from mergelaw.workflow.folder import use
 from mergelaw.workflow.inspect import inspect
 from mergelaw.workflow.job import job_file, write_job
 from mergelaw.workflow.study import Study
@@ -191,22 +199,46 @@ def test_the_command_fails_with_every_problem(place):
     assert "experts.sums" in run.output and "experts.tales" in str(run.exception)
 
 
-def test_a_checkpoint_that_changed_since_the_run_began_is_not_linked(place, monkeypatch):
-    """Its files are read once for it, however large they are."""
+def stage(known: Study, artifact: Artifact) -> Result:
+    """Run the job of an artifact, as the workflow does."""
+    write_job(known.results, artifact)
+    command = artifact.stage.replace("_", "-")
+    return CliRunner().invoke(app, ["stage", command, str(job_file(known.results, artifact))])
+
+
+def test_a_checkpoint_that_changed_since_the_run_began_is_not_linked(place):
     known = study(place)
-    expert, read = known.experts["tiny", "sums", 0], []
-    weights = place / "sums" / "model.safetensors"
-    write_job(known.results, expert)
-    job = str(job_file(known.results, expert))
+    lock_results(known.results).release()
+    expert, weights = known.experts["tiny", "sums", 0], place / "sums" / "model.safetensors"
+    assert expert.path  # its key was made, and its digests are remembered
     before = weights.read_bytes()
     weights.write_bytes(before[:-1] + bytes([before[-1] ^ 1]))
-    run = CliRunner().invoke(app, ["stage", "expert", job])
+    run = stage(known, expert)
     assert str(run.exception) == f"{weights}: changed since the run began; rerun"
     assert not (known.results / expert.path).exists()
     weights.write_bytes(before)
-    digest = hashlib.file_digest
-    monkeypatch.setattr(
-        hashlib, "file_digest", lambda file, how: read.append(file.name) or digest(file, how)
-    )
-    assert CliRunner().invoke(app, ["stage", "expert", job]).exit_code == 0
-    assert sum(name.endswith("model.safetensors") for name in map(str, read)) == 1
+    assert stage(known, expert).exit_code == 0
+
+
+def test_a_ready_made_checkpoint_is_read_once_for_its_digests(place, monkeypatch):
+    """By a run's start, all of its jobs and the next run together, however large it is."""
+    read, digest = Counter[Path](), hashlib.file_digest
+
+    def counted(file: BinaryIO, how: str) -> Any:
+        read[Path(file.name).resolve()] += 1
+        return digest(file, how)
+
+    monkeypatch.setattr(hashlib, "file_digest", counted)
+    lock_results(place / "results").release()
+    known = study(place)
+    assert known.by_path
+    models = [*known.bases.values(), *known.experts.values()]
+    for artifact in (*models, *known.task_vectors.values()):
+        assert stage(known, artifact).exit_code == 0
+    again = study(place)
+    use(again, filter(again.made, again.by_path.values()))
+    written = [file for name in ("base", "sums", "tales") for file in (place / name).iterdir()]
+    assert len(written) >= 9 and {read[file] for file in written} == {1}
+    # As many digests as there are files: the lineages have those of the run's start.
+    linked = lineage.read(known.results / models[0].path)["files"]
+    assert linked == {name: file_digest(place / "base" / name) for name in linked}

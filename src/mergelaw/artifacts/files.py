@@ -15,6 +15,11 @@ def file_digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def checksum(text: str) -> str:
+    """Checksum of a line of text: 16 hexadecimal digits of its SHA-256."""
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
 def json_text(value: Any, sort_keys: bool = True) -> str:
     """Indented JSON, with sorted keys unless their order matters; NaN is refused."""
     text = json.dumps(value, indent=1, sort_keys=sort_keys, ensure_ascii=False, allow_nan=False)

@@ -20,11 +20,13 @@ from typing import Annotated, Any
 from pydantic import BaseModel, Field, ValidationError
 
 from mergelaw.artifacts import keys
+from mergelaw.artifacts.cache import FileCache
 from mergelaw.artifacts.files import file_digest, json_text
 from mergelaw.artifacts.run_lock import MARK
 from mergelaw.errors import MergelawError
 
 LINEAGE = "lineage.json"
+DIGESTS = Path("cache", "digests.jsonl")  # of users' files, in a results folder
 SCHEMA = 2  # of lineage.json itself
 PACKAGES = (
     "mergelaw", "torch", "transformers", "datasets", "tokenizers", "safetensors", "peft", "numpy",
@@ -77,9 +79,13 @@ def entries(folder: Path) -> dict[str, Path]:
     return {n: paths[n] for n in sorted(paths) if n not in (LINEAGE, ".snakemake_timestamp")}
 
 
-def content(folder: Path) -> dict[str, str]:
-    """SHA-256 of each file of an artifact except its lineage, by relative path."""
-    return {name: file_digest(path) for name, path in entries(folder).items()}
+def content(folder: Path, known: Mapping[str, str] | None = None) -> dict[str, str]:
+    """SHA-256 of each file of an artifact except its lineage, by relative path.
+
+    Files whose digests are ``known`` are not read.
+    """
+    digests = known or {}
+    return {name: digests.get(name) or file_digest(path) for name, path in entries(folder).items()}
 
 
 def stamp(path: Path) -> list[int]:
@@ -232,14 +238,24 @@ def find(path: Path) -> Path:
     raise MergelawError(f"{path}: no artifact here or above; name a folder below results/")
 
 
+def results_of(artifact: Path) -> Path | None:
+    """The results folder of an artifact, by its mark; None outside of any."""
+    return next((parent for parent in artifact.parents if (parent / MARK).exists()), None)
+
+
+def digest_cache(artifact: Path) -> FileCache:
+    """The cache of digests of users' files in an artifact's results folder."""
+    root = results_of(artifact)
+    return FileCache(root and root / DIGESTS)
+
+
 def input_paths(artifact: Path, lineage: Mapping[str, Any]) -> dict[str, Path]:
     """Folders of an artifact's inputs by name.
 
     Inputs of an artifact with a key are artifacts with keys in the same results folder, and no
     links. Raises MergelawError for a lineage with other inputs, which mergelaw has not written.
     """
-    root = next((parent for parent in artifact.parents if (parent / MARK).exists()), None)
-    paths = {}
+    root, paths = results_of(artifact), {}
     for name, entry in sorted(lineage["inputs"].items()):
         paths[name] = path = Path(os.path.normpath(artifact / entry["path"]))
         if lineage["key"] is None or root is None:

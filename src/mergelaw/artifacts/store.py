@@ -36,10 +36,10 @@ def make(
     ``work(folder, state)`` writes the files and returns the lineage's ``facts``; it may save in
     ``state`` what it needs to resume after a kill. ``stage``, ``recipe`` and ``inputs`` (by name)
     are recorded. ``key`` is the full key, where the path has its first digits; ``wanted`` has those
-    of the inputs. ``digests`` are the SHA-256 of files where they are known. A second process for
-    the same artifact waits for the first. Raises MergelawError for a damaged input or one of
-    another key, for inputs that do not fit together, for a file of another digest, or if ``output``
-    holds something else.
+    of the inputs. ``digests`` are the SHA-256 of files where ``work`` makes sure of them: these are
+    not read. A second process for the same artifact waits for the first. Raises MergelawError for a
+    damaged input or one of another key, for inputs that do not fit together, or if ``output`` holds
+    something else.
     """
     from filelock import FileLock
 
@@ -112,10 +112,7 @@ def _run(
     sources = {name: lineage.used(path, wanted.get(name)) for name, path in inputs.items()}
     lineage.unmixed(inputs.values())
     facts = work(folder, state) or {}
-    files = lineage.content(folder)
-    for name, digest in digests.items():
-        if files.get(name, digest) != digest:
-            raise MergelawError(f"{(folder / name).resolve()}: changed since the run began; rerun")
+    files = lineage.content(folder, digests)
     return {
         "digest": lineage.content_digest(files),
         "files": files,

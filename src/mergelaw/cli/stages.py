@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from mergelaw.artifacts import keys
+from mergelaw.artifacts.lineage import digest_cache
 from mergelaw.cli.process import prepare_torch
 from mergelaw.errors import MergelawError
 from mergelaw.workflow.job import Job, read_job
@@ -96,10 +97,18 @@ def expert(job: Job, folder: Path, state: Path) -> dict[str, Any]:
 
 
 def ready_made(job: Job, folder: Path) -> dict[str, Any]:
-    """Link the files of a ready-made checkpoint."""
+    """Link the files of a ready-made checkpoint; those that are as when the run began are not read.
+
+    Raises MergelawError for a file with another digest than the recipe's.
+    """
     from mergelaw.models.hub import link_source
 
-    return link_source(job.sources, folder)
+    facts, cache = link_source(job.sources, folder), digest_cache(job.output)
+    for name, digest in job.recipe["checkpoint"].get("files", {}).items():
+        path = Path(job.sources["path"], name)
+        if cache.sha256(path) != digest:
+            raise MergelawError(f"{path.resolve()}: changed since the run began; rerun")
+    return facts
 
 
 @stage

@@ -23,7 +23,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
-from mergelaw.artifacts.files import sync, unique
+from mergelaw.artifacts.files import checksum, sync, unique
 from mergelaw.artifacts.keys import digest
 from mergelaw.evaluation.table import read_rows
 from mergelaw.merging.engine import Weights
@@ -67,11 +67,6 @@ def identities(
     merge = {"base": base, "vectors": [*vectors], "weights": shares, "method": method}
     cell = {"version": CELL_VERSION, "evaluation": evaluation, **merge}
     return digest(merge)[:16], {name: digest(cell | {"set": sets[name]})[:32] for name in sets}
-
-
-def checksum(text: str) -> str:
-    """Checksum of a cell's JSON text: 16 hexadecimal digits."""
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def is_sound(cell: Any) -> bool:

@@ -12,6 +12,7 @@ from typing import Any
 
 from mergelaw.artifacts import store
 from mergelaw.artifacts.files import write_json
+from mergelaw.artifacts.keys import stage_key
 from mergelaw.errors import MergelawError
 from mergelaw.workflow.artifact import Artifact, Row
 
@@ -112,4 +113,6 @@ def read_job(path: Path, stage: str, threads: int = 1, save_every: float = 600) 
         raise MergelawError(f"{path}: is not a job; rerun snakemake, which writes it") from None
     if job.stage != stage:
         raise MergelawError(f"{path}: is a job of stage {job.stage}, not {stage}; give another")
+    if job.key not in (None, stage_key(stage, job.recipe, job.keys)):
+        raise MergelawError(f"{path}: its key is not that of its recipe; rerun snakemake")
     return job

@@ -12,7 +12,7 @@ from typing import Any
 
 from mergelaw.artifacts.cache import FileCache
 from mergelaw.artifacts.keys import digest
-from mergelaw.artifacts.lineage import LINEAGE
+from mergelaw.artifacts.lineage import DIGESTS, LINEAGE
 from mergelaw.config import Config
 from mergelaw.config.merges import Merge
 from mergelaw.data.documents import evaluated, split_identity, split_sizes
@@ -40,7 +40,7 @@ class Study:
     def __init__(self, config: Config):
         self.config = config
         self.results = Path(config.results)
-        self._cache = FileCache(self.results / "cache" / "digests.json")
+        self._cache = FileCache(self.results / DIGESTS)
         self._sizes: dict[str, Size] = {}
 
     # -- sources -------------------------------------------------------------------------------
