@@ -6,9 +6,11 @@ message. The file is next to the job's log.
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import field
 from pathlib import Path
 from typing import Any
+
+from pydantic.dataclasses import dataclass
 
 from mergelaw.artifacts import store
 from mergelaw.artifacts.files import write_json
@@ -34,7 +36,7 @@ class Job:
     recipe: dict[str, Any]
     key: str | None = None
     sources: dict[str, Any] = field(default_factory=dict)
-    inputs: dict[str, Any] = field(default_factory=dict)
+    inputs: dict[str, str | dict[str, str]] = field(default_factory=dict)
     keys: dict[str, str] = field(default_factory=dict)
     rows: Sequence[Row] = ()
     threads: int = 1
@@ -42,7 +44,7 @@ class Job:
 
     def one(self, role: str) -> Path:
         """The only input of a role."""
-        return Path(self.inputs[role])
+        return Path(str(self.inputs[role]))
 
     def optional(self, role: str) -> Path | None:
         """The only input of a role; None for a role without inputs."""
@@ -50,7 +52,8 @@ class Job:
 
     def all(self, role: str) -> dict[str, Path]:
         """The inputs of a role by name; empty for a role without inputs."""
-        return {name: Path(path) for name, path in self.inputs.get(role, {}).items()}
+        value = self.inputs.get(role)
+        return {n: Path(path) for n, path in value.items()} if isinstance(value, dict) else {}
 
     def make(self, work: store.Work) -> bool:
         """Make the artifact with ``artifacts.store.make``."""
@@ -107,12 +110,13 @@ def read_job(path: Path, stage: str, threads: int = 1, save_every: float = 600) 
         entry = json.loads(path.read_text(encoding="utf-8"))
         run = {"output": Path(entry["output"]), "threads": threads, "save_every": save_every}
         job = Job(**entry | run)
+        key = stage_key(job.stage, job.recipe, job.keys)
     except OSError as error:
         raise MergelawError(f"{path}: cannot be read ({error.strerror}); rerun snakemake") from None
     except (ValueError, KeyError, TypeError):
         raise MergelawError(f"{path}: is not a job; rerun snakemake, which writes it") from None
     if job.stage != stage:
         raise MergelawError(f"{path}: is a job of stage {job.stage}, not {stage}; give another")
-    if job.key not in (None, stage_key(stage, job.recipe, job.keys)):
+    if job.key not in (None, key):
         raise MergelawError(f"{path}: its key is not that of its recipe; rerun snakemake")
     return job
