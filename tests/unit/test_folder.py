@@ -16,6 +16,7 @@ from mergelaw.artifacts import files, keys, lineage, run_lock, store
 from mergelaw.artifacts.lineage import LINEAGE
 from mergelaw.errors import MergelawError
 from mergelaw.workflow import folder as folders
+from mergelaw.workflow import results
 from mergelaw.workflow.study import Study
 
 TRAINING = {"steps": 5, "batch_size": 4, "max_tokens": 128, "learning_rate": 1e-3}
@@ -352,3 +353,17 @@ def test_a_whole_folder_has_no_problem_wherever_it_lies(study, tmp_path):
     assert folders.verify(study.results) == (len(study.by_path), [])
     moved = shutil.copytree(study.results, tmp_path / "moved")
     assert folders.verify(moved) == (len(study.by_path), [])
+
+
+def test_without_evaluations_it_is_said_whether_cells_are_kept(study):
+    """After gc the study only looks as if nothing had been measured."""
+    for artifact in study.evals.values():
+        shutil.rmtree(study.results / artifact.path)
+    with pytest.raises(
+        MergelawError, match=r"no shard of tiny is finished yet.*run the study first"
+    ):
+        results.measured(study)
+    (study.results / "cells" / "small").mkdir(parents=True)
+    (study.results / "cells" / "small" / "s0-000-1.jsonl").touch()
+    with pytest.raises(MergelawError, match=r"no evaluations of tiny as it is configured now.*gc"):
+        results.measured(study)

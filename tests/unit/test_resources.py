@@ -244,7 +244,7 @@ def test_a_profile_is_read_as_snakemake_gives_it():
         Hardware.of({"gpus_per_node": 4, "max_runtime": "24h"})
 
 
-def test_the_profile_names_hardware_that_is_read(tmp_path):
+def test_the_profile_names_hardware_that_is_read(tmp_path, monkeypatch):
     file = ROOT / "slurm" / "profile.v9+.yaml"  # where snakemake --profile slurm looks
     text = file.read_text()
     hardware, threads = read_profile(ROOT / "slurm")
@@ -258,6 +258,12 @@ def test_the_profile_names_hardware_that_is_read(tmp_path):
             read_profile(folder)
     with pytest.raises(MergelawError, match="nothing"):
         read_profile(tmp_path / "nothing")
+    # By name, as Snakemake takes them, also where there is no link in the folder.
+    (tmp_path / "profiles").symlink_to(ROOT / "profiles")
+    monkeypatch.chdir(tmp_path)
+    assert read_profile(Path("slurm")) == (hardware, threads)
+    with pytest.raises(MergelawError, match="profiles/local: is no profile that names hardware"):
+        read_profile(Path("local"))
 
 
 def test_what_slurm_writes_is_understood():

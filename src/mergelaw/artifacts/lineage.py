@@ -14,6 +14,7 @@ import subprocess
 import sys
 from collections.abc import Iterable, Iterator, Mapping
 from functools import cache
+from itertools import accumulate
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -260,9 +261,10 @@ def input_paths(artifact: Path, lineage: Mapping[str, Any]) -> dict[str, Path]:
         paths[name] = path = Path(os.path.normpath(artifact / entry["path"]))
         if lineage["key"] is None or root is None:
             continue
-        below = [folder for folder in (path, *path.parents) if root in folder.parents]
+        below = path.parts[len(root.parts) :] if path.is_relative_to(root) else ()
         keyed = keys.digits(path.name) == (entry["key"] or "")[: keys.KEY_DIGITS]
-        if not keyed or not below or any(folder.is_symlink() for folder in below):
+        _, *places = accumulate(below, os.path.join, initial=str(root))
+        if not keyed or not below or any(map(os.path.islink, places)):
             raise MergelawError(
                 f"{artifact}: its input {name} ({entry['path']!r}) is no artifact of {root}; "
                 "delete the folder and rerun"

@@ -206,6 +206,9 @@ def experts(
         print(json.dumps(answers, indent=1, ensure_ascii=False, allow_nan=False))
         return
     for one, verdicts in results:
+        names = [method] if method else dict.fromkeys(m.method for m in one.merges if m.equal)
+        means = " (means over these methods)" if len(names) > 1 else ""
+        print(f"{one.base}: merges by {', '.join(names)}{means}")
         flagged = [f"{one.base}: {v.sentence}" for v in verdicts if v.flagged]
         print("\n".join([*flagged, *tables.verdicts(verdicts).lines(), ""]))
         donors = tables.donors(verdicts)

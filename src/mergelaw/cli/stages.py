@@ -229,7 +229,7 @@ def partial(
     from mergelaw.laws import fits
     from mergelaw.report import write_report
     from mergelaw.workflow.folder import use
-    from mergelaw.workflow.results import measured_in
+    from mergelaw.workflow.results import measured_in, nothing_measured
     from mergelaw.workflow.study import Study
 
     study = Study(config.load(configuration))
@@ -237,7 +237,7 @@ def partial(
     measured = use(study, filter(study.made, shards))
     missing = [a.folder for a in shards if not study.made(a)]
     if not measured:
-        raise MergelawError(f"{study.results}: nothing of {study.config.name} is measured yet")
+        raise MergelawError(nothing_measured(study))
     folder = study.results / "partial" / study.config.name
     folder.parent.mkdir(parents=True, exist_ok=True)
     rows, documents = read_cells(measured)

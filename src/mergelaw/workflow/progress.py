@@ -134,7 +134,9 @@ def _is_running(output: Path) -> bool:
 def _merges(study: Study) -> tuple[int, int, float]:
     """Numbers of merges measured and planned, and merges a minute of the running shards."""
     measured = planned = 0
-    rate = 0.0
+    rate, stores = 0.0, defaultdict[tuple[str | None, str], list[Path]](list)
+    for file in study.results.glob("cells/*/*-*-*.jsonl"):
+        stores[file.parent.name, file.stem.rsplit("-", 2)[0]].append(file)
     for artifact in study.measurements:
         merges = sum(row[0] > 0 for row in artifact.rows)
         planned += merges
@@ -143,9 +145,9 @@ def _merges(study: Study) -> tuple[int, int, float]:
             continue
         name, domains = artifact.path.rpartition("/")[2], len(study.config.domains)
         cells = 0
-        for file in (study.results / "cells" / str(artifact.base)).glob(f"{name}-*.jsonl"):
+        for file in stores[artifact.base, name]:
             count, last = file.read_bytes().count(b"\n"), file.stat().st_mtime
-            start = int(file.stem.removeprefix(f"{name}-").partition("-")[0], 16) / 1e9
+            start = int(file.stem.rsplit("-", 2)[1], 16) / 1e9
             cells += count
             if time.time() - last < ACTIVE and last > start:
                 rate += 60 * count / domains / (last - start)

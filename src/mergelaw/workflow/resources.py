@@ -74,17 +74,19 @@ class Hardware(Model):
 
 
 def read_profile(path: Path) -> tuple[Hardware, int]:
-    """Hardware of a Snakemake profile (a folder or a file), and the maximum cores of a job.
+    """Hardware of a Snakemake profile (folder, file, or name), and the maximum cores of a job.
 
     Raises MergelawError for an unreadable file or one without hardware.
     """
+    if not path.exists() and (named := Path("profiles", path)).exists():
+        path = named
     files = sorted(path.glob("*.yaml"), reverse=True) if path.is_dir() else [path]
     profile = config.read(files[0]) if files else {}
     hardware = Hardware.of(profile.get("default-resources"))
     if hardware is None:
         raise MergelawError(
             f"{path}: is no profile that names hardware; give one with gpus_per_node among its "
-            "default-resources, such as profiles/slurm"
+            "default-resources, such as profiles/slurm, or no profile"
         )
     return hardware, max(profile.get("set-threads", {}).values(), default=1)
 

@@ -57,16 +57,27 @@ def measured(study: Study) -> tuple[list[Measured], list[str]]:
     shards = use(study, filter(study.made, study.measurements))
     missing = len(study.measurements) - len(shards)
     if not shards:
-        raise MergelawError(
-            f"{study.results}: no shard of {study.config.name} is finished yet (`mergelaw status` "
-            "says what runs); run the study first"
-        )
+        raise MergelawError(nothing_measured(study))
     every, warnings = measured_in(shards)
     if not every:
         raise MergelawError(f"{'; '.join(warnings)}; run the study first")
     if missing:
         warnings.append(f"{missing} of {len(study.measurements)} shards are not measured yet")
     return every, warnings
+
+
+def nothing_measured(study: Study) -> str:
+    """Why a study has no table of evaluations, and what to do."""
+    if not any((study.results / "cells").glob("*/*.jsonl")):
+        return (
+            f"{study.results}: no shard of {study.config.name} is finished yet (`mergelaw status` "
+            "says what runs); run the study first"
+        )
+    return (
+        f"{study.results}: holds no evaluations of {study.config.name} as it is configured now, in "
+        "this version (gc may have removed them, or none is finished); run the study, which measures "
+        "no cell again"
+    )
 
 
 def measured_in(shards: Sequence[Path]) -> tuple[list[Measured], list[str]]:
