@@ -75,8 +75,8 @@ def nothing_measured(study: Study) -> str:
         )
     return (
         f"{study.results}: holds no evaluations of {study.config.name} as it is configured now, in "
-        "this version (gc may have removed them, or none is finished); run the study, which measures "
-        "no cell again"
+        "this version (gc may have removed them, or none is finished); run the study: no cell is "
+        "measured again"
     )
 
 
