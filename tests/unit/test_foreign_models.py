@@ -331,7 +331,7 @@ def test_a_padding_token_beyond_the_embedding_does_not_stop_a_training(tmp_path,
     source = {"files": [str(models.write_jsonl(tmp_path / "texts.jsonl", texts))]}
     recipe = SplitRecipe(source=source, eval_documents=0, train_documents=None, seed=0)
     documents.write_split(recipe, "train", {}, tmp_path / "corpus")
-    training = Training(steps=1, batch_size=4, learning_rate=1e-3)
+    training = Training(steps=3, batch_size=4, learning_rate=1e-3)
     corpora, expert = {"d": tmp_path / "corpus"}, tmp_path / "expert"
     expert.mkdir()
     facts = fine_tune(training, 0, base, corpora, expert, tmp_path / "state", 100)

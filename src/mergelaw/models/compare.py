@@ -257,9 +257,9 @@ def kinship(
 ) -> list[str]:
     """A note on an expert that differs much from its base.
 
-    ``norms`` are those of base, expert and difference by matrix. The mean of the matrices' cosines
-    is near 0 for models that were trained independently: without ``weights`` in ``trust`` they are
-    refused, since their merge is no model. Raises MergelawError.
+    ``norms`` are those of base, expert and difference by matrix. If the mean of the matrices'
+    cosines is near 0 and the difference larger than the base, as of two independent trainings, the
+    expert is refused without ``weights`` in ``trust``. Raises MergelawError.
     """
     cosines = [
         (ours**2 + theirs**2 - apart**2) / 2 / (ours * theirs)
@@ -274,7 +274,7 @@ def kinship(
         f"the difference has {apart / ours:.2f} times the base's norm, the mean cosine of their "
         f"matrices is {cosine:.3f}; a fine-tune's is above 0.9"
     )
-    if cosine >= UNRELATED:
+    if cosine >= UNRELATED or apart < 1.1 * ours:
         return [f"{where}: differs much from its base ({figures}); check that it is of this base"]
     message = f"{where}: has nothing in common with its base ({figures})"
     if WEIGHTS not in trust:
