@@ -4,6 +4,10 @@ The study must be measured (`snakemake --profile profiles/local`); any study wit
 
     python benchmarks/learned.py config/config.yaml
 
+For a study that learns its design (`make learned-law`) the laws of its methods:
+
+    python benchmarks/learned.py config/learned_law.yaml --figure benchmarks/learned_law.svg
+
 All losses are macro averages over evaluation documents, in nats per token. A pass is a forward pass
 over all calibration documents; a gradient counts as three.
 """
@@ -17,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import torch
 
 import scores
@@ -28,17 +33,22 @@ from mergelaw.data.recipe import SplitRecipe
 from mergelaw.decide import calibration
 from mergelaw.decide.calibration import BACKWARD, Calibration, Documents, divide
 from mergelaw.decide.learned import GRANULARITIES, Parts, learn
-from mergelaw.evaluation import read_rows
+from mergelaw.evaluation import read_cells, read_rows
 from mergelaw.evaluation.shard import load_model
+from mergelaw.laws import LAWS, fit_study
+from mergelaw.laws.points import MACRO
 from mergelaw.merging import task_vector
 from mergelaw.merging.engine import Merger
 from mergelaw.merging.methods import method_of
+from mergelaw.merging.methods.learned import Learned
 from mergelaw.merging.task_vector import TaskVector
 from mergelaw.models import causal_lm, finetune
 from mergelaw.models.checkpoint import read_config, vocabulary_size
+from mergelaw.report.figures import draw, figures
 from mergelaw.workflow.study import Study
 
 PASSES = 60
+STOP = 0.002  # nats
 ROOM = 1 << 33  # bytes of memory for task vectors
 
 
@@ -96,7 +106,7 @@ class Pool:
         objective.merge(coefficients)
         return self.evaluation.loss(self.model)
 
-    def rows(self, experts: Sequence[str]) -> np.ndarray:
+    def norms_of(self, experts: Sequence[str]) -> np.ndarray:
         return self.norms[[list(self.vectors).index(name) for name in experts]]
 
     def learned(
@@ -105,7 +115,7 @@ class Pool:
         """Evaluation loss of learned coefficients, the result, and the passes it took."""
         names = list(experts) or list(self.vectors)
         with self.objective(count, names) as objective:
-            result = learn(objective, self.tensors, self.rows(names), by, gradients)
+            result = learn(objective, self.tensors, self.norms_of(names), by, gradients)
             return self.loss(objective, result.coefficients), result, objective.passes
 
 
@@ -304,14 +314,53 @@ def bad_expert(study: Study, base: str) -> None:
     print(markdown(["merge", "loss", "share"], rows))
 
 
+def law(study: Study, figure: Path | None) -> None:
+    """Losses by k, and two laws of each method and base, of what is measured so far."""
+    shards = [study.results / a.path for a in study.evals.values() if study.made(a)]
+    rows, documents = read_cells(shards)
+    fitted = fit_study(rows, documents)
+    points = fitted.points[fitted.points["domain"] == MACRO].sort_values("k")
+    losses, laws = [], []
+    for one in fitted.fits:
+        if one.base is None or one.domain != MACRO:
+            continue
+        place = {"base": one.base, "method": one.method}
+        part = points[(points["base"] == one.base) & (points["method"] == one.method)]
+        losses.append(place | {f"{k:g}": f"{ce:.3f}" for k, ce in part[["k", "ce"]].to_numpy()})
+        power, gains = one.fit.refit(LAWS["power_fixed_N"]), -np.diff(part["ce"])
+        small = part["k"].to_numpy()[:-1][gains < STOP]
+        laws.append(
+            place
+            | {
+                "A": f"{one.fit.parameters['A']:.3f}",
+                "b": f"{one.fit.parameters['b']:.2f}",
+                "RMSE, AICc of A / (k + b)": f"{one.fit.rmse:.5f}, {one.fit.aicc:.0f}",
+                "a": f"{power.parameters['a']:.2f}",
+                "RMSE, AICc of A k^-a": f"{power.rmse:.5f}, {power.aicc:.0f}",
+                "verdict": one.fit.to_dict()["verdict"]["state"],
+                f"stop (next gain below {STOP})": f"{small[0]:g}" if len(small) else "never",
+                "last gain": f"{gains[-1]:.4f}",
+            }
+        )
+    print("\n## The law of learned merges\n")
+    print(scores.markdown(losses) + "\n")
+    print(scores.markdown(laws))
+    if figure is not None:
+        fits = pd.DataFrame([one.to_dict() for one in fitted.fits])
+        draw(figures(fits, fitted.points, rows)["methods"], figure)
+        figure.with_suffix(".png").unlink()
+
+
 def sections(study: Study, options: Any) -> Iterator[Callable[[], None]]:
     bases = options.bases or list(study.bases)
     pools = [Pool(study, base) for base in bases]
     last = pools[-1]
     yield lambda: against_rules(pools)
     yield lambda: against_rivals(pools)
-    if study.config.domains[next(iter(study.config.domains))].source.synthetic:
-        yield lambda: by_documents(last, (4, 12, 40, 100))
+    whole = last.study.config.corpus.calibration_documents
+    synthetic = study.config.domains[next(iter(study.config.domains))].source.synthetic
+    counts = [n for n in (4, 12, 40, 50, 100) if synthetic or n <= whole]
+    yield lambda: by_documents(last, counts)
     if all(artifact.trains for artifact in study.experts.values()):
         yield lambda: bad_expert(study, last.base)
 
@@ -320,10 +369,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("study", type=Path, nargs="?", default=Path("config/config.yaml"))
     parser.add_argument("--bases", nargs="*", help="default: all")
+    parser.add_argument("--figure", type=Path, help="file for the laws' figure")
     parser.add_argument("--only", type=int, nargs="*", help="numbers of the sections to print")
     options = parser.parse_args(arguments)
     prepare_torch(1)
     study = Study(config.load(options.study))
+    if any(isinstance(method, Learned) for method in study.config.designed.values()):
+        law(study, options.figure)
+        return
     missing = [a.path for a in study.coefficients if not study.made(a)]
     if missing:
         sys.exit(f"{missing[0]}: is not made yet; run the workflow first")
