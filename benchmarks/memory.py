@@ -4,9 +4,10 @@
 
 Makes a base and experts of random values in bfloat16 in a temporary folder (by default of 464
 million parameters each), and then, each in a process of its own: their task vectors, materialised
-and derived; a merge of all written out as a checkpoint; and a merge of all into the resident model,
-streamed. Anonymous memory is heap and stacks; mapped files, which the system may drop at any
-moment, are not counted. What the libraries and the resident model take is told apart.
+and derived; a merge of all written out as a checkpoint; a merge of all into the resident model,
+streamed; and a gradient in learned coefficients. Anonymous memory is heap and stacks; mapped files,
+which the system may drop at any moment, are not counted. What the libraries and the resident model
+take is told apart.
 """
 
 import argparse
@@ -156,9 +157,33 @@ def step(folder: Path, what: str, storage: str, recipe: dict[str, Any]) -> dict[
         with tempfile.TemporaryDirectory(dir=folder) as out, Peak() as peak:
             merge.write_merge(base, pool, method, None, Path(out))
         return {"bytes": peak.bytes, "seconds": peak.seconds}
+    if what == "gradient":
+        return gradient(base, pool, method)
     model = causal_lm.load(base, "bfloat16")
     with Peak() as peak, merge.Merger(model, base, pool, method, memory=0) as merger:
         merger.merge(list(pool))
+    return {"bytes": peak.bytes, "seconds": peak.seconds}
+
+
+def gradient(base: Path, pool: dict[str, Any], method: Any) -> dict[str, Any]:
+    """A gradient of 256 tokens in the coefficients; activations are computed again."""
+    import numpy as np
+
+    from mergelaw.data.tokenize import Window
+    from mergelaw.decide.calibration import Calibration, divide, save_memory
+    from mergelaw.merging import engine as merge
+    from mergelaw.models import causal_lm
+
+    model = causal_lm.load(base, "bfloat16")
+    save_memory(model, base, {"batch_tokens": 64, "max_tokens": 64, "dtype": "bfloat16"}, 0)
+    windows = [[Window(n, tuple(range(n, n + 64)), 32, 64)] for n in range(4)]
+    documents = divide({"random": windows}, 64, model.device)
+    with (
+        Peak() as peak,
+        merge.Merger(model, base, pool, method, memory=0) as merger,
+        Calibration(model, merger, list(pool), documents) as objective,
+    ):
+        objective.gradient(np.full((len(pool), len(objective.tensors)), 1 / len(pool)), "all")
     return {"bytes": peak.bytes, "seconds": peak.seconds}
 
 
@@ -211,6 +236,7 @@ def main() -> int:
         print(f"{'':<32}{'task vectors':<14}{'anonymous':>12}{'of the experts':>16}{'time':>9}")
         asked: list[tuple[str, dict[str, Any]]] = [("task vectors", {})]
         asked += [(w, recipe) for recipe in METHODS for w in ("written out", "into the model")]
+        asked.append(("gradient", {"method": "learned"}))
         for what, recipe in asked:
             for storage in STORAGES:
                 found = in_a_process("measure", folder, what, storage, recipe)

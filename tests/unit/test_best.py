@@ -169,9 +169,11 @@ def test_free_weights_are_named_and_written(table):
     )
 
 
-def test_where_other_weights_win_the_best_merge_with_equal_weights_is_named_too(table):
+@pytest.mark.parametrize("role", ["written", "merge"])
+def test_where_other_weights_win_the_best_merge_with_equal_weights_is_named_too(table, role):
     learned = table[table["merge"] == "merge-ties-" + "+".join(pool.EXPERTS)].copy()
-    learned["merge"], learned["role"], learned["method"] = "learned", "written", "learned"
+    learned["merge"], learned["role"], learned["method"] = "learned", role, "learned"
+    learned["recipe"] = '{"by":"block","method":"learned"}'
     learned["ce"] -= 0.5
     answer = best(pool.measured(pd.concat([table, learned])))
     second = answer.values[1]

@@ -101,7 +101,8 @@ class Best:
             if few and cost.value > 0 and cost.clear
         ]
         # Free or learned weights may use an expert that equal weights are better without.
-        equal = next((m for m in self.ranking if m.role == "merge"), self.model)
+        designed = (m for m in self.ranking if m.role == "merge" and not m.learned)
+        equal = next(designed, self.model)
         if equal is not self.model:
             value = self.values[self.ranking.index(equal)]
             base.append(f"with equal weights, {measured.name(equal)}: {value:.4f}")

@@ -107,7 +107,9 @@ def experts(measured: Measured, method: str | None = None) -> list[Verdict]:
     Raises:
         MergelawError: an unknown method, or a pool of one expert.
     """
-    merges = [m for m in measured.merges if m.equal and method in (None, m.method)]
+    merges = [
+        m for m in measured.merges if m.equal and (m.method == method if method else not m.learned)
+    ]
     if not merges:
         methods = ", ".join(sorted({m.method for m in measured.merges}))
         which = f"by {method!r}" if method else "with equal weights"

@@ -20,6 +20,7 @@ Read = Callable[[Sequence[str]], pd.DataFrame]
 LEVEL = 0.9  # of all intervals
 CHUNK = 1024  # models whose documents are read at a time
 ROLES = ("base", "merge", "written", "baseline")
+LEARNED = '"method":"learned"'  # in the recipe of a merge
 PLAIN = '"method":"average"'  # in the recipe of a merge that is the expert itself if k = 1
 
 
@@ -137,8 +138,13 @@ class Model:
 
     @property
     def equal(self) -> bool:
-        """True if all weights are equal."""
+        """True if all weights are equal, or learned."""
         return len(set(self.weights)) <= 1
+
+    @property
+    def learned(self) -> bool:
+        """True if coefficients were learned for this merge."""
+        return LEARNED in self.recipe
 
 
 @dataclass(frozen=True)
