@@ -187,9 +187,12 @@ def by_select(
         if not answer.proposals:
             return
         for p in answer.proposals:
-            place = truth.methods.index(p.method), tuple(truth.experts.index(e) for e in p.experts)
+            place = (
+                truth.methods.index(p.method),
+                tuple(sorted(map(truth.experts.index, p.experts))),
+            )
             held.append((len(done), values[place], p.value, p.low, p.high, p.usable))
-            earlier.append((p.method, p.experts, p.value, p.low, p.high))
+            earlier.append(p)
             done.append(place)
             yield place
 

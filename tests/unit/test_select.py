@@ -3,6 +3,7 @@
 from itertools import combinations
 
 import numpy as np
+import pandas as pd
 import pytest
 
 import pool
@@ -40,7 +41,7 @@ def test_batches_lead_to_the_best_merge_and_then_say_that_nothing_is_left():
         answer = propose(one, earlier=earlier)
         if not answer.proposals:
             break
-        earlier += [(p.method, p.experts, p.value, p.low, p.high) for p in answer.proposals]
+        earlier += answer.proposals
         subsets += [p.experts for p in answer.proposals if p.experts not in subsets]
     assert answer.best.experts == best.experts and answer.best.method == best.method
     assert len(subsets) < len(EVERY) / 1.5
@@ -95,6 +96,15 @@ def test_all_candidates_measured_and_learned_merges_of_a_limited_pool():
     assert proposal.experts == pool.EXPERTS[:-1] and proposal.value is None
     answer = propose(one, Objective(at_most=2), learned=["learned"])
     assert len(answer.proposals[0].experts) == 2
+
+
+def test_a_pool_with_nothing_to_predict_has_no_proposals():
+    table = pool.rows(pool.good_pool, methods=("average",), documents=12)
+    table["recipe"], table["method"] = '{"method":"learned"}', "learned"
+    learned = table[table["k"] == 6].assign(experts=table["experts"])
+    one = pool.measured(pd.concat([table[table["k"] == 0], learned, pool.rows(subsets=FEW[:7])]))
+    answer = propose(one, Objective(methods=("learned",)))
+    assert not answer.proposals and answer.candidates == 0
 
 
 @pytest.mark.parametrize(

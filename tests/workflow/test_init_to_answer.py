@@ -38,10 +38,12 @@ def test_adapters_and_files_become_a_ranked_answer(tmp_path):
     answer = command(tmp_path, *python, "best", "few.yaml")
     assert "write it: mergelaw merge few.yaml" in answer
     measured = cells(tmp_path)
-    command(tmp_path, *python, "select", "few.yaml", "--batch", "3", "--method", "ties")
+    limits = [f"--require={name}" for name in DOMAINS[:3]] + ["--at-most=3", "--method=ties"]
+    command(tmp_path, *python, "select", "few.yaml", *limits)
     proposed = load(tmp_path / "few.select.yaml").merges.values()
-    assert 0 < len(proposed) <= 3 and not any(merge.write for merge in proposed)
+    assert [merge.write for merge in proposed] == [False]
     command(tmp_path, *SNAKEMAKE, "--configfile", "few.select.yaml")
     assert len(cells(tmp_path)) == len(measured) + len(proposed) * len(DOMAINS)
-    answer = command(tmp_path, *python, "select", "few.select.yaml", "--method", "ties")
+    answer = command(tmp_path, *python, "select", "few.select.yaml", *limits)
+    assert "Every merge within the limits is measured" in answer
     assert f"Of {len(proposed)} earlier proposals" in answer

@@ -32,8 +32,6 @@ PRIOR = 10.0  # earlier proposals with errors as predicted that a new error bar 
 Z = float(stats.norm.ppf((1 + LEVEL) / 2))
 
 LEARNED = '"method":"learned"'  # in the recipe of a merge whose weights are learned
-Earlier = tuple[str, Sequence[str], float, float, float]
-"""An earlier proposal: method, experts, and predicted value, low and high."""
 
 
 @dataclass(frozen=True)
@@ -45,29 +43,17 @@ class Proposal:
     """
 
     method: str
-    experts: tuple[str, ...]
+    experts: Sequence[str]
     value: float | None
     low: float | None
     high: float | None
-    usable: bool
-    reason: str
+    usable: bool = True
+    reason: str = ""
 
-
-@dataclass(frozen=True)
-class Realised:
-    """An earlier proposal that is measured now."""
-
-    method: str
-    experts: Sequence[str]
-    value: float
-    predicted: float
-    low: float
-    high: float
-
-    @property
-    def holds(self) -> bool:
-        """True if the interval contains the measured value."""
-        return self.low <= self.value <= self.high
+    def score(self, value: float) -> float:
+        """A measured value's distance from the prediction, in its standard errors."""
+        low, high = self.low or 0.0, self.high or 0.0
+        return (value - (low + high) / 2) / max(high - low, 1e-12) * 2 * Z
 
 
 @dataclass(frozen=True)
@@ -80,12 +66,12 @@ class Selection:
         proposals: lowest prediction first, those of rules that failed their check last; empty if
             nothing is left to gain.
         best: the best measured merge within the limits, None if none is; ``value`` is its
-            objective, or that of the base.
+            objective, or that of the base, which is ``base_value``.
         margin: the smallest improvement worth a measurement (nats per token).
         chance: probability that an unmeasured merge improves by more than the margin.
         candidates: unmeasured merges that were predicted.
         as_good: sentences on simpler choices that are as good.
-        realised: earlier proposals that are measured now.
+        realised: earlier predictions of merges that are measured now, with the measured values.
     """
 
     measured: Measured
@@ -93,11 +79,12 @@ class Selection:
     proposals: Sequence[Proposal]
     best: Model | None
     value: float
+    base_value: float
     margin: float
     chance: float
     candidates: int
     as_good: Sequence[str]
-    realised: Sequence[Realised]
+    realised: Sequence[tuple[Proposal, float]]
 
     @property
     def sentences(self) -> list[str]:
@@ -121,9 +108,11 @@ class Selection:
             lines = [f"{best[0].upper()}{best[1:]}; {odds}."]
         else:
             lines = [f"Nothing is left to gain: {best}; {odds}."]
+        if self.best and self.value > self.base_value:
+            lines.append(f"The base itself is lower: {self.base_value:.4f}.")
         if self.realised:
-            errors = np.array([one.value - one.predicted for one in self.realised])
-            held = sum(one.holds for one in self.realised)
+            errors = np.array([value - (one.value or 0.0) for one, value in self.realised])
+            held = sum(abs(one.score(value)) <= Z for one, value in self.realised)
             lines.append(
                 f"Of {len(errors)} earlier proposals {held} are within their 90% intervals "
                 f"({100 * held / len(errors):.0f}%); measured minus predicted {errors.mean():+.4f} "
@@ -143,7 +132,7 @@ class Selection:
             "chance": self.chance,
             "candidates": self.candidates,
             "proposals": [vars(one) for one in self.proposals],
-            "realised": [vars(one) | {"holds": one.holds} for one in self.realised],
+            "realised": [vars(one) | {"measured": value} for one, value in self.realised],
         }
         return dict(to_json(answer))
 
@@ -176,7 +165,7 @@ def select(
     objective: Objective,
     batch: int,
     learned: Sequence[str] = (),
-    earlier: Sequence[Earlier] = (),
+    earlier: Sequence[Proposal] = (),
 ) -> Selection:
     """Merges to measure next.
 
@@ -206,9 +195,9 @@ def select(
     value = values[(best or base).identity]
     by_name = {(m.method, frozenset(m.experts)): m for m in measured.merges if m.equal}
     realised = [
-        Realised(method, members, values[by_name[method, frozenset(members)].identity], *numbers)
-        for method, members, *numbers in earlier
-        if (method, frozenset(members)) in by_name
+        (one, values[merge.identity])
+        for one in earlier
+        if (merge := by_name.get((one.method, frozenset(one.experts)))) and one.value is not None
     ]
     every = _candidates(measured, predictor, objective, ceilings, _inflation(realised))
     keys = [(m, frozenset(every.names(i, experts))) for i, m in enumerate(every.methods)]
@@ -222,16 +211,14 @@ def select(
     proposals += _learned(measured, objective, learned, every, experts)
     as_good = _as_good(measured, within, values, every, experts, margin)
     return Selection(
-        measured, objective, proposals[:batch], best, value, margin, chance, len(new.mean),
-        as_good, realised,
+        measured, objective, proposals[:batch], best, value, values[base.identity],
+        margin, chance, len(new.mean), as_good, realised,
     )  # fmt: skip
 
 
-def _inflation(realised: Sequence[Realised]) -> float:
-    """Factor of predictions' errors, from earlier proposals, as if ten more had been exact."""
-    squares = [
-        ((one.value - one.predicted) / (one.high - one.low) * 2 * Z) ** 2 for one in realised
-    ]
+def _inflation(realised: Sequence[tuple[Proposal, float]]) -> float:
+    """Factor of predictions' errors: root mean square of earlier ones, with ``PRIOR`` of 1."""
+    squares = [one.score(value) ** 2 for one, value in realised]
     return math.sqrt((sum(squares) + PRIOR) / (len(squares) + PRIOR))
 
 
@@ -239,7 +226,9 @@ def _candidates(
     measured: Measured, predictor: Predictor, objective: Objective, ceilings: Array, factor: float
 ) -> _Candidates:
     """Merges of equal weights within the limits on experts: all, or the best of a large pool's."""
-    shares, base, parts = objective.shares(measured), measured.reference.losses, []
+    shares, base = objective.shares(measured), measured.reference.losses
+    M, none = len(predictor.experts), np.zeros(0)
+    parts = [_Candidates(np.array([], dtype=str), np.zeros((0, M), bool), none, none, none)]
     for method in predictor.methods:
         if objective.methods and method not in objective.methods:
             continue
@@ -261,7 +250,6 @@ def _candidates(
 
         subsets = _limited(predictor.candidates(method), predictor.experts, objective)
         part = predict(subsets)
-        M = len(predictor.experts)
         for _ in range(SWAPS if len(subsets) < 2 ** min(M, 60) - 1 else 0):
             lowest = part.subsets[np.argsort(part.mean)[:STARTS]]
             near = _limited(_neighbours(lowest), predictor.experts, objective)

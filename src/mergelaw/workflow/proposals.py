@@ -11,7 +11,7 @@ from mergelaw import config
 from mergelaw.decide.measured import Measured
 from mergelaw.decide.objective import Objective
 from mergelaw.decide.predict import predictor
-from mergelaw.decide.select import Selection
+from mergelaw.decide.select import Proposal, Selection
 from mergelaw.decide.select import select as select_merges
 from mergelaw.errors import MergelawError
 from mergelaw.evaluation import read_rows
@@ -39,7 +39,7 @@ def select(study: Study, measured: Measured, objective: Objective, batch: int) -
     methods = study.config.methods
     learned = [name for name, method in methods.items() if isinstance(method, Learned)]
     earlier = [
-        (merge.method, merge.experts, p.value, p.low, p.high)
+        Proposal(merge.method, merge.experts, p.value, p.low, p.high)
         for merge in study.config.merges.values()
         if (p := merge.predicted) and merge.base == measured.base and p.objective == objective.text
     ]
