@@ -86,7 +86,7 @@ def write(study: Study, file: Path, output: Path, selections: Sequence[Selection
 
 
 def cost(study: Study, selections: Sequence[Selection]) -> str:
-    """What measuring the proposals takes, from the seconds that measured merges took."""
+    """What measuring the proposals takes on the device that measured the other merges."""
     rows = read_rows(use(study, filter(study.made, study.measurements))).drop_duplicates("cell")
     parts = []
     for selection in selections:
@@ -94,8 +94,8 @@ def cost(study: Study, selections: Sequence[Selection]) -> str:
         merges = rows[(rows["base"] == one.base) & (rows["k"] > 0)].groupby("merge")
         each = merges["eval_seconds"].sum().mean() + merges["merge_seconds"].first().mean()
         documents = sum(map(len, one.documents([one.reference]).tokens))
-        parts.append(
-            f"{one.base}: {count} merges of {documents} documents, about "
-            f"{count * each / 3600:.2g} hours on a device like the last"
-        )
+        time = f"{count * each:.0f} seconds"
+        if count * each > 3600:
+            time = f"{count * each / 3600:.1f} hours"
+        parts.append(f"{one.base}: {count} merges on {documents} documents take about {time}")
     return "; ".join(parts)
