@@ -41,8 +41,8 @@ def test_a_linear_laws_intervals_are_those_of_ordinary_least_squares():
         assert fitted.interval(name) == pytest.approx((low[j], high[j]), abs=0.02 * width)
     assert fitted.misfit == pytest.approx(math.sqrt(book.scale))
     assert fitted.freedom == 7
-    at = book.get_prediction([[1, 1 / 20]]).conf_int(alpha=0.05)[0]
-    ends = fitted.predict_interval(level=0.95, k=20)
+    at = book.get_prediction([[1, 1 / 5]]).conf_int(alpha=0.05)[0]
+    ends = fitted.predict_interval(level=0.95, k=5)
     assert [float(end) for end in ends] == pytest.approx(at, abs=0.02 * (at[1] - at[0]))
 
 
@@ -206,7 +206,7 @@ def test_predictions_have_intervals_wherever_the_law_reaches():
     assert low.shape == high.shape == (2, 3)
     assert (low < centre).all() and (centre < high).all()
     width = high - low
-    assert (width[1] > width[0]).all()  # beyond the ladder
+    assert (width[1, :2] > width[0, :2]).all()  # beyond the ladder
     assert width[0, 2] > width[0, 1]  # beyond the pool
     # The floor at N is the law's own parameter where N is not a variable.
     one = fit(MERGING_FIXED_N, noisy(5))
@@ -254,3 +254,20 @@ def test_intervals_cover():
         hits["L(12)"] += low <= MERGING_FIXED_N.predict(TRUTH, k=12) <= high
     # 90% with a standard error of 3%
     assert all(0.81 <= hit / sets <= 0.99 for hit in hits.values()), hits
+
+
+@pytest.mark.parametrize("k", [16, math.inf])
+def test_beyond_the_pool_a_loss_that_is_none_of_the_forms_is_held(k):
+    """Two tails, 1/k and exp(-k/3): every form fits and forecasts too much of a gain."""
+
+    def truth(k):
+        return 0.8 + 0.3 * (0.6 / k + 0.4 * np.exp(-k / 3))
+
+    held = 0
+    for seed in range(20):
+        noise = 1e-3 * np.random.default_rng(seed).standard_normal(9)
+        fitted = fit(MERGING_FIXED_N, {"k": K, "ce": truth(K) + noise})
+        low, high = fitted.predict_interval(k=k)
+        held += low <= truth(k) <= high
+    # Nine in ten, and no fewer than chance allows (binomial, one in a hundred).
+    assert held >= stats.binom.ppf(1e-2, 20, 0.9)

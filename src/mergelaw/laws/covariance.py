@@ -5,6 +5,7 @@ its error common to a base's points (Z maps points to bases). Rotated to the eig
 known blocks, V is diagonal plus one rank per base: no matrix of points by points is ever made.
 """
 
+import itertools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -25,8 +26,11 @@ from mergelaw.laws.law import Array
 TYPICAL_SCATTER = 0.01
 # Deviations below this share of the mean loss are rounding errors of the losses.
 ROUNDED = 1e-7
-# Halvings of the search for the likeliest variances; each is a grid of this many values.
-ZOOMS, VALUES = 6, 7
+# Keep normal equations solvable where columns are nearly the same, or 0.
+REGULAR, TINY = 1e-12, 1e-300
+# The likeliest variances are searched on grids, each ZOOM times finer than the one before: so many
+# grids of so many values, by the number of variances.
+ZOOM, GRIDS = 2.5, {0: (1, 1), 1: (5, 7), 2: (5, 7)}
 
 
 @dataclass(frozen=True)
@@ -40,6 +44,37 @@ class Grams:
 
     products: Array
     log_det: Array
+
+    def regression(self) -> tuple[Array, Array, Array]:
+        """Generalised least squares: restricted deviances, and the solutions' factors.
+
+        The coefficients are ``roots' (solved + standard normals)``.
+        """
+        inner, right = self.products[:, :-1, :-1], self.products[:, :-1, -1]
+        scale = np.sqrt(np.maximum(np.diagonal(inner, axis1=1, axis2=2), TINY))
+        roots, determinant = inverse_roots(inner / scale[:, :, None] / scale[:, None])
+        solved = np.einsum("sij,sj->si", roots, right / scale)
+        squares = self.products[:, -1, -1] - np.sum(solved**2, axis=1)
+        determinant = determinant + 2 * np.log(scale).sum(axis=1)
+        return self.log_det + determinant + squares, solved, roots / scale[:, None]
+
+
+def inverse_roots(matrices: Array) -> tuple[Array, Array]:
+    """Inverses of Cholesky roots (any, size, size), and logarithms of the determinants.
+
+    The matrices have ones on the diagonal. For many small ones this is faster than LAPACK.
+    """
+    rows = np.zeros(matrices.shape)
+    log_det = np.zeros(len(matrices))
+    for j in range(matrices.shape[1]):
+        row = rows[:, j]
+        row[:, j] = 1
+        for i in range(j):
+            row -= np.sum(rows[:, i] * matrices[:, j], axis=1)[:, None] * rows[:, i]
+        square = np.maximum(np.sum(row * matrices[:, j], axis=1), REGULAR)
+        row /= np.sqrt(square)[:, None]
+        log_det += np.log(square)
+    return rows, log_det
 
 
 @dataclass(frozen=True)
@@ -130,58 +165,40 @@ class Errors:
         count = len(residuals)
         columns = np.empty((count, 0)) if tangent is None else tangent
         lengths = np.linalg.norm(columns, axis=0)
-        columns = columns / np.where(lengths > 0, lengths, 1)
-        rank = int(np.linalg.matrix_rank(columns)) if columns.size else 0
         # Nearly parallel columns would leave rounding errors in place of the residuals.
-        columns = np.linalg.svd(columns, full_matrices=False).U[:, :rank] if rank else columns
-        deviation = math.sqrt(float(residuals @ residuals) / max(count - rank, 1))
+        left, values, _ = np.linalg.svd(columns / np.where(lengths > 0, lengths, 1), False)
+        columns = left[:, values > values.max(initial=0) * count * np.finfo(float).eps]
+        deviation = math.sqrt(float(residuals @ residuals) / max(count - columns.shape[1], 1))
         grouped = scatter is None and len(self.starts) > 0
+        rotated = self.rotate(np.column_stack([columns, residuals]))[None]
+        scatter = scatter or 0.0
         if not grouped and not self.variances.any() and misfit is None and not scatter:
             misfit = max(deviation, self.least)
-            return misfit, 0.0, self._deviance(residuals, columns, misfit, 0.0)
         top = math.log(max(deviation * 2, self.least * 10))
-        centre = np.array([top - 3, math.log(self.typical)])
-        reach = np.array([3.5 if misfit is None else 0.0, 6.0 if grouped else 0.0])
-        rotated = self.rotate(np.column_stack([columns, residuals]))[None]
-        for _ in range(ZOOMS):
-            steps = np.linspace(-1, 1, VALUES)
-            grid = np.array(np.meshgrid(centre[0] + reach[0] * steps, centre[1] + reach[1] * steps))
-            grid = np.unique(grid.reshape(2, -1), axis=1)
-            misfits = np.exp(grid[0]) if misfit is None else np.full(grid.shape[1], misfit)
-            scatters = np.exp(grid[1]) if grouped else np.full(grid.shape[1], scatter or 0.0)
-            values = _deviances(self.grams(rotated, misfits, scatters), rank)
+        ranges = [(top - 3, 3.5)] * (misfit is None) + [(math.log(self.typical), 6.0)] * grouped
+        centre, reach = np.array(ranges).reshape(-1, 2).T
+        grids, number = GRIDS[len(reach)]
+        steps = np.array(list(itertools.product(np.linspace(-1, 1, number), repeat=len(reach))))
+        for _ in range(grids):
+            grid = centre + reach * steps
+            free = np.exp(grid)
+            misfits = free[:, 0] if misfit is None else np.full(len(grid), misfit)
+            scatters = free[:, -1] if grouped else np.full(len(grid), scatter)
+            values = self.grams(rotated, misfits, scatters).regression()[0]
             if tangent is not None and grouped:
                 values = values - 2 * self.log_prior(scatters)
             best = int(np.argmin(values))
-            centre, reach = grid[:, best], reach / 2
-        chosen = float(misfits[best]), float(scatters[best])
-        return *chosen, self._deviance(residuals, columns, *chosen)
-
-    def _deviance(self, residuals: Array, columns: Array, misfit: float, scatter: float) -> float:
-        rotated = self.rotate(np.column_stack([columns[:, :0], residuals]))[None]
-        grams = self.grams(rotated, np.array([misfit]), np.array([scatter]))
-        return float(grams.log_det[0] + grams.products[0, -1, -1])
+            centre, reach = grid[best], reach / ZOOM
+        chosen = misfits[best : best + 1], scatters[best : best + 1]
+        grams = self.grams(rotated[:, :, -1:], *chosen)
+        deviance = float(grams.log_det[0] + grams.products[0, -1, -1])
+        return float(chosen[0][0]), float(chosen[1][0]), deviance
 
 
 def _inner(rows: Array, weights: Array) -> Array:
     """Inner products of rows (draws or 1, points, columns), weights (draws or 1, points)."""
     products: Array = np.swapaxes(rows * weights[:, :, None], 1, 2) @ rows
     return products
-
-
-def _deviances(grams: Grams, rank: int) -> Array:
-    """Minus twice the restricted log-likelihoods of columns of that rank, up to a constant."""
-    products = grams.products
-    if products.shape[1] == 1:
-        return grams.log_det + products[:, 0, 0]
-    inner, right = products[:, :-1, :-1], products[:, :-1, -1]
-    values, vectors = np.linalg.eigh(inner)
-    values, vectors = np.maximum(values[:, -rank:], 1e-300), vectors[:, :, -rank:]
-    turned = np.einsum("sij,si->sj", vectors, right)
-    squares = products[:, -1, -1] - np.sum(turned**2 / values, axis=1)
-    determinant: Array = np.log(values).sum(axis=1)
-    values = grams.log_det + determinant + squares
-    return np.asarray(values)
 
 
 def errors_of(

@@ -44,18 +44,13 @@ class Diagnostics(Result):
     @cached_property
     def aicc(self) -> float:
         """Akaike's criterion, corrected for few points; NaN where they are too few."""
-        from statsmodels.tools.eval_measures import aicc
-
         solution = self.solution
         estimated = (solution.fixed[0] is None) + (
             solution.fixed[1] is None and len(solution.errors.starts) > 0
         )
         count = len(self.law.parameters) + estimated
-        if not estimated:
-            return solution.deviance + 2 * count
-        if self.n_points - count - 1 <= 0:
-            return math.nan
-        return float(aicc(-solution.deviance / 2, self.n_points, count))
+        rest = self.n_points - count - 1 if estimated else math.inf
+        return solution.deviance + 2 * count * (1 + (count + 1) / rest) if rest > 0 else math.nan
 
     @cached_property
     def warnings(self) -> tuple[Note, ...]:
@@ -278,9 +273,7 @@ def _failures(fitted: Diagnostics) -> Iterable[str]:
     if fitted.parameters[law.linear[-1]] <= 0:
         yield "the loss does not fall with k; compare the measured losses"
         return
-    ranked = {other.law.name: other for other in fitted._rival_fits}
-    scores = [ranked[name].aicc for name in (law.name, *NESTED) if name in ranked]
-    best = min((score for score in scores if math.isfinite(score)), default=math.nan)
+    best = _own_aicc(fitted)
     flat = fitted.refit(FLAT[law.name])
     if not best < flat.aicc and math.isfinite(best):
         yield (
@@ -288,12 +281,21 @@ def _failures(fitted: Diagnostics) -> Iterable[str]:
             f"(AICc {flat.aicc - best:+.1f})"
         )
     first = fitted._rival_fits[0]
+    if not best - first.aicc > EXCLUDED:
+        return
     mine, other = fitted._left_out_error("k"), first._left_out_error("k")
-    if best - first.aicc > EXCLUDED and other < mine:
+    if other < mine:
         yield (
             f"law {first.law.name} excludes it (AICc lower by {best - first.aicc:.1f}) and misses "
             f"the largest k by {other:.2g} nats where it misses it by {mine:.2g}"
         )
+
+
+def _own_aicc(fitted: Diagnostics) -> float:
+    """Lowest AICc of the law and of those nested in it; NaN with too few points."""
+    names = (fitted.law.name, *NESTED)
+    scores = [other.aicc for other in fitted._rival_fits if other.law.name in names]
+    return min((score for score in scores if math.isfinite(score)), default=math.nan)
 
 
 def _warnings(fitted: Diagnostics) -> Iterable[Note]:
@@ -376,7 +378,6 @@ def _on_bound(fitted: Diagnostics, name: str, value: float) -> str:
 
 
 def _doubts(fitted: Diagnostics) -> Iterable[Note]:
-    law = fitted.law
     for outlier in fitted.outliers:
         place = ", ".join(f"{name} = {outlier[name]:.4g}" for name in fitted.variables)
         yield Note(
@@ -384,14 +385,12 @@ def _doubts(fitted: Diagnostics) -> Iterable[Note]:
             f"the point {place} is {outlier['error']:+.2g} nats off the law of all others: check "
             "it, or fit with robust=True",
         )
-    scored = [rival for rival in fitted.rivals if rival["aicc"] is not None]
-    aicc = min((r["aicc"] for r in scored if r["law"] in (law.name, *NESTED)), default=-math.inf)
-    better = [rival for rival in scored if rival["aicc"] < aicc - CLEARLY]
-    if better:
+    first, aicc = fitted._rival_fits[0], _own_aicc(fitted)
+    if first.aicc < aicc - CLEARLY:
         yield Note(
             "better_rival",
-            f"law {better[0]['law']} describes the points better (AICc lower by "
-            f"{aicc - better[0]['aicc']:.1f}): intervals of forecasts include it",
+            f"law {first.law.name} describes the points better (AICc lower by "
+            f"{aicc - first.aicc:.1f}): intervals of forecasts include it",
         )
     for name, forecast in fitted.holdout.items():
         if forecast["held"] is False:

@@ -250,7 +250,7 @@ def _fitted(
     if misfit is None and covariance is not None and len(loss) <= len(law.parameters):
         used = 0.0  # the standard errors are all that is known
     if used is None and len(loss) <= len(law.parameters):
-        problem, likeliest, freedom = plain_problem, (math.nan, scatter or 0.0, math.nan), 0.0
+        problem, likeliest, freedom = plain_problem, (math.nan, scatter or 0.0), 0.0
     else:
         problem, state, likeliest = _weighted(plain_problem, state, errors, used, scatter)
         free = int(free_parameters(problem, state).sum())
@@ -263,7 +263,6 @@ def _fitted(
         misfit=likeliest[0],
         scatter=likeliest[1],
         fixed=(misfit, scatter),
-        deviance=likeliest[2],
         covariance=covariance,
         documents=documents,
         freedom=freedom,
@@ -283,8 +282,8 @@ def _weighted(
     errors: Errors,
     misfit: float | None,
     scatter: float | None,
-) -> tuple[Problem, State, tuple[float, float, float]]:
-    """Weighted minimum, with misfit, scatter and the greatest likelihood's deviance."""
+) -> tuple[Problem, State, tuple[float, float]]:
+    """Weighted minimum, with the likeliest misfit and scatter."""
     law, variables = plain_problem.law, plain_problem.variables
     loss = plain_problem.loss * plain_problem.size
     problem = plain_problem
@@ -301,8 +300,7 @@ def _weighted(
         if not even:
             problem = Problem(law, variables, loss, errors.whitener(*likeliest))
             state = problem.descend(problem.project(state.theta))
-    left = loss - law.predict(problem.parameters(state), **variables)
-    return problem, state, (*likeliest, errors.likeliest(left, None, misfit, scatter)[2])
+    return problem, state, likeliest
 
 
 def _again(solution: Solution, variables: Mapping[str, Array], loss: Array) -> dict[str, float]:

@@ -6,34 +6,43 @@ Given the nonlinear parameters, the misfit and the scatter, the coefficients of 
 for each, and draws with a coefficient below 0 are dropped.
 """
 
+import itertools
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import cache
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.special import gammaln, logsumexp
+from scipy.linalg import solve_triangular
+from scipy.special import chdtri, expit, gammaln, log_expit, logit, logsumexp, ndtri
+from scipy.stats import qmc
 
-from mergelaw.laws.covariance import Errors
+from mergelaw.laws.covariance import Errors, inverse_roots
 from mergelaw.laws.law import Array, Law
 from mergelaw.laws.projection import columns_of
 
 # Proposals a round, rounds at most, and draws of a fit.
-PROPOSALS, ROUNDS, DRAWS = 1024, 6, 4000
-# Rounds end with this share of effective draws.
-EFFECTIVE = 0.3
+PROPOSALS, ROUNDS, DRAWS = 512, 8, 4000
+# Rounds end with this many effective proposals.
+EFFECTIVE = 400
 # Proposals times points are about this many, if there are many points.
 WORK = 600_000
-# Effective draws for each dimension, from which the next round's proposal is made.
+# Effective proposals for each dimension, from which the next round's proposal is made.
 ENOUGH = 20
 # Degrees of freedom of the proposal, so that its tails are wider than the posterior's.
 TAIL = 5.0
-# Keeps normal equations solvable where columns are nearly the same.
-REGULAR, TINY = 1e-12, 1e-300
 # If fewer draws than this share have no coefficient below 0, coefficients of 0 stay 0.
 RARE = 0.002
 # Proposals are evaluated in pieces of so many numbers.
 NUMBERS = 3_000_000
+# The misfit is at least this share of the sampling errors, beside which less cannot be seen, and
+# below this many standard deviations of the losses.
+LEAST_MISFIT, MOST_MISFIT = 0.1, 10.0
+# The logarithm of the scatter is within this distance from that of its typical value.
+SCATTERS = 9.0
+# The first proposal of misfit and scatter comes from so many grids of so many values.
+GRIDS, VALUES = 2, {0: 1, 1: 41, 2: 15}
 
 
 @dataclass(frozen=True)
@@ -55,8 +64,8 @@ class Posterior:
 class _Space:
     """Nonlinear parameters, log misfit and log scatter as one vector, with their posterior.
 
-    Between the values that a law lists for a nonlinear parameter its prior is even: each step of
-    the list is as probable as another.
+    The vector holds logits of the places within bounds. Between the values that a law lists for a
+    nonlinear parameter its prior is even: each step of the list is as probable as another.
     """
 
     def __init__(
@@ -70,70 +79,74 @@ class _Space:
     ) -> None:
         self.law, self.variables, self.errors = law, variables, errors
         self.loss = errors.rotate(loss[:, None])[:, 0]
-        self.boxes = [np.array(box) for box in law.nonlinear.values()]
-        self.open = [j for j, box in enumerate(self.boxes) if len(box) > 1]
         self.misfit = misfit
         self.scatter = scatter if len(errors.starts) else 0.0
-        self.size = len(self.open) + (misfit is None) + (self.scatter is None)
+        least = max(LEAST_MISFIT * math.sqrt(np.mean(errors.variances)), errors.least)
+        most = max(MOST_MISFIT * float(np.std(loss)), 100 * least)
+        typical = math.log(errors.typical)
+        self.boxes = [np.array(box) for box in law.nonlinear.values()]
+        self.nonlinear = len(self.boxes)
+        if misfit is None:
+            self.boxes.append(np.log([least, most]))
+        if self.scatter is None:
+            self.boxes.append(np.array([typical - SCATTERS, typical + SCATTERS]))
+        self.size = len(self.boxes)
 
     def unpack(self, points: Array) -> tuple[Array, Array, Array]:
         """Nonlinear parameters (draws, parameters), misfit and scatter at vectors."""
-        theta = np.empty((len(points), len(self.boxes)))
-        for j, box in enumerate(self.boxes):
-            theta[:, j] = box[0]
-        for place, j in enumerate(self.open):
-            box = self.boxes[j]
-            theta[:, j] = np.interp(points[:, place], np.linspace(0, 1, len(box)), box)
-        rest = points[:, len(self.open) :]
-        count = len(points)
-        misfit = np.exp(rest[:, 0]) if self.misfit is None else np.full(count, self.misfit)
-        scatter = np.exp(rest[:, -1]) if self.scatter is None else np.full(count, self.scatter)
-        return theta, misfit, scatter
+        values = np.column_stack(
+            [
+                np.interp(place, np.linspace(0, 1, len(box)), box)
+                for place, box in zip(expit(points).T, self.boxes, strict=True)
+            ]
+            or [np.empty((len(points), 0))]
+        )
+        rest, count = np.exp(values[:, self.nonlinear :]), len(points)
+        misfit = rest[:, 0] if self.misfit is None else np.full(count, self.misfit)
+        scatter = rest[:, -1] if self.scatter is None else np.full(count, self.scatter)
+        return values[:, : self.nonlinear], misfit, scatter
 
-    def pack(self, theta: Array, misfit: float, scatter: float) -> Array:
-        """The vector of single values."""
-        values = [
-            np.interp(theta[j], self.boxes[j], np.linspace(0, 1, len(self.boxes[j])))
-            for j in self.open
-        ]
-        values += [math.log(misfit)] if self.misfit is None else []
-        return np.array(values + ([math.log(scatter)] if self.scatter is None else []))
+    def start(self, theta: Array, influence: Array) -> tuple[Array, Array]:
+        """Centre and root of the covariance of the first proposal.
 
-    def widths(self, freedom: float) -> Array:
-        """Rough standard deviations of a vector, for the first proposal."""
-        widths = [0.2] * len(self.open)
-        widths += [1 / math.sqrt(2 * freedom)] if self.misfit is None else []
-        bases = len(self.errors.starts)
-        widths += [min(1.0, 2 / math.sqrt(2 * bases))] if self.scatter is None else []
-        return np.array(widths)
-
-    def spread(self, theta: Array, influence: Array) -> Array:
-        """Root of the nonlinear parameters' covariance in the vector, none wider than the box."""
-        slopes = []
-        for j in self.open:
-            box = self.boxes[j]
-            step = int(np.clip(np.searchsorted(box, theta[j]) - 1, 0, len(box) - 2))
+        Nonlinear parameters are linearised, misfit and scatter searched at ``theta``.
+        """
+        places, slopes = [], []
+        for box, value in zip(self.boxes, theta, strict=False):
+            step = int(np.clip(np.searchsorted(box, value) - 1, 0, len(box) - 2))
+            places.append(np.interp(value, box, np.linspace(0, 1, len(box))))
             slopes.append(1 / ((box[step + 1] - box[step]) * (len(box) - 1)))
-        factor = influence[self.open] * np.array(slopes)[:, None]
+        factor = influence * np.array(slopes)[:, None]
         lengths = np.linalg.norm(factor, axis=1)
-        wanted = np.where(lengths > 0, np.clip(lengths, 1e-6, 0.4), 0.2)
-        factor = factor * (wanted / np.where(lengths > 0, lengths, 1))[:, None]
-        covariance = factor @ factor.T + np.diag(np.where(lengths > 0, 1e-3, 1) * wanted**2)
-        return np.linalg.cholesky(covariance)
+        wanted = np.where(lengths > 0, np.clip(lengths, 1e-9, 0.4), 0.2)
+        within = np.clip(places, wanted / 2, 1 - wanted / 2)
+        logits = within * (1 - within)
+        factor = factor * (wanted / np.where(lengths > 0, lengths, 1) / logits)[:, None]
+        covariance = np.zeros((self.size, self.size))
+        covariance[: self.nonlinear, : self.nonlinear] = factor @ factor.T + np.diag(
+            np.where(lengths > 0, 1e-3, 1) * (wanted / logits) ** 2
+        )
+        others = self.size - self.nonlinear
+        centre, reach = np.append(logit(within), np.zeros(others)), np.full(others, 6.0)
+        for _ in range(GRIDS if others else 0):
+            axes = [np.linspace(-1, 1, VALUES[others])] * others
+            grid = np.tile(centre, (VALUES[others] ** others, 1))
+            grid[:, self.nonlinear :] += np.array(list(itertools.product(*axes))) * reach
+            log = self.density(grid)[0]
+            shares = np.exp(log - logsumexp(log))
+            centre = shares @ grid
+            away = (grid - centre)[:, self.nonlinear :]
+            spread = (away * shares[:, None]).T @ away
+            spread += np.diag((reach / VALUES[others]) ** 2)
+            covariance[self.nonlinear :, self.nonlinear :] = spread
+            reach = np.minimum(4 * np.sqrt(np.diag(spread)), reach)
+        return centre, np.asarray(np.linalg.cholesky(covariance))
 
     def density(self, points: Array) -> tuple[Array, Array, Array]:
         """Log posterior at vectors, with the coefficients' means and covariance roots there."""
-        count, linear = len(points), len(self.law.linear)
-        log, means = np.full(count, -np.inf), np.zeros((count, linear))
-        roots = np.zeros((count, linear, linear))
-        place = len(self.open)
-        inside = ((points[:, :place] >= 0) & (points[:, :place] <= 1)).all(axis=1)
-        if self.misfit is None:
-            inside &= points[:, place] >= math.log(self.errors.least)
-        piece = max(NUMBERS // (len(self.loss) * (linear + 1)), 1)
-        for rows in np.array_split(np.flatnonzero(inside), -(-int(inside.sum()) // piece) or 1):
-            if len(rows):
-                log[rows], means[rows], roots[rows] = self._density(points[rows])
+        pieces = -(-points.shape[0] * len(self.loss) * (len(self.law.linear) + 1) // NUMBERS)
+        parts = [self._density(part) for part in np.array_split(points, pieces)]
+        log, means, roots = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
         return log, means, roots
 
     def _density(self, points: Array) -> tuple[Array, Array, Array]:
@@ -146,22 +159,17 @@ class _Space:
         grams = self.errors.grams(
             np.concatenate([self.errors.rotate(columns), loss], axis=2), misfit, scatter
         )
-        inner, right = grams.products[:, :-1, :-1], grams.products[:, :-1, -1]
-        linear = inner.shape[1]
-        scale = np.sqrt(np.maximum(np.diagonal(inner, axis1=1, axis2=2), TINY))[:, None]
-        inner, right = inner / scale / np.swapaxes(scale, 1, 2), right / scale[:, 0]
-        half = np.linalg.cholesky(inner + REGULAR * np.eye(linear))
-        solved = np.linalg.solve(half, right[:, :, None])[:, :, 0]
-        squares = grams.products[:, -1, -1] - np.sum(solved**2, axis=1)
-        diagonal = np.log(np.diagonal(half, axis1=1, axis2=2) * scale[:, 0]).sum(axis=1)
+        deviance, solved, roots = grams.regression()
         # A prior as wide as the points' design makes the result independent of the coefficients'
         # units, and of columns that are nearly the same.
-        unit = np.linalg.slogdet(plain + REGULAR * np.eye(linear))[1]
-        log = -0.5 * (grams.log_det + squares) - diagonal + 0.5 * unit
+        unit = inverse_roots(plain)[1]
+        # Even within bounds: the logits' density, in units of the logarithm of the misfit
+        log = (log_expit(points) + log_expit(-points)).sum(axis=1) + 0.5 * (unit - deviance)
+        if self.misfit is None:
+            log = log + math.log(np.ptp(self.boxes[self.nonlinear]))
         if self.scatter is None:
             log = log + self.errors.log_prior(scatter)
-        roots = np.linalg.inv(half)  # coefficients = roots' (solved + standard normals)
-        roots = roots / (scale * lengths)
+        roots = roots / lengths
         return log, np.einsum("sij,si->sj", roots, solved), roots
 
 
@@ -174,8 +182,8 @@ def draw(
     theta: Array,
     coefficients: Array,
     influence: Array,
-    misfit: tuple[float | None, float],
-    scatter: tuple[float | None, float],
+    misfit: float | None,
+    scatter: float | None,
 ) -> Posterior | None:
     """Draws of a law's parameters given the points; None if no draw has coefficients above 0.
 
@@ -185,9 +193,9 @@ def draw(
         theta, coefficients: the minimum.
         influence: (nonlinear parameters, points), a factor of their covariance, linearised; rows
             of zeros where it is unknown.
-        misfit, scatter: the value to keep (None integrates over it), and the likeliest value.
+        misfit, scatter: values to keep; None integrates over them.
     """
-    space = _Space(law, variables, loss, errors, misfit[0], scatter[0])
+    space = _Space(law, variables, loss, errors, misfit, scatter)
     linear = len(law.linear)
     random = np.random.default_rng(0)
     if not space.size:
@@ -195,12 +203,8 @@ def draw(
         log, means, roots = space.density(points)
         evidence = float(log[0])
     else:
-        freedom = max(len(loss) - len(law.parameters), 1)
-        least = errors.typical / 10
-        start = space.pack(theta, max(misfit[1], errors.least), max(scatter[1], least))
-        root = np.diag(space.widths(freedom))
-        root[: len(space.open), : len(space.open)] = space.spread(theta, influence)
-        points, weights, means, roots, evidence = _sampled(space, start, root, random)
+        start = space.start(theta, influence)
+        points, weights, means, roots, evidence = _sampled(space, *start)
     posterior = _with_coefficients(space, points, weights, means, roots, evidence, random)
     used = np.flatnonzero(coefficients)
     if (posterior is not None and len(posterior.misfit) > RARE * DRAWS) or len(used) == linear:
@@ -232,28 +236,24 @@ def _with_terms(law: Law, terms: NDArray[np.intp]) -> Law:
     )
 
 
-def _sampled(
-    space: _Space, centre: Array, root: Array, random: np.random.Generator
-) -> tuple[Array, Array, Array, Array, float]:
-    """Importance sample: vectors, log weights, coefficients' means and roots, and evidence."""
-    proposals = int(np.clip(WORK / len(space.loss), PROPOSALS / 8, PROPOSALS))
+def _sampled(space: _Space, centre: Array, root: Array) -> tuple[Array, Array, Array, Array, float]:
+    """Importance sample: vectors, log weights, coefficients' means and roots, and evidence.
+
+    The vectors of all rounds count, weighted by the mixture of all proposals (Cornuet et al. 2012).
+    """
+    proposals = PROPOSALS if PROPOSALS * len(space.loss) < WORK else PROPOSALS // 4
     floor = 1e-4 * np.diag(root) ** 2
-    for _ in range(ROUNDS):
-        normal = random.standard_normal((proposals, space.size))
-        stretch = np.sqrt(TAIL / random.chisquare(TAIL, proposals))[:, None]
-        points = centre + (normal * stretch) @ root.T
-        squares = np.sum((normal * stretch) ** 2, axis=1)
-        log_proposal = -0.5 * (TAIL + space.size) * np.log1p(squares / TAIL)
-        log_proposal += gammaln((TAIL + space.size) / 2) - gammaln(TAIL / 2)
-        log_proposal -= 0.5 * space.size * math.log(TAIL * math.pi)
-        log_proposal -= np.log(np.abs(np.diag(root))).sum()
-        log, means, roots = space.density(points)
-        weights = log - log_proposal
+    mixture: list[tuple[Array, Array]] = []
+    parts: list[tuple[Array, ...]] = []
+    for draws in np.split(_standard_t(space.size), ROUNDS * PROPOSALS // proposals)[:ROUNDS]:
+        new = centre + draws @ root.T
+        mixture.append((centre, root))
+        parts.append((new, *space.density(new)))
+        points, log, means, roots = (np.concatenate(a) for a in zip(*parts, strict=True))
+        weights = log - logsumexp([_log_t(points, *one) for one in mixture], axis=0)
         total = logsumexp(weights)
-        evidence = float(total - math.log(proposals))
         shares = np.exp(weights - total)
-        effective = 1 / float(shares @ shares)
-        if effective > EFFECTIVE * proposals:
+        if 1 / float(shares @ shares) > EFFECTIVE:
             break
         # Weights are flattened until enough vectors matter.
         for flatter in 0.5 ** np.arange(30):
@@ -264,7 +264,25 @@ def _sampled(
         centre = shares @ points
         spread = (points - centre).T @ ((points - centre) * shares[:, None])
         root = np.linalg.cholesky(spread * 1.2 + np.diag(floor))
-    return points, weights, means, roots, evidence
+    return points, weights, means, roots, float(total) - math.log(proposals)
+
+
+@cache
+def _standard_t(size: int) -> Array:
+    """Quasi-random draws of a multivariate Student's t, (all rounds' proposals, size)."""
+    uniform = qmc.Sobol(size + 1, rng=np.random.default_rng(0)).random(ROUNDS * PROPOSALS)
+    stretch = np.sqrt(TAIL / chdtri(TAIL, uniform[:, :1]))
+    draws: Array = ndtri(uniform[:, 1:]) * stretch
+    return draws
+
+
+def _log_t(points: Array, centre: Array, root: Array) -> Array:
+    """Log density of a multivariate Student's t with ``TAIL`` degrees of freedom."""
+    size = len(centre)
+    squares = np.sum(solve_triangular(root, (points - centre).T, lower=True) ** 2, axis=0)
+    log = gammaln((TAIL + size) / 2) - gammaln(TAIL / 2) - 0.5 * size * math.log(TAIL * math.pi)
+    log -= np.log(np.diag(root)).sum()
+    return np.asarray(log - 0.5 * (TAIL + size) * np.log1p(squares / TAIL))
 
 
 def _with_coefficients(

@@ -16,8 +16,6 @@ from scipy.optimize import nnls
 
 from mergelaw.laws.law import Array, Law
 
-# Descents start at this many grid points besides the local minima.
-BEST_STARTS = 4
 # The grid is searched with at most this many of the points.
 POINTS_OF_GRID = 300
 # Columns are well posed if the part of each orthogonal to the others is longer than this.
@@ -188,7 +186,7 @@ class Problem:
         grid = np.array(list(itertools.product(*axes)))
         squares = self._squares(grid)
         # Besides the local minima of the grid also its best points: a valley may cross it.
-        starts = set(np.argsort(squares, kind="stable")[:BEST_STARTS])
+        starts = set(np.argsort(squares, kind="stable")[: len(axes) + 1])
         table = np.pad(squares.reshape([len(axis) for axis in axes]), 1, constant_values=np.inf)
         inner = tuple(slice(1, -1) for _ in axes)
         lowest = np.ones(table[inner].shape, dtype=bool)

@@ -25,6 +25,9 @@ LEVEL = 0.9
 POOL = "this pool on this evaluation set"
 DOCUMENTS = "this pool on documents like these"
 EXPERTS = "experts like these on this evaluation set"
+# Standard deviation of the gain that is still to come at infinity, as a share of it: forms that fit
+# the measured k alike differ so much. At k it is smaller, by 1 - K/k for the largest measured K.
+FURTHER = 0.5
 # No pool has so many experts.
 MANY = 2**30
 
@@ -36,7 +39,6 @@ class Solution:
     Attributes:
         misfit, scatter: likeliest values (nats per token); NaN if unknown.
         fixed: the caller's misfit and scatter; None if not given.
-        deviance: minus twice the greatest log-likelihood, up to a constant.
         covariance: known variances (points,), sparse covariance (points, points), or None.
         documents: (points, any), factor of the documents' covariance; None if unknown.
     """
@@ -48,7 +50,6 @@ class Solution:
     misfit: float
     scatter: float
     fixed: tuple[float | None, float | None]
-    deviance: float
     covariance: Any
     documents: Array | None
     freedom: float
@@ -58,6 +59,15 @@ class Solution:
         """Measured minus fitted losses."""
         parameters = self.problem.parameters(self.state)
         return self.loss - self.problem.law.predict(parameters, **self.problem.variables)
+
+    @cached_property
+    def deviance(self) -> float:
+        """Minus twice the greatest log-likelihood, up to a constant; NaN without errors."""
+        if self.freedom == 0:
+            return math.nan
+        misfit, scatter = self.fixed
+        misfit = 0.0 if self.untested else misfit
+        return self.errors.likeliest(self.residuals, None, misfit, scatter)[2]
 
     @property
     def untested(self) -> bool:
@@ -185,8 +195,8 @@ class Result:
             theta=solution.state.theta,
             coefficients=solution.state.coefficients,
             influence=influence,
-            misfit=(solution.misfit if solution.untested else solution.fixed[0], solution.misfit),
-            scatter=(solution.fixed[1], solution.scatter),
+            misfit=solution.misfit if solution.untested else solution.fixed[0],
+            scatter=solution.fixed[1],
         )
 
     @property
@@ -367,16 +377,14 @@ class Result:
             count = len(form.posterior.parameters)
             some = np.linspace(0, count - 1, max(round(form.weight * count), 1)).astype(int)
             parameters = form.posterior.parameters[some]
-            linear = len(form.law.linear)
-            chosen = {name: arrays[name] for name in form.law.levels}
-            with np.errstate(divide="ignore", invalid="ignore"):
-                columns = columns_of(form.law, chosen, parameters[:, linear:])
-                terms = np.where(
-                    parameters[:, None, :linear] == 0, 0.0, columns * parameters[:, None, :linear]
-                )
-            losses = terms.sum(axis=2)
+            losses = _losses(form.law, parameters, arrays)
+            random = np.random.default_rng(len(parts) + 1)
+            if "k" in arrays and (arrays["k"] > (most := self.variables["k"].max())).any():
+                last = _losses(form.law, parameters, arrays | {"k": np.minimum(arrays["k"], most)})
+                gain = np.where(np.isfinite(losses), last - losses, 0.0)
+                share = FURTHER * (1 - most / np.maximum(arrays["k"], most))
+                losses = losses + random.standard_normal((len(some), 1)) * share * gain
             if new:
-                random = np.random.default_rng(len(parts) + 1)
                 noise = random.standard_normal((2, *losses.shape))
                 losses = losses + form.posterior.misfit[some, None] * noise[0]
                 losses += form.posterior.scatter[some, None] * noise[1] * self._steps(arrays)
@@ -456,6 +464,15 @@ class Result:
             return None
         spread = np.sqrt((pool - 1) * np.mean((others - others.mean(axis=0)) ** 2, axis=0))
         return np.asarray(float(stdtrit(pool - 1, (1 + level) / 2)) * spread)
+
+
+def _losses(law: Law, parameters: Array, variables: Mapping[str, Array]) -> Array:
+    """Losses (draws, points) at each row of parameters; terms without weight are 0."""
+    linear = len(law.linear)
+    chosen = {name: variables[name] for name in law.levels}
+    with np.errstate(divide="ignore", invalid="ignore"):
+        terms = columns_of(law, chosen, parameters[:, linear:]) * parameters[:, None, :linear]
+    return np.asarray(np.where(parameters[:, None, :linear] == 0, 0.0, terms).sum(axis=2))
 
 
 def _ends(draws: Array, level: float) -> Any:
