@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
+from transformers import Gemma3Config, Gemma3ForCausalLM, Gemma3ForConditionalGeneration
 
 import models
 from mergelaw.artifacts import lineage
@@ -275,6 +276,39 @@ def test_tensors_that_transformers_ignores(tmp_path, base, expert, sides):
     as_transformers(base, expert, tmp_path)
 
 
+def test_a_text_expert_and_its_adapter_on_a_multimodal_base(tmp_path):
+    tokens = models.tokenizer()
+    ends = {"pad_token_id": 0, "eos_token_id": 1, "bos_token_id": None}
+    text = {"vocab_size": len(tokens), "hidden_size": 32, "intermediate_size": 48, "head_dim": 8}
+    text |= {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, **ends}
+    vision = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1}
+    vision |= {"num_attention_heads": 2, "image_size": 28, "patch_size": 14}
+    base, expert = tmp_path / "base", tmp_path / "expert"
+    whole = Gemma3ForConditionalGeneration(
+        Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=4)
+    )
+    part = Gemma3ForCausalLM(whole.config.text_config)
+    part.model.load_state_dict(whole.model.language_model.state_dict())
+    part.tie_weights()
+    for model, folder in ((whole, base), (part, tmp_path / "part")):
+        model.save_pretrained(folder)
+        tokens.save_pretrained(folder)
+    models.write_expert(tmp_path / "part", expert)
+    assert inspect_base(base) == []
+    as_transformers(base, expert, tmp_path)
+    adapter = models.write_adapter(
+        tmp_path / "part", tmp_path / "adapter", target_modules=["q_proj"]
+    )
+    refused(lambda: inspect_expert(adapter, base), "was trained on", "is a gemma3 model")
+    edit(adapter / "adapter_config.json", base_model_name_or_path=None)
+    refused(
+        lambda: inspect_expert(adapter, base),
+        "its weights lack",
+        "language_model",
+        "an adapter of a Gemma3ForConditionalGeneration",
+    )
+
+
 # Bases
 
 
@@ -314,10 +348,12 @@ def test_tokens_beyond_the_embedding(tmp_path, base):
     change_tokenizer(base, lambda content: content["added_tokens"].append(more))
     (note,) = inspect_base(base)
     assert f"beyond the {rows} rows" in note and "'[PAD]'" in note
-    window = tokenize.Window(0, (3, rows), 1, 2)
+    document = documents.Document("0" * 16, None, "a [PAD] b")
     refused(
-        lambda: causal_lm.check_windows(models.load(base), [window], "documents of x"),
-        f"documents of x: use token {rows}",
+        lambda: tokenize.encode(
+            causal_lm.load_tokenizer(base), [document], 99, "refuse", "documents of x", rows=rows
+        ),
+        f"documents of x: the documents have the token '[PAD]' ({rows})",
         f"{rows} rows",
     )
 

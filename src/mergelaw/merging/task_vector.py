@@ -73,12 +73,12 @@ class Expert:
         self.folder, self._base = folder, base
         self._tensors: Tensors | dict[str, Tensor]
         if is_adapter(folder):
-            check_trust(trust, {}, str(folder))
+            check_trust(trust, {}, folder)
             self._tensors, self.notes = merge_adapter(base, folder, vocabulary)
             self.names = mergeable(base)
         else:
             self._tensors = stack.enter_context(open_arranged(folder))
-            self.names, self.notes = compare(base, self._tensors, str(folder), vocabulary, trust)
+            self.names, self.notes = compare(base, self._tensors, vocabulary, trust)
         self.sizes = {name: math.prod(base.shape(name)) for name in self.names}
         self.matrices = matrices(base, self.names)
 
@@ -156,7 +156,7 @@ def kinship_of(
     """:func:`compare.kinship` of an expert; removes ``expert_norm`` from ``statistics``."""
     norms = {name: values.pop("expert_norm") for name, values in statistics.items()}
     rows = [(statistics[n]["base_norm"], norms[n], statistics[n]["norm"]) for n in source.matrices]
-    return kinship(rows, str(source.folder), trust)
+    return kinship(rows, source.folder, trust)
 
 
 def measured(

@@ -61,24 +61,18 @@ def load_tokenizer(folder: Path) -> Any:
 
 
 def check_windows(model: Any, windows: Sequence[Window], where: str) -> None:
-    """Refuse tokens and lengths that a model has no embeddings for.
+    """Refuse lengths that a model has no embeddings for.
 
     Prints a note on sequences longer than a model with relative positions was made for. Raises
     MergelawError.
     """
-    embedding = model.get_input_embeddings()
-    highest, rows = max(max(window.ids) for window in windows), len(embedding.weight)
-    if highest >= rows:
-        raise MergelawError(
-            f"{where}: use token {highest}, but the model's embedding has {rows} rows; give a base "
-            "whose tokenizer fits it, or leave out the documents with this token"
-        )
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     longest = max(len(window.ids) for window in windows)
     if not isinstance(limit, int) or longest <= limit:
         return
     advice = f"set max_tokens: {limit}, with long_documents: split or truncate"
     embedded = [(m, m.num_embeddings) for m in model.modules() if hasattr(m, "num_embeddings")]
+    embedding = model.get_input_embeddings()
     # Some tables of positions begin with two other rows.
     tables = [n for m, n in embedded if m is not embedding and n in (limit, limit + 2)]
     if tables or any(limit in b.shape for b in model.buffers() if b.dim() > 1):

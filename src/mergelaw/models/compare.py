@@ -12,15 +12,13 @@ from mergelaw.models.checkpoint import (
     COMPUTED,
     FLOATS,
     Tensors,
-    read_config,
     same_bits,
     vocabulary_size,
 )
 from mergelaw.models.parameters import build, parameters_of, values_of
 from mergelaw.models.tokenizers import compare_tokenizers
 
-# Settings of a configuration that its forward pass does not read, or that the tensors' shapes show;
-# the last two lines are of configurations that transformers does not know.
+# Settings of a configuration that its forward pass does not read, or that the tensors' shapes show.
 UNREAD = re.compile(
     r"(?:.*_)?(?:bos|eos|pad|sep|decoder_start|image|video|audio|boi|eoi)_token_(?:id|index)"
     r"|.*drop(?:out|_rate)?.*|.*_pdrop|initializer_.*|.*_init(?:_.*)?|use_cache|use_mamba_kernels"
@@ -28,9 +26,6 @@ UNREAD = re.compile(
     r"|use_sliding_window|summary_.*|pretraining_tp|router_(?:aux|z|jitter).*|aux_loss.*"
     r"|output_router_logits|output_attentions|reorder_and_upcast_attn|rope_parameters\.(?:.*\.)?type"
     r"|attn_implementation|_.*"
-    r"|architectures|transformers_version|torch_dtype|dtype|auto_map|id2label.*|label2id.*"
-    r"|return_dict|output_hidden_states|chunk_size_feed_forward|problem_type|torchscript"
-    r"|unsloth_.*|tokenizer_class|finetuning_task|task_specific_params.*|quantization_config.*"
 )
 # Cosines of expert and base: unrelated models, and far ones. Matrices of LARGE elements count.
 UNRELATED, FAR, LARGE = 0.04, 0.5, 1024
@@ -41,22 +36,20 @@ SAMPLED = 8  # matrices that a quick look reads
 def settings(folder: Path) -> dict[str, Any]:
     """Settings of a checkpoint that its forward pass on text reads, by dotted key.
 
-    Spellings and defaults are transformers'. If transformers does not know the architecture, it is
-    config.json as it stands.
+    Spellings and defaults are transformers'. Empty for an architecture that transformers does not
+    know, which is refused as a base.
     """
     from transformers import AutoConfig, PreTrainedConfig
 
-    raw = read_config(folder)
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-        text = config.get_text_config(decoder=True)
-        common = PreTrainedConfig().to_dict()
-        shown = text.to_dict()
-        # Keys that the configuration's class does not know are not read either.
-        names = getattr(type(text), "__dataclass_fields__", shown).keys() - common.keys()
-        flat = flatten({key: shown[key] for key in shown if key in names})
     except Exception:  # a foreign configuration raises anything
-        return {k: v for k, v in flatten(raw).items() if not UNREAD.fullmatch(k)}
+        return {}
+    text = config.get_text_config(decoder=True)
+    shown, common = text.to_dict(), PreTrainedConfig().to_dict()
+    # Keys that the configuration's class does not know are not read either.
+    names = getattr(type(text), "__dataclass_fields__", shown).keys() - common.keys()
+    flat = flatten({key: shown[key] for key in shown if key in names})
     heads = getattr(text, "num_attention_heads", None) or 1
     width = getattr(text, "hidden_size", 0)
     defaults = {"head_dim": width // heads, "num_key_value_heads": heads, "n_inner": 4 * width}
@@ -103,26 +96,26 @@ def different_settings(base: Tensors, expert: Tensors) -> dict[str, tuple[Any, A
     }
 
 
-def check_trust(trust: Sequence[str], keys: Collection[str], where: str) -> set[str]:
+def check_trust(trust: Sequence[str], keys: Collection[str], folder: Path) -> set[str]:
     """The ``keys`` that ``trust`` names, whole or without sections. Refuses a name of none."""
     trusted: set[str] = set()
     for name in trust:
         matches = {key for key in keys if key == name or key.endswith(f".{name}")}
         if not matches:
             raise MergelawError(
-                f"{where}: trust names {name!r}, but its configuration has nothing of this name "
+                f"{folder}: trust names {name!r}, but its configuration has nothing of this name "
                 "that differs from the base's and matters; remove it from trust"
             )
         trusted |= matches
     return trusted
 
 
-def compare_settings(base: Tensors, expert: Tensors, where: str, trust: Sequence[str]) -> list[str]:
+def compare_settings(base: Tensors, expert: Tensors, trust: Sequence[str]) -> list[str]:
     """Refuse an expert whose forward pass differs from the base's by their configurations.
 
     Returns notes on the keys of ``trust``, which may differ.
     """
-    different = different_settings(base, expert)
+    different, where = different_settings(base, expert), expert.folder
     trusted, notes = check_trust(trust, {*different, WEIGHTS}, where), []
     for key, (ours, theirs) in different.items():
         values = f"its config.json has {key} {theirs}, the base's has {ours}"
@@ -139,7 +132,6 @@ def compare_settings(base: Tensors, expert: Tensors, where: str, trust: Sequence
 def compare(
     base: Tensors,
     expert: Tensors,
-    where: str,
     vocabulary: str = "refuse",
     trust: Sequence[str] = (),
 ) -> tuple[list[str], list[str]]:
@@ -148,20 +140,21 @@ def compare(
     Both are arranged (:func:`parameters.open_arranged`). The expert's tensors get the base's names;
     it may lack tensors that transformers ignores. With ``vocabulary`` ``common_rows`` it may have
     another vocabulary size, and the settings in ``trust`` may differ. Raises MergelawError for the
-    first thing that does not fit; its message begins with ``where``.
+    first thing that does not fit.
     """
+    where = expert.folder
     ours, theirs = base.config["model_type"], expert.config["model_type"]
     if ours != theirs and theirs != (base.config.get("text_config") or {}).get("model_type"):
         raise MergelawError(
             f"{where}: model_type is {theirs}, the base's is {ours}; "
             "an expert must be a fine-tune of its base"
         )
-    notes = compare_settings(base, expert, where, trust)
+    notes = compare_settings(base, expert, trust)
     rows = vocabulary_size(base.config), vocabulary_size(expert.config)
     check_rows(rows, where, vocabulary)
-    notes += compare_tokenizers(base.folder, expert.folder, rows, where)
+    notes += compare_tokenizers(base.folder, expert.folder, rows)
     names = {name for name in base.names() if not COMPUTED.search(name)}
-    stored = align(base, expert, names, where)
+    stored = align(base, expert, names)
     for name in sorted(stored):
         shapes = base.shape(name), expert.shape(name)
         resized = rows[0] != rows[1] and tuple(s[:1] for s in shapes) == ((rows[0],), (rows[1],))
@@ -183,16 +176,16 @@ def compare(
     return merged, notes
 
 
-def check_rows(rows: tuple[int | None, int | None], where: str, vocabulary: str) -> None:
+def check_rows(rows: tuple[int | None, int | None], folder: Path, vocabulary: str) -> None:
     """Refuse another vocabulary size (``rows``: the base's, the expert's) unless it is allowed."""
     if rows[0] != rows[1] and vocabulary == "refuse":
         raise MergelawError(
-            f"{where}: vocab_size is {rows[1]}, the base's is {rows[0]}; give an expert that kept "
+            f"{folder}: vocab_size is {rows[1]}, the base's is {rows[0]}; give an expert that kept "
             "the vocabulary, or set vocabulary: common_rows to merge the rows that both have"
         )
 
 
-def align(base: Tensors, expert: Tensors, names: set[str], where: str) -> set[str]:
+def align(base: Tensors, expert: Tensors, names: set[str]) -> set[str]:
     """Give the expert's tensors the base's names; returns those of ``names`` that it has.
 
     Where stored names differ, tensors are matched by the parameters that transformers loads them
@@ -214,10 +207,10 @@ def align(base: Tensors, expert: Tensors, names: set[str], where: str) -> set[st
         new = by_parameter.get(key)
         twin = stored.setdefault(new, name) if new else None
         if twin is None or (twin != name and not same_bits(expert[name], expert[twin])):
-            raise MergelawError(f"{where}: has a tensor {name!r} that the base has not")
+            raise MergelawError(f"{expert.folder}: has a tensor {name!r} that the base has not")
     for key in sorted(by_parameter if needed is None else needed):
         if (missing := by_parameter.get(key, key)) not in stored:
-            raise MergelawError(f"{where}: has no tensor {missing!r}; the base has it")
+            raise MergelawError(f"{expert.folder}: has no tensor {missing!r}; the base has it")
     # Tensors that transformers ignores, such as those of multi-token prediction.
     stored |= {name: name for name in (names & others) - ours.keys() - theirs.keys()}
     expert.rename({name: new for new, name in stored.items()})
@@ -253,7 +246,7 @@ def matrices(base: Tensors, names: Sequence[str]) -> list[str]:
 
 
 def kinship(
-    norms: Sequence[tuple[float, float, float]], where: str, trust: Sequence[str] = ()
+    norms: Sequence[tuple[float, float, float]], folder: Path, trust: Sequence[str] = ()
 ) -> list[str]:
     """A note on an expert that differs much from its base.
 
@@ -275,8 +268,8 @@ def kinship(
         f"matrices is {cosine:.3f}; a fine-tune's is above 0.9"
     )
     if cosine >= UNRELATED or apart < 1.1 * ours:
-        return [f"{where}: differs much from its base ({figures}); check that it is of this base"]
-    message = f"{where}: has nothing in common with its base ({figures})"
+        return [f"{folder}: differs much from its base ({figures}); check that it is of this base"]
+    message = f"{folder}: has nothing in common with its base ({figures})"
     if WEIGHTS not in trust:
         raise MergelawError(
             f"{message}; give an expert that was fine-tuned from this base, or set trust: "
@@ -310,7 +303,7 @@ def sampled_kinship(
         equal_rows(base[name], expert[name]) for name in stored
     ):
         raise equals_base(expert.folder)
-    return kinship(rows, str(expert.folder), trust)
+    return kinship(rows, expert.folder, trust)
 
 
 def equals_base(folder: Path) -> MergelawError:

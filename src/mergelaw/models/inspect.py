@@ -89,11 +89,11 @@ def inspect_expert(
     """
     folder, base = Path(folder), Path(base)
     if is_adapter(folder):
-        check_trust(trust, {}, str(folder))
+        check_trust(trust, {}, folder)
         return inspect_adapter(build(base), base, folder, vocabulary)
     with ExitStack() as stack:
         ours, theirs = (stack.enter_context(open_arranged(side)) for side in (base, folder))
-        names, notes = compare(ours, theirs, str(folder), vocabulary, trust)
+        names, notes = compare(ours, theirs, vocabulary, trust)
         return notes + sampled_kinship(ours, theirs, names, trust)
 
 

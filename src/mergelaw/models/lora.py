@@ -202,8 +202,8 @@ def resize(
     keys = (f"base_model.model.{alias}.{kind}weight" for kind in ("", "base_layer."))
     held = next((tensors[key] for key in keys if key in tensors), embedding.weight)
     rows = len(embedding.weight), len(held)
-    check_rows(rows, str(folder), vocabulary)
-    notes = compare_tokenizers(base, folder, rows, str(folder))
+    check_rows(rows, folder, vocabulary)
+    notes = compare_tokenizers(base, folder, rows)
     if rows[0] != rows[1]:
         model.resize_token_embeddings(len(held), mean_resizing=False)
     return notes

@@ -66,9 +66,7 @@ def template_of(folder: Path) -> Any:
         return None
 
 
-def compare_tokenizers(
-    base: Path, expert: Path, rows: tuple[int | None, int | None], where: str
-) -> list[str]:
+def compare_tokenizers(base: Path, expert: Path, rows: tuple[int | None, int | None]) -> list[str]:
     """Refuse an expert whose tokenizer gives other tokens; returns notes on smaller differences.
 
     ``rows``: the two vocabulary sizes, the base's first; only their common rows are compared. A
@@ -76,7 +74,7 @@ def compare_tokenizers(
     """
     notes = []
     if (template := template_of(expert)) is not None and template != template_of(base):
-        notes.append(f"{where}: has another chat template than the base, whose template is used")
+        notes.append(f"{expert}: has another chat template than the base, whose template is used")
     ours, theirs = read_tokenizer(base), read_tokenizer(expert)
     if ours is None or theirs is None or ours == theirs:
         return notes
@@ -86,7 +84,7 @@ def compare_tokenizers(
     for row in sorted(row for row in both[0].keys() & both[1].keys() if row < common):
         if both[0][row] != both[1][row]:
             raise MergelawError(
-                f"{where}: token {row} is {both[1][row]!r}, the base's is {both[0][row]!r}; "
+                f"{expert}: token {row} is {both[1][row]!r}, the base's is {both[0][row]!r}; "
                 f"{refusal}"
             )
     merges = merges_of(ours), merges_of(theirs)
@@ -95,7 +93,7 @@ def compare_tokenizers(
         rows[0] == rows[1] and len({*map(len, merges)}) > 1
     ):
         raise MergelawError(
-            f"{where}: its tokenizer has other merges ({len(merges[1])}) than the base's "
+            f"{expert}: its tokenizer has other merges ({len(merges[1])}) than the base's "
             f"({len(merges[0])}), so it splits text otherwise; give an expert that kept the "
             "tokenizer"
         )
@@ -104,22 +102,22 @@ def compare_tokenizers(
         if added[0][row] != added[1][row]:
             if row < common and not RESERVED.search(added[0][row]):
                 raise MergelawError(
-                    f"{where}: added token {row} is {added[1][row]!r}, the base's is "
+                    f"{expert}: added token {row} is {added[1][row]!r}, the base's is "
                     f"{added[0][row]!r}; {refusal}"
                 )
             notes.append(
-                f"{where}: calls token {row} {added[1][row]!r}, the base {added[0][row]!r}"
+                f"{expert}: calls token {row} {added[1][row]!r}, the base {added[0][row]!r}"
             )
     if more := sorted(added[1].keys() - added[0].keys() - both[0].keys()):
         shown = ", ".join(repr(added[1][row]) for row in more[:3])
         notes.append(
-            f"{where}: its tokenizer adds {len(more)} tokens ({shown}); the base's is used, "
+            f"{expert}: its tokenizer adds {len(more)} tokens ({shown}); the base's is used, "
             "without them"
         )
     for part in ("normalizer", "pre_tokenizer"):
         if ours.get(part) != theirs.get(part):
             notes.append(
-                f"{where}: its tokenizer has another {part} than the base's, which is used; texts "
+                f"{expert}: its tokenizer has another {part} than the base's, which is used; texts "
                 "may have other tokens than in the expert's training"
             )
     return notes
