@@ -27,63 +27,75 @@ LEARNED = "learned"  # its coefficients are not a function of the experts' weigh
 FITTED = 600  # measured merges of a method that a fit uses
 FEWEST = 5  # measured merges of a method that a fit needs
 FLAT = 1e6  # variance of the flat terms, relative to the misfit's
-VARIANCES = (0.0, *np.geomspace(1e-2, 1e8, 21))  # candidates for the other terms' variance
+VARIANCES = (0.0, *np.geomspace(1e-2, 1e8, 11))  # candidates for the other terms' variance
 TINY = 1e-30  # squares of losses below this are rounding errors
 UNEQUAL = 10  # ratio of norms that is warned of
 MACRO = "macro"
-LEVEL = 0.9  # one-sided confidence of a verdict
+LEVEL = 0.9  # one-sided confidence of an error's upper end
 CORRELATION = 0.95  # a usable prediction's least rank correlation within k
 ERROR = 0.25  # its largest RMSE, relative to the spread within k
 
 
 @dataclass(frozen=True)
 class Check:
-    """Prediction of measured merges of a method, each left out in turn.
+    """Prediction of measured merges of two or more experts, each left out in turn.
 
     Attributes:
-        merges: how many of them there are with two or more experts.
-        correlation: rank correlation within k of predicted and measured losses; the fall with k
-            does not count. NaN where no k has three merges.
+        merges: number of these merges.
+        correlation: rank correlation of predicted and measured losses within k, in units of their
+            measured standard deviation at that k; the fall with k does not count.
         tail: the same among the third with the lowest predictions.
-        error: RMSE over the standard deviation within k.
-        verdict: ``usable`` if the correlation is at least .95 with 90% confidence, and the error
-            at most .25, also in the lowest third.
+        error: RMSE over the standard deviation within k, and its upper end (90% confidence).
+        tail_error: RMSE of the lowest third over the same.
     """
 
     merges: int
-    correlation: float
-    tail: float
-    error: float
-    verdict: Literal["usable", "not usable"]
+    correlation: float = math.nan
+    tail: float = math.nan
+    error: tuple[float, float] = (math.inf, math.inf)
+    tail_error: float = math.inf
+
+    @property
+    def verdict(self) -> Literal["usable", "not usable"]:
+        """``usable`` if the correlation is at least .95 and both errors are surely at most .25."""
+        worst = max(self.error[1], self.tail_error)
+        return "usable" if self.correlation >= CORRELATION and worst <= ERROR else "not usable"
 
 
 class Process:
     """Gaussian process regression of several outputs that share their kernel.
 
     ``features``, (n, p), are coefficients and, last, the size of a residual. The prior is flat in a
-    constant and in the residual; linear and squared terms in all features share a variance, which
-    maximises the marginal likelihood. ``residuals``, (n, outputs), are those of leaving each point
-    out, and their ``covariance`` is per unit of the variance that ``predict`` returns.
+    constant and in the residual; linear and squared terms in all features share a variance, over
+    which predictions are averaged by its marginal likelihood. ``residuals``, (n, outputs), are
+    those of leaving each point out.
     """
 
     def __init__(self, features: Array, outputs: Array):
         n, self._features = len(features), features
-        spans = np.append(np.full(features.shape[1] - 1, (features[:, :-1] ** 2).sum() / n), 0.0)
-        spans[-1] = (features[:, -1] ** 2).mean()
-        self._scale = np.sqrt(np.where(spans > 0, spans, 1.0))
+        squares = (features**2).sum(axis=0) / n
+        squares[:-1] = squares[:-1].sum()
+        self._scale = np.sqrt(np.where(squares > 0, squares, 1.0))
         flat, bent = self._terms(features)
-        best = math.inf
+        self._inverses, scores = [], []
         for variance in VARIANCES:
             kernel = FLAT * flat + variance * bent + np.eye(n)
-            inverse = np.linalg.inv(kernel)
-            squares = np.maximum(np.einsum("nd,nm,md->d", outputs, inverse, outputs), TINY)
-            score = len(squares) * np.linalg.slogdet(kernel)[1] + n * np.log(squares).sum()
-            if score < best:
-                best, self._variance, self._inverse = float(score), variance, inverse
-        self._weights = self._inverse @ outputs
-        leverage = self._inverse.diagonal()[:, None]
-        self.residuals = self._weights / leverage
-        self.covariance = (self.residuals * leverage).T @ self.residuals / (n - 2)
+            self._inverses.append(np.linalg.inv(kernel))
+            misfits = np.einsum("nd,nm,md->d", outputs, self._inverses[-1], outputs)
+            likelihood = outputs.shape[1] * np.linalg.slogdet(kernel)[1]
+            scores.append(likelihood + (n - 2) * np.log(np.maximum(misfits, TINY)).sum())
+        chances = np.exp((min(scores) - np.array(scores)) / 2)
+        self._chances = chances / chances.sum()
+        # So that 1.645 standard deviations are a 90% interval, as Student's t has it.
+        wider = (stats.t.ppf(0.95, n - 2) / stats.norm.ppf(0.95)) ** 2
+        self._weights = [inverse @ outputs for inverse in self._inverses]
+        self._covariances, self.residuals = [], np.zeros(outputs.shape)
+        for chance, weights, inverse in zip(
+            self._chances, self._weights, self._inverses, strict=True
+        ):
+            residuals = weights / inverse.diagonal()[:, None]
+            self.residuals += chance * residuals
+            self._covariances.append(wider * residuals.T @ weights / (n - 2))
 
     def _terms(self, features: Array) -> tuple[Array, Array]:
         """Kernels of the flat and the other terms between features and the measured ones."""
@@ -91,15 +103,24 @@ class Process:
         product = one @ other.T
         return 1 + np.outer(one[:, -1], other[:, -1]), product + product**2
 
-    def predict(self, features: Array) -> tuple[Array, Array]:
-        """Means, (C, outputs), and variances relative to ``covariance``, (C,)."""
+    def predict(self, features: Array, shares: Array) -> tuple[Array, Array]:
+        """Means and standard deviations, (C, sums), of weighted sums; shares: (outputs, sums)."""
         flat, bent = self._terms(features)
-        kernel = FLAT * flat + self._variance * bent
         scaled = features / self._scale
         own = (scaled**2).sum(axis=1)
-        prior = FLAT * (1 + scaled[:, -1] ** 2) + self._variance * (own + own**2)
-        explained = np.einsum("cn,nm,cm->c", kernel, self._inverse, kernel)
-        return kernel @ self._weights, 1 + np.maximum(prior - explained, 0)
+        mean = square = np.zeros((len(features), shares.shape[1]))
+        for chance, variance, inverse, weights, covariance in zip(
+            self._chances, VARIANCES, self._inverses, self._weights, self._covariances, strict=True
+        ):
+            kernel = FLAT * flat + variance * bent
+            prior = FLAT * (1 + scaled[:, -1] ** 2) + variance * (own + own**2)
+            explained = ((kernel @ inverse) * kernel).sum(axis=1)
+            factor = 1 + np.maximum(prior - explained, 0)
+            spread = np.einsum("ds,de,es->s", shares, covariance, shares)
+            part = kernel @ weights @ shares
+            mean = mean + chance * part
+            square = square + chance * (part**2 + factor[:, None] * spread)
+        return mean, np.sqrt(np.maximum(square - mean**2, 0))
 
 
 @dataclass(frozen=True)
@@ -279,15 +300,14 @@ class _Prediction:
         """Means and standard deviations of weighted sums of losses; shares: (domains, outputs)."""
         start, features, bent = self._start(weights)
         missing = np.asarray(~np.isfinite(start).all(axis=1))
+        mean = start @ shares
         if self.process is not None:
-            mean, factor = self.process.predict(np.where(missing[:, None], 0.0, features))
-            start = start + mean
-            spread = np.sqrt(np.einsum("do,de,eo->o", shares, self.process.covariance, shares))
-            deviations = np.sqrt(factor)[:, None] * spread
+            features = np.where(missing[:, None], 0.0, features)
+            correction, deviations = self.process.predict(features, shares)
+            mean = mean + correction
         else:
             deviations = np.abs(bent) @ shares
             missing |= self._expansion is None
-        mean = start @ shares
         mean[missing], deviations[missing] = np.nan, np.inf
         return mean, deviations
 
@@ -363,46 +383,28 @@ def _table(merges: Sequence[Model], experts: Sequence[str], domains: int) -> tup
 
 def check(measured: Array, residuals: Array, sizes: NDArray[np.int64]) -> Check:
     """The check of one output: measured losses, errors of predictions, numbers of experts; (n,)."""
-    kept = sizes >= 2
-    measured, residuals, sizes = measured[kept], residuals[kept], sizes[kept]
-    predicted = measured - residuals
-    low = predicted <= np.quantile(predicted, 1 / 3) if len(predicted) else kept[:0]
-    correlation, groups = _within(predicted, measured, sizes)
-    tail, _ = _within(predicted[low], measured[low], sizes[low])
-    spread = _spread(measured, sizes)
-    error = _rms(residuals) / spread if spread else math.inf
-    error_low = _rms(residuals[low]) / spread if spread else math.inf
-    freedom = len(measured) - groups - 3
-    passed = False
-    if math.isfinite(correlation) and freedom > 0:
-        bound = math.tanh(
-            math.atanh(min(max(correlation, -0.99), 1 - 1e-9))
-            - stats.norm.ppf(LEVEL) / math.sqrt(freedom)
-        )
-        passed = bound >= CORRELATION and max(error, error_low) <= ERROR
-    return Check(len(measured), correlation, tail, error, "usable" if passed else "not usable")
+    groups = [np.flatnonzero(sizes == k) for k in np.unique(sizes[sizes >= 2])]
+    groups = [group for group in groups if len(group) >= 3 and np.ptp(measured[group]) > 0]
+    merges = int((sizes >= 2).sum())
+    if not groups or not np.isfinite(residuals).all():
+        return Check(merges)
+    order, predicted = np.concatenate(groups), measured - residuals
+    deviations = np.concatenate([np.full(len(g), measured[g].std(ddof=1)) for g in groups])
+    one, other = (
+        np.concatenate([values[g] - values[g].mean() for g in groups]) / deviations
+        for values in (predicted, measured)
+    )
+    low = predicted[order] <= np.quantile(predicted[order], 1 / 3)
+    spread = math.sqrt(np.mean(deviations**2))
+    squares, n = (residuals[order] / spread) ** 2, len(order)
+    error = math.sqrt(squares.mean())
+    upper = error * math.sqrt(n / stats.chi2.ppf(1 - LEVEL, n))
+    tail_error = math.sqrt(squares[low].mean())
+    tail = _rank_correlation(one[low], other[low])
+    return Check(merges, _rank_correlation(one, other), tail, (error, upper), tail_error)
 
 
-def _rms(values: Array) -> float:
-    return float(np.sqrt(np.mean(values**2))) if len(values) else math.nan
-
-
-def _spread(values: Array, sizes: NDArray[np.int64]) -> float:
-    """Standard deviation within groups of equal size."""
-    total = freedom = 0.0
-    for k in np.unique(sizes):
-        group = values[sizes == k]
-        total += float(((group - group.mean()) ** 2).sum())
-        freedom += len(group) - 1
-    return math.sqrt(total / freedom) if freedom else 0.0
-
-
-def _within(predicted: Array, measured: Array, sizes: NDArray[np.int64]) -> tuple[float, int]:
-    """Mean rank correlation over sizes with three or more merges, and how many these are."""
-    total, weight, groups = 0.0, 0, 0
-    for k in np.unique(sizes):
-        one, other = predicted[sizes == k], measured[sizes == k]
-        if len(one) >= 3 and np.ptp(one) and np.ptp(other):
-            total += (len(one) - 1) * float(stats.spearmanr(one, other).statistic)
-            weight, groups = weight + len(one) - 1, groups + 1
-    return (total / weight if weight else math.nan), groups
+def _rank_correlation(one: Array, other: Array) -> float:
+    if len(one) < 3 or not np.ptp(one) or not np.ptp(other):
+        return math.nan
+    return float(stats.spearmanr(one, other).statistic)
