@@ -112,6 +112,20 @@ def test_earlier_answers_of_chats_are_said_to_be_context(place):
     assert note.startswith("domains.sums.source: 18 earlier answers in the chats of 9 documents")
 
 
+def test_documents_longer_than_a_base_has_positions_are_found_before_a_run(place):
+    long = ({"prompt": f"{n}", "response": "x y " * 40} for n in range(9))
+    models.write_jsonl(place / "sums.jsonl", long)
+    for kind, found in (("gpt2", "but the model has 64 positions"), ("llama", "was made for 64")):
+        small = {k: v for k, v in TINY.items() if kind == "llama" or k != "intermediate_size"}
+        base = models.write_checkpoint(place / kind, kind, True, "float32", max_tokens=64, **small)
+        models.write_expert(base, place / f"{kind}-e")
+        where = {"tiny": {"path": str(place / f"{kind}-e")}}
+        changes = {"bases": {"tiny": {"path": str(base)}}, "experts": {"e": {"checkpoints": where}}}
+        seen = inspect(study(place, **changes))
+        assert found in str(seen.problems if kind == "gpt2" else seen.notes)
+        assert inspect(study(place, **changes, evaluation={"max_tokens": 64})).problems == []
+
+
 def test_domains_of_few_or_the_same_documents_are_said(place):
     lines(place / "few.jsonl", 3)
     domains = {n: {"source": {"files": [str(place / f"{n}.jsonl")]}} for n in ("sums", "few")}

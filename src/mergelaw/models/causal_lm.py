@@ -61,30 +61,34 @@ def load_tokenizer(folder: Path) -> Any:
 
 
 def check_windows(model: Any, windows: Sequence[Window], where: str) -> None:
-    """Refuse lengths that a model has no embeddings for.
+    """:func:`check_length` of the longest window; notes are printed."""
+    for note in check_length(model, max(len(window.ids) for window in windows), where):
+        print(f"mergelaw: {note}", file=sys.stderr)
 
-    Prints a note on sequences longer than a model with relative positions was made for. Raises
+
+def check_length(model: Any, longest: int, where: str) -> list[str]:
+    """Refuse documents of more tokens than a model has positions; it may be on the meta device.
+
+    Returns a note if the positions are relative, so that it was only made for fewer tokens. Raises
     MergelawError.
     """
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    longest = max(len(window.ids) for window in windows)
     if not isinstance(limit, int) or longest <= limit:
-        return
+        return []
     advice = f"set max_tokens: {limit}, with long_documents: split or truncate"
-    embedded = [(m, m.num_embeddings) for m in model.modules() if hasattr(m, "num_embeddings")]
     embedding = model.get_input_embeddings()
     # Some tables of positions begin with two other rows.
+    embedded = [(m, m.num_embeddings) for m in model.modules() if hasattr(m, "num_embeddings")]
     tables = [n for m, n in embedded if m is not embedding and n in (limit, limit + 2)]
     if tables or any(limit in b.shape for b in model.buffers() if b.dim() > 1):
         raise MergelawError(
             f"{where}: the longest has {longest} tokens, but the model has {limit} positions; "
             f"{advice}"
         )
-    print(
-        f"mergelaw: {where}: the longest has {longest} tokens, but the model was made for {limit} "
-        f"(max_position_embeddings), so its loss beyond them may be high; {advice}",
-        file=sys.stderr,
-    )
+    return [
+        f"{where}: the longest has {longest} tokens, but the model was made for {limit} "
+        f"(max_position_embeddings), so its loss beyond them may be high; {advice}"
+    ]
 
 
 def check_packing(model: Any, base: Path) -> None:

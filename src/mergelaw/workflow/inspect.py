@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from mergelaw.data.documents import few_documents, shared_documents
+from mergelaw.data.inspection import Inspection
 from mergelaw.errors import MergelawError
+from mergelaw.evaluation.recipe import Evaluation
 from mergelaw.merging.methods.learned import FEWEST, Learned
 from mergelaw.models.inspect import without_warnings
 from mergelaw.workflow.study import Study
@@ -96,13 +98,15 @@ def _documents(
     study: Study, bases: dict[str, Path], records: int | None, findings: Findings
 ) -> None:
     from mergelaw.data.inspection import inspect as look
-    from mergelaw.models.causal_lm import load_tokenizer
+    from mergelaw.models.causal_lm import check_length, load_tokenizer
     from mergelaw.models.checkpoint import read_config, vocabulary_size
+    from mergelaw.models.parameters import build
 
-    tokenizers: dict[str, tuple[Any, int | None]] = {}
+    readers: dict[str, tuple[Any, int | None, Any]] = {}
     for name, folder in bases.items():
         with findings.at(f"bases.{name}"):
-            tokenizers[name] = load_tokenizer(folder), vocabulary_size(read_config(folder))
+            rows = vocabulary_size(read_config(folder))
+            readers[name] = load_tokenizer(folder), rows, build(folder)
     settings = study.config.evaluation
     for name, domain in study.config.domains.items():
         for key, source in (("source", domain.source), ("eval_source", domain.eval_source)):
@@ -110,26 +114,30 @@ def _documents(
                 continue
             where = f"domains.{name}.{key}"
             with findings.at(where):
-                for base, (tokenizer, rows) in (tokenizers or {"": (None, None)}).items():
+                for base, (tokenizer, rows, model) in (readers or {"": (None,) * 3}).items():
                     seen = look(source, tokenizer, rows, records, settings.protocol)
-                    count = len(seen.documents)
-                    findings.notes += [
-                        f"{where}: in {number} of {count} documents the chat template of {base} "
-                        f"{change}"
-                        for change, number in seen.changes.items()
-                    ]
-                    if seen.longest > settings.max_tokens and settings.long_documents == "refuse":
-                        findings.notes.append(
-                            f"{where}: the longest of {count} documents has {seen.longest:,} "
-                            f"tokens on {base}, more than evaluation.max_tokens "
-                            f"({settings.max_tokens:,}), and long documents are refused; raise it, "
-                            "or set evaluation.long_documents"
-                        )
+                    findings.notes += _notes(seen, where, base, settings)
+                    if model is not None:
+                        longest = min(seen.longest, settings.max_tokens)
+                        findings.notes += check_length(model, longest, f"documents on {base}")
                 if seen.earlier_answers:
                     findings.notes.append(
                         f"{where}: {seen.earlier_answers} earlier answers in the chats of "
                         f"{len(seen.documents)} documents are context; only last answers are scored"
                     )
+
+
+def _notes(seen: Inspection, where: str, base: str, settings: Evaluation) -> Iterator[str]:
+    """What the base's chat template changes, and documents that will be refused as too long."""
+    count = len(seen.documents)
+    for change, number in seen.changes.items():
+        yield f"{where}: in {number} of {count} documents the chat template of {base} {change}"
+    if seen.longest > settings.max_tokens and settings.long_documents == "refuse":
+        yield (
+            f"{where}: the longest of {count} documents has {seen.longest:,} tokens on {base}, "
+            f"more than evaluation.max_tokens ({settings.max_tokens:,}), and long documents are "
+            "refused; raise it, or set evaluation.long_documents"
+        )
 
 
 def _evaluation_sets(study: Study, findings: Findings) -> None:
