@@ -89,18 +89,18 @@ class Selection:
     @property
     def sentences(self) -> list[str]:
         """The state of the search in words."""
-        best = "no measured merge keeps the limits"
-        if self.best:
-            best = f"the best measured is {self.measured.name(self.best)}: {self.value:.4f}"
+        name = self.measured.name(self.best) if self.best else ""
+        best = f"the best measured is {name}: {self.value:.4f}"
         chance = "less than 1%" if self.chance < 0.01 else f"{100 * self.chance:.0f}%"
         odds = (
             f"chance that one of {self.candidates:,} unmeasured merges is lower by more than "
             f"{self.margin:.4f}: {chance}"
         )
-        if not self.best and not self.proposals:
+        if not self.best:
             lines = [
                 f"No measured merge keeps the limits, and the chance that one of "
-                f"{self.candidates:,} unmeasured ones does is {chance}; relax them."
+                f"{self.candidates:,} unmeasured ones does is {chance}"
+                + ("." if self.proposals else "; relax them.")
             ]
         elif not self.candidates:
             lines = [f"Every merge within the limits is measured: {best}."]
@@ -248,13 +248,15 @@ def _candidates(
             every = _Candidates(names, subsets, mean, np.asarray(sd) * factor, within)
             return every.take(np.isfinite(mean) & np.isfinite(sd))
 
-        subsets = _limited(predictor.candidates(method), predictor.experts, objective)
+        subsets = predictor.candidates(method)
+        whole = len(subsets) == 2 ** min(M, 60) - 1
+        subsets = _limited(subsets, predictor.experts, objective)
         part = predict(subsets)
-        for _ in range(SWAPS if len(subsets) < 2 ** min(M, 60) - 1 else 0):
+        for _ in range(0 if whole else SWAPS):
             lowest = part.subsets[np.argsort(part.mean)[:STARTS]]
             near = _limited(_neighbours(lowest), predictor.experts, objective)
             seen = {row.tobytes() for row in part.subsets}
-            near = near[[row.tobytes() not in seen for row in near]]
+            near = near[np.array([row.tobytes() not in seen for row in near], dtype=bool)]
             if not len(near):
                 break
             part = _joined([part, predict(near)])
@@ -291,7 +293,7 @@ def _neighbours(subsets: Subsets) -> Subsets:
                     new = row.copy()
                     new[[i, j]] = ~new[[i, j]] if i != j else ~new[i]
                     made.append(new)
-    return np.array(made)
+    return np.array(made, dtype=bool).reshape(-1, subsets.shape[1])
 
 
 def _batch(
@@ -409,7 +411,8 @@ def _as_good(
         if step is None or (place is not None and rule.mean[step] >= rule.mean[place]):
             break
         place, row = step, rule.subsets[step]
-    if place is not None and rule.mean[place] <= rule.mean.min() + margin:
+    best = min([values[m.identity] for m in within], default=math.inf)
+    if place is not None and rule.mean[place] <= min(float(rule.mean.min()), best) + margin:
         names = ", ".join(rule.names(place, experts))
         lines.append(
             f"Adding one expert at a time, as predicted, ends as well as any choice of experts: "
