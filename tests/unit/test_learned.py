@@ -8,18 +8,24 @@ import numpy as np
 import pytest
 import torch
 
+from mergelaw.data.documents import write_split
+from mergelaw.data.recipe import SplitRecipe
 from mergelaw.data.tokenize import encode
+from mergelaw.decide import calibration as calibration_job
 from mergelaw.decide.calibration import Calibration, divide, save_memory
 from mergelaw.decide.learned import GRANULARITIES, Parts, block, descend, learn
 from mergelaw.errors import MergelawError
+from mergelaw.evaluation.recipe import Evaluation
 from mergelaw.merging.engine import Merger
 from mergelaw.merging.methods import method_of
+from mergelaw.merging.methods.learned import read_coefficients, weights_of
 from models import (
     documents,
     load,
     tokenizer,
     write_checkpoint,
     write_expert,
+    write_jsonl,
     write_pool,
     write_task_vector,
 )
@@ -233,6 +239,58 @@ def test_blocks_have_names():
         "backbone.layers.2.mixer.in_proj.weight": "2.other",
     }
     assert {name: block(name) for name in names} == names
+
+
+# A job of several merges
+
+
+def test_a_killed_job_goes_on_with_the_next_merge_and_gives_the_same(
+    tmp_path, base, pool, monkeypatch, capsys
+):
+    records = ({"prompt": f"What is {n}?", "response": f"It is {n * n}."} for n in range(8))
+    source = {"files": [str(write_jsonl(tmp_path / "a.jsonl", records))]}
+    counts = {"eval_documents": 1, "train_documents": 1, "calibration_documents": 6, "seed": 0}
+    write_split(SplitRecipe(source=source, **counts), "calibration", {}, tmp_path / "corpus")
+    settings = Evaluation(max_tokens=200, batch_tokens=512).model_dump()
+    recipe = {"method": {"method": "learned", "by": "expert", "gradients": 2}}
+    recipe |= {"evaluation": settings}
+    subsets = [("expert1",), ("expert0", "expert2"), ("expert0", "expert1", "expert2")]
+    places = {name: vector.folder for name, vector in pool.items()}
+    learned = []
+
+    def one(*arguments):
+        if len(learned) == kill_at:
+            raise KeyboardInterrupt
+        learned.append(learn(*arguments))
+        return learned[-1]
+
+    def run(folder, state="state"):
+        for path in (tmp_path / folder, tmp_path / state):
+            path.mkdir(exist_ok=True)
+        inputs = {"a": tmp_path / "corpus"}
+        return calibration_job.write(
+            recipe, subsets, base, places, inputs, tmp_path / folder, tmp_path / state
+        )
+
+    monkeypatch.setattr(calibration_job, "learn", one)
+    kill_at = None
+    facts = run("whole", "other")
+    kill_at = 5
+    with pytest.raises(KeyboardInterrupt):
+        run("killed")
+    kill_at = None
+    capsys.readouterr()
+    assert run("again") == facts and facts["merges"] == 3 and len(learned) == 6
+    assert (
+        "learned 3 of 3 merges, expert0, expert1, expert2: by expert, " in capsys.readouterr().err
+    )
+    for name in ("coefficients.parquet", "searches.parquet"):
+        assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    tables = read_coefficients(tmp_path / "again")
+    assert list(tables) == subsets
+    for subset, result in zip(subsets, learned[:3], strict=True):
+        weights = np.array(list(weights_of(tables[subset]).values()))
+        assert (result.coefficients == weights.T).all()
 
 
 # Failures

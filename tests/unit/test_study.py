@@ -134,7 +134,8 @@ def test_a_method_that_learns_the_design_has_a_job_and_a_law_like_any_other(tmp_
     methods = {**plain.config.methods, "learned": Learned(by="expert", subsets="design")}
     experts = list(plain.config.pool())
     merges = {"both": Merge(base="tiny", method="learned", experts=experts[::-1])}
-    learned = Study(plain.config.model_copy(update={"methods": methods, "merges": merges}))
+    settings = plain.config.model_copy(update={"methods": methods, "merges": merges})
+    learned = Study(parse(settings.model_dump(by_alias=True, exclude_unset=True)))
     assert not learned.learned_evals and learned.laws.path != plain.laws.path
     evaluation = learned.evals["tiny", "learned", 0, 0]
     assert evaluation.rows == learned.evals["tiny", "average", 0, 0].rows
@@ -143,7 +144,7 @@ def test_a_method_that_learns_the_design_has_a_job_and_a_law_like_any_other(tmp_
     assert learned.merges["both"].inputs["coefficients"].path == one.path
     assert learned.report.inputs["coefficients"]["tiny"].path == one.path
     # What is learned is no part of what a merge is, so cells are shared.
-    assert Learned().model_dump() == Learned(subsets="design").model_dump()
+    assert Learned().recipe() == Learned(subsets="design").recipe()
 
 
 def test_splits_are_artifacts_and_calibration_is_made_on_request(tmp_path):

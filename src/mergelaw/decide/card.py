@@ -54,7 +54,7 @@ def write_card(
     method = method_of(recipe["method"])
     if isinstance(method, Learned):
         shares |= dict.fromkeys(experts, f"learned by part: {COEFFICIENTS}")
-    settings = method.model_dump(by_alias=True)
+    settings = method.recipe()
     rule = settings.pop("method")
     lines = [
         "---",

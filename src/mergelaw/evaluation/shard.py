@@ -4,6 +4,7 @@ import base64
 import math
 import os
 import time
+import warnings
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -238,7 +239,9 @@ def measure_model(
     if adapter is not None:
         from peft import PeftModel
 
-        model = PeftModel.from_pretrained(model, str(adapter)).merge_and_unload()
+        with warnings.catch_warnings():  # of transformers, about itself
+            warnings.simplefilter("ignore")
+            model = PeftModel.from_pretrained(model, str(adapter)).merge_and_unload()
     rows = []
     for domain, batches in _batches(model, sets, settings["batch_tokens"]).items():
         nll = cross_entropy.nll(model, batches, sets[domain].documents)

@@ -69,7 +69,7 @@ def thresholds(method: Method, vector: TaskVector, cache: Path | None = None) ->
     """``method.thresholds`` of one expert, cached in the folder ``cache``."""
     if cache is None or type(method).thresholds is Method.thresholds:
         return method.thresholds(vector.tensors)
-    recipe = {"method": method.model_dump(by_alias=True), "vector": vector.digest}
+    recipe = {"method": method.recipe(), "vector": vector.digest}
 
     def write(path: Path) -> None:
         path.write_text(json.dumps(method.thresholds(vector.tensors)), encoding="utf-8")

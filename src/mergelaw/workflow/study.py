@@ -218,10 +218,8 @@ class Study:
     @cached_property
     def evals(self) -> dict[tuple[str, str, int, int], Artifact]:
         """Shards of evaluations by (base, method, training seed, shard)."""
-        methods = {
-            name: method.model_dump(by_alias=True) for name, method in self.config.designed.items()
-        }
-        single = Average().model_dump(by_alias=True)
+        methods = {name: method.recipe() for name, method in self.config.designed.items()}
+        single = Average().recipe()
         evals = {}
         for base in self.config.bases:
             work = {method: (recipe, self._parts(base)) for method, recipe in methods.items()}
@@ -342,7 +340,7 @@ class Study:
     ) -> Artifact:
         """Evaluation of merges outside of the design, and of the base itself."""
         rows: list[Subset | Weighted] = [Subset(0, -1, -1, ()), *merges]
-        recipe = self.config.methods[method].model_dump(by_alias=True)
+        recipe = self.config.methods[method].recipe()
         return self._evaluation(base, method, seed, name, recipe, rows, split)
 
     @cached_property
@@ -378,7 +376,7 @@ class Study:
             "learn",
             f"learned/{base}/{method}-s{seed}",
             {
-                "method": recipe.model_dump(by_alias=True),
+                "method": recipe.recipe(),
                 "subsets": digest(list(learned)),
                 "evaluation": self.config.evaluation.model_dump(),
             },
@@ -399,7 +397,7 @@ class Study:
     def gradients(self) -> dict[tuple[str, int], Artifact]:
         """Gradients that predict merges, by base and training seed; made only on request."""
         methods = {
-            name: method.model_dump(by_alias=True)
+            name: method.recipe()
             for name, method in self.config.methods.items()
             if not isinstance(method, Learned)
         }
@@ -475,7 +473,7 @@ class Study:
                 "merge",
                 f"merges/{merge.base}/{merge.method}/{name}",
                 {
-                    "method": self.config.methods[merge.method].model_dump(by_alias=True),
+                    "method": self.config.methods[merge.method].recipe(),
                     "experts": experts,
                     "weights": weights,
                 },

@@ -35,6 +35,10 @@ class Method(Model):
     multiplications one by one, with experts in the configuration's order.
     """
 
+    def recipe(self) -> dict[str, Any]:
+        """What defines merges by this method, as JSON values."""
+        return self.model_dump(by_alias=True)
+
     def thresholds(self, tensors: Tensors) -> dict[str, float]:
         """The smallest kept magnitude of one expert, by tensor; an empty dict keeps all values."""
         return {}

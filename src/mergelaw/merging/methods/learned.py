@@ -49,13 +49,15 @@ class Learned(Method):
     gradients: int = Field(
         5, ge=1, le=100, description="most gradients of the calibration loss for one granularity"
     )
-    # Which merges are learned is no part of what a merge is.
     subsets: Literal["pool", "design"] = Field(
         "pool",
-        exclude=True,
         description="what is learned: the merge of each base's whole pool, or every merge of the "
         "design, so that a law is fitted",
     )
+
+    def recipe(self) -> dict[str, Any]:
+        """As of any method, without ``subsets``: which merges are learned does not change one."""
+        return self.model_dump(by_alias=True, exclude={"subsets"})
 
     def rule(self, weights: Sequence[float]) -> Rule:
         from mergelaw.merging.kernels import Rule
