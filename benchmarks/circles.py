@@ -13,8 +13,8 @@ def finite_pool(k: ArrayLike, first: float, last: float, M: int) -> np.ndarray:
 
     Args:
         k: sizes, 1..M.
-        first: L_1, the mean over single experts; for a surrogate the mean of Q_ii.
-        last: L_M, the merge of all; for a surrogate the mean of Q_ij.
+        first: L_1, the mean over single experts.
+        last: L_M, the merge of all.
     """
     return last + (first - last) * (M / np.asarray(k, dtype=float) - 1) / max(M - 1, 1)
 

@@ -1,4 +1,4 @@
-"""Forecasts, the surrogate and standard errors against measured tables.
+"""Forecasts and standard errors against measured tables.
 
 Forecasts along k and along N are scored on any study's points:
 
@@ -16,15 +16,12 @@ then
 import argparse
 import sys
 from collections.abc import Sequence
-from itertools import combinations
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from scipy.stats import norm, spearmanr, t
+from scipy.stats import t
 
-import surrogate
-from circles import design_variance, finite_pool
 from ladders import along_k, along_N
 from mergelaw import config
 from mergelaw.artifacts import lineage
@@ -37,7 +34,6 @@ from mergelaw.workflow.study import Study
 from scores import described, markdown, pooled
 
 DRAWS = 1200
-SINGLE_CIRCLES = 40
 LEVEL = 0.9
 
 
@@ -76,7 +72,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
             ["base", "method"], sort=False
         )
     }
-    surrogates(pools)
     standard_errors(pools)
 
 
@@ -177,36 +172,21 @@ def sizes(curves: pd.DataFrame) -> None:
         )
 
 
-# ---- the surrogate
-
-
 class Table:
-    """Losses of all subsets of a base's pool by one method.
-
-    Attributes:
-        experts, domains: names.
-        weights: (subsets, M) relative weights; losses: (subsets, domains); k: (subsets,).
-    """
+    """Macro losses of all subsets of a base's pool by one method, (subsets,), and their ``k``."""
 
     def __init__(self, rows: pd.DataFrame, experts: list[str]):
-        M = len(experts)
         wide = rows.pivot_table(index="merge", columns="domain", values="ce")
         members = rows.drop_duplicates("merge").set_index("merge")["experts"].loc[wide.index]
         sets = np.array([np.isin(experts, list(names)) for names in members])
-        order = np.argsort(sets @ (1 << np.arange(M)))
-        sets, self.losses = sets[order], wide.to_numpy()[order]
-        assert len(sets) == 2**M - 1, "not every subset is measured"
-        self.experts, self.domains = experts, list(wide.columns)
-        self.k = sets.sum(axis=1)
-        self.weights = sets / self.k[:, None]
-        self.macro = self.losses.mean(axis=1)
+        order = np.argsort(sets @ (1 << np.arange(len(experts))))
+        assert len(sets) == 2 ** len(experts) - 1, "not every subset is measured"
+        self.experts, self.k = experts, sets[order].sum(axis=1)
+        self.macro = wide.to_numpy()[order].mean(axis=1)
 
     def at(self, subsets: Sequence[Sequence[int]]) -> np.ndarray:
         """Places of subsets in the table."""
         return np.array([sum(1 << i for i in subset) - 1 for subset in subsets])
-
-    def fit(self, chosen: np.ndarray) -> dict[str, surrogate.Surrogate]:
-        return surrogate.fit(self.weights[chosen], self.losses[chosen], self.experts, self.domains)
 
     def circle(self, random: np.random.Generator, ks: Sequence[int]) -> np.ndarray:
         """Places (k, M) of the rotations of ring's patterns on a random circle."""
@@ -215,55 +195,15 @@ class Table:
         return np.array([self.at(rotations(circle, pattern("ring", k, M))) for k in ks])
 
 
-def surrogates(pools: dict[tuple[str, str], Table]) -> None:
-    print("## The surrogate on subsets it has not seen\n")
-    print(
-        "Macro loss. Rank correlation within k and RMSE (nats) on all unseen subsets, fitted to "
-        "all singles and pairs, or to one ring of all k. Within k every subset has as many "
-        "experts, so the fall with k does not help. The check is the surrogate's own, on the "
-        "ring's merges.\n"
-    )
-    rows: list[dict[str, object]] = []
-    for (method, base), own in pools.items():
-        M = len(own.experts)
-        pairs = np.flatnonzero(own.k <= 2)
-        whole = own.at([*combinations(range(M), 1), range(M)])
-        ring = own.circle(np.random.default_rng(0), range(2, M))
-        ring = np.unique(np.concatenate([ring.ravel(), whole]))
-        found = {"pairs": (pairs, own.fit(pairs)), "ring": (ring, own.fit(ring))}
-        row: dict[str, object] = {"method": method, "base": base}
-        for name, (chosen, fitted) in found.items():
-            unseen = np.setdiff1d(np.arange(len(own.k)), chosen)
-            predicted = fitted[MACRO].predict(own.weights[unseen])
-            for k in (3, 5, 8):
-                these = own.k[unseen] == k
-                if these.sum() < 2:
-                    continue
-                value = spearmanr(predicted[these], own.macro[unseen][these]).statistic
-                row[f"{name}, k = {k}"] = f"{value:.3f}"
-            error = np.sqrt(np.mean((predicted - own.macro[unseen]) ** 2))
-            row[f"{name}, RMSE"] = f"{error:.4f}"
-        check = found["ring"][1][MACRO].check
-        assert check is not None
-        row["check: correlation"] = f"{check.correlation:.3f}"
-        row["RMSE / spread"] = f"{check.rmse / check.spread:.2f}"
-        row["usable"] = "yes" if found["ring"][1][MACRO].usable else "no"
-        rows.append(row)
-    print(markdown(rows))
-
-
 # ---- standard errors
 
 
 def standard_errors(pools: dict[tuple[str, str], Table]) -> None:
-    print("## Standard errors of E[L|k] from 1, 3 and 5 circles\n")
+    print("## Standard errors of E[L|k] from 3 and 5 circles\n")
     print(
         f"Macro loss, ring, k = 2..7, {DRAWS} circles drawn from each table. Coverage of 90% "
-        "intervals over k, and the mean standard error over the true standard deviation: one "
-        f"circle with tau^2 from a surrogate fitted to that same circle ({SINGLE_CIRCLES} circles; "
-        "only where its check passes, share given), three and five with the spread between circles "
-        "and Student's t. Last, the difference estimator (singles and pairs, and one circle): its "
-        "RMSE over the plain circle's, by k from 3 to 7.\n"
+        "intervals over k, and the mean standard error over the true standard deviation, of the "
+        "spread between circles with Student's t.\n"
     )
     rows: list[dict[str, object]] = []
     for (method, base), own in pools.items():
@@ -275,21 +215,6 @@ def standard_errors(pools: dict[tuple[str, str], Table]) -> None:
         means = own.macro[circles].mean(axis=2)
         actual = np.sqrt(np.mean((means - truth) ** 2, axis=0))
         row: dict[str, object] = {"method": method, "base": base}
-
-        always = np.flatnonzero((own.k == 1) | (own.k >= M - 1))
-        held, ratios = [], []
-        shape = np.diag(design_variance([pattern("ring", k, M) for k in ks], M, 1))
-        for draw in range(SINGLE_CIRCLES):
-            chosen = np.unique(np.concatenate([circles[draw].ravel(), always]))
-            fitted = own.fit(chosen)[MACRO]
-            if not fitted.usable:
-                continue
-            errors = np.sqrt(fitted.tau2 * shape)
-            held.append(np.abs(means[draw] - truth) <= norm.ppf((1 + LEVEL) / 2) * errors)
-            ratios.append(errors / actual)
-        row["1: check passed"] = f"{len(held) / SINGLE_CIRCLES:.2f}"
-        row["1: covered"] = f"{np.mean(held):.2f}" if held else "-"
-        row["1: SE / SD"] = f"{np.mean(ratios):.2f}" if ratios else "-"
         for R in (3, 5):
             groups = means[: DRAWS // R * R].reshape(-1, R, len(ks))
             errors = groups.std(axis=1, ddof=1) / np.sqrt(R)
@@ -297,13 +222,6 @@ def standard_errors(pools: dict[tuple[str, str], Table]) -> None:
             inside = np.abs(groups.mean(axis=1) - truth) <= reach
             row[f"{R}: covered"] = f"{inside.mean():.2f}"
             row[f"{R}: SE / SD"] = f"{(errors.mean(axis=0) / (actual / np.sqrt(R))).mean():.2f}"
-
-        fitted = own.fit(np.flatnonzero(own.k <= 2))[MACRO]
-        rest = own.macro - fitted.predict(own.weights)
-        ends = np.diag(fitted.Q).mean(), fitted.Q.mean()
-        estimates = finite_pool(np.array(ks), *ends, M) + rest[circles].mean(axis=2)
-        ratio = np.sqrt(np.mean((estimates - truth) ** 2, axis=0)) / actual
-        row["difference / plain"] = " ".join(f"{value:.2f}" for value in ratio[1:])
         rows.append(row)
     print(markdown(rows))
 
