@@ -30,7 +30,6 @@ from mergelaw.artifacts.run_lock import lock_results
 from mergelaw.demo import DOMAINS
 
 ROOT = Path(__file__).parents[1]
-RUNS = 3
 DOCUMENTS, TOKENS = 20, 40  # of an evaluation set
 TRAINING = {"steps": 5, "batch_size": 4, "max_tokens": 128, "learning_rate": 1e-3}
 SHAPE = {"model_type": "llama", "hidden_size": 16, "num_hidden_layers": 1,
@@ -115,20 +114,19 @@ def children(*command: str, folder: Path) -> tuple[float, str]:
     return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime, run.stdout
 
 
-def parse(folder: Path) -> float:
-    """Ratio of the median processor times of our dry run and of the bare one."""
+def parse(folder: Path, runs: int) -> None:
+    """Compare the median processor times of our dry run and of the bare one."""
     file = study_of(folder, 1000, k=[1, 2, 4, 8, 16, 32], merges_per_shard=8)
     jobs, bare = write_bare(folder, file), ("snakemake", "-n", "--quiet", "all")
     ours = (*bare, "--snakefile", str(ROOT / "workflow/Snakefile"), "--configfile", str(file))
     times: dict[str, list[float]] = {"ours": [], "bare": []}
-    for _ in range(RUNS):
+    for _ in range(runs):
         for name, command in (("bare", bare), ("ours", ours)):
             times[name].append(children(*command, folder=folder)[0])
-    middle = {name: sorted(seconds)[RUNS // 2] for name, seconds in times.items()}
+    middle = {name: sorted(seconds)[runs // 2] for name, seconds in times.items()}
     ratio = middle["ours"] / middle["bare"]
     print(f"dry run of {jobs:,} jobs, 1,000 experts: {middle['ours']:.1f} s of processor time")
     print(f"the same jobs in bare Snakemake: {middle['bare']:.1f} s; ratio {ratio:.2f}", flush=True)
-    return ratio
 
 
 def fake(study: Any, artifact: Any, files: dict[str, str], inputs: dict[str, Any]) -> None:
@@ -314,16 +312,19 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--only", choices=["parse", "cells"])
+    parser.add_argument("--runs", type=int, default=3, help="dry runs of each Snakefile")
     parser.add_argument("--step", help=argparse.SUPPRESS)
     parser.add_argument("--study", type=Path, help=argparse.SUPPRESS)
     asked = parser.parse_args()
     if asked.step:
         step(asked.step, asked.study)
         return 0
-    for part in (parse, cells_and_artifacts):
-        if asked.only is None or part.__name__.startswith(asked.only):
-            with tempfile.TemporaryDirectory() as name:
-                part(Path(name))
+    with tempfile.TemporaryDirectory() as name:
+        if asked.only != "cells":
+            parse(Path(name), asked.runs)
+    with tempfile.TemporaryDirectory() as name:
+        if asked.only != "parse":
+            cells_and_artifacts(Path(name))
     return 0
 
 

@@ -3,6 +3,7 @@
 Only this module and rules/common.smk use Snakemake's objects.
 """
 
+import inspect
 import json
 import os
 import re
@@ -15,7 +16,7 @@ import time
 from collections.abc import Callable
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 from snakemake.io import ancient
 
@@ -28,6 +29,9 @@ from mergelaw.workflow.artifact import Artifact
 from mergelaw.workflow.cost import Work, work_of
 from mergelaw.workflow.job import job_file, write_job
 from mergelaw.workflow.study import Study
+
+
+Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 def fail(message: str) -> NoReturn:
@@ -65,9 +69,11 @@ class Pipeline:
             defaults = workflow.resource_settings.default_resources or {}
             values = {name: getattr(value, "raw", value) for name, value in defaults.items()}
             self.hardware = resources.Hardware.of(values)
-            missing = [a for a in self.study.by_path.values() if not self.study.made(a)]
+            known = self.study.known.values()
+            self.roles = {role for one in known for role in (*one.inputs, *one.checks)}
             self.works: list[Work] = []
             if self.hardware and workflow.is_main_process:
+                missing = [a for a in self.study.by_path.values() if not self.study.made(a)]
                 self.works = [work_of(self.study, artifact) for artifact in missing]
                 for work in self.works:
                     for problem in resources.problems(work, self.hardware):
@@ -152,6 +158,12 @@ class Pipeline:
                 )
 
 
+def with_signature(function: Function) -> Function:
+    """Keep a function's signature, which Snakemake asks for at every call."""
+    function.__signature__ = inspect.signature(function)  # type: ignore[attr-defined]
+    return function
+
+
 class Paths:
     """Inputs, outputs and resources of a rule, by the path of its artifacts."""
 
@@ -164,13 +176,17 @@ class Paths:
     def _artifact(self, wildcards: Any) -> Artifact:
         return self._pipeline.study.known[self._pattern.format(**wildcards)]
 
-    def input(self, role: str) -> Callable[[Any], list[Any]]:
+    def input(self, role: str) -> Callable[[Any], list[Any]] | list[Any]:
         """Input function: the artifacts of a role. An existing path is valid at any age.
 
         Checks of an existing artifact are left out, because a check with a new domain would
-        otherwise require every expert again.
+        otherwise require every expert again. A role that no artifact has is no function: Snakemake
+        would call it for every job.
         """
+        if role not in self._pipeline.roles:
+            return []
 
+        @with_signature
         def inputs(wildcards: Any) -> list[Any]:
             artifact = self._artifact(wildcards)
             if role in artifact.checks and self._pipeline.study.made(artifact):
@@ -179,9 +195,15 @@ class Paths:
 
         return inputs
 
-    def job(self, wildcards: Any) -> str:
+    @property
+    def job(self) -> Callable[[Any], str]:
         """Params function: the path of the job's file."""
-        return str(job_file(self._pipeline.study.results, self._artifact(wildcards)))
+
+        @with_signature
+        def job(wildcards: Any) -> str:
+            return str(job_file(self._pipeline.study.results, self._artifact(wildcards)))
+
+        return job
 
     @property
     def resources(self) -> dict[str, Callable[..., Any]]:
