@@ -112,6 +112,13 @@ def test_the_threshold_is_that_of_a_sort_over_all_chunks(keep):
     assert magnitude_threshold(lambda: iter(chunks), keep) == expected
 
 
+def test_the_threshold_of_a_large_tensor_counts_each_value_once():
+    """Histograms are made of pieces of a million values."""
+    values = torch.arange((1 << 21) + 5, dtype=torch.float32).flip(0)
+    for keep in (3, 1 << 20, (1 << 20) + 1, (1 << 21) + 5):
+        assert magnitude_threshold(lambda: [values], keep) == len(values) - keep
+
+
 def test_equal_magnitudes_at_the_threshold_are_all_kept():
     out = trimmed(ties(density=0.5), {"w": torch.tensor([1.0, -2.0, 2.0, 2.0])})["w"]
     assert out.tolist() == [0, -2, 2, 2]

@@ -122,6 +122,12 @@ def test_the_plan_is_the_same_in_every_process():
     assert ring[1].experts == ("algebra", "chemistry", "code", "geometry")
 
 
+def test_without_levels_every_number_of_experts_is_merged():
+    settings = {"design": "ring", "circles": 1, "exhaustive_up_to": 0, "seed": 0, "base": "b"}
+    subsets = sample(list("abcdef"), k=None, **settings)
+    assert {subset.k for subset in subsets} == set(range(7))
+
+
 def test_parsing_a_workflow_does_not_import_numpy():
     code = (
         "import sys; from mergelaw.evaluation.design import sample; sample(list('abcdef'), design='ring',"
@@ -136,6 +142,10 @@ def test_small_difference_patterns():
     assert pattern("difference", 2) == (0, 1)
     assert pattern("difference", 3) == (0, 1, 3)  # a perfect difference set modulo 7
     assert pattern("difference", 4) == (0, 1, 4, 6)  # and modulo 13
+    # Larger ones are a search, and part of every study's design.
+    assert pattern("difference", 5) == (0, 1, 2, 4, 7)
+    assert pattern("difference", 8) == (0, 1, 2, 4, 6, 7, 9, 10)
+    assert pattern("difference", 12) == (0, 1, 2, 3, 5, 6, 8, 9, 10, 12, 13, 14)
     assert set(pair_counts((0, 1, 3), 7)) == set(pair_counts((0, 1, 4, 6), 13)) == {1}
 
 

@@ -30,7 +30,6 @@ from mergelaw.workflow.cost import Work, work_of
 from mergelaw.workflow.job import job_file, write_job
 from mergelaw.workflow.study import Study
 
-
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 
