@@ -260,7 +260,8 @@ def test_two_tensors_for_one_parameter_must_be_equal(tmp_path):
         tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"] + change
         save_file(tensors, expert / WEIGHTS, metadata={"format": "pt"})
         if change:
-            refused(lambda: inspect_expert(expert, base), str(expert), "that the base has not")
+            words = "'lm_head.weight' and", "one tensor for both"
+            refused(lambda: inspect_expert(expert, base), str(expert), *words)
         else:
             as_transformers(base, expert, tmp_path)
 
@@ -334,6 +335,27 @@ def test_what_is_no_base(tmp_path, base):
     refused(lambda: inspect_base(base), "quantised")
     edit(base / "config.json", quantization_config=None, model_type="unheard_of")
     refused(lambda: inspect_base(base), "unheard_of")
+
+
+def test_what_is_wrong_with_an_expert_is_said_by_its_reason(base, expert):
+    whole = (expert / WEIGHTS).read_bytes()
+    (expert / WEIGHTS).write_text("version https://git-lfs.github.com/spec/v1\nsize 5\n")
+    refused(lambda: inspect_expert(expert, base), WEIGHTS, "git lfs pull")
+    (expert / WEIGHTS).write_bytes(whole)
+    edit(expert / "config.json", num_hidden_layers=1)  # two layer_types are left
+    refused(lambda: inspect_expert(expert, base), "transformers cannot read its config.json")
+    (expert / "config.json").write_text("\ufeff{}")
+    refused(lambda: inspect_expert(expert, base), "config.json: not JSON (", "BOM")
+    shutil.copy(base / "config.json", expert)
+    tensors = load_file(expert / WEIGHTS)
+    tensors.pop("lm_head.weight")
+    save_file(tensors, expert / WEIGHTS, metadata={"format": "pt"})
+    refused(lambda: inspect_expert(expert, base), "no tensor 'lm_head.weight'; the base has it")
+    edit(expert / "config.json", tie_word_embeddings=True)
+    refused(lambda: inspect_expert(expert, base), "config.json ties head and embedding")
+    pickled = models.write_adapter(base, base.with_name("pickled"), target_modules=["q_proj"])
+    (pickled / "adapter_model.safetensors").rename(pickled / "adapter_model.bin")
+    refused(lambda: inspect_expert(pickled, base), "adapter_model.bin (a pickle can run code)")
 
 
 def test_a_base_without_a_tokenizer(base):

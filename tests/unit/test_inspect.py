@@ -126,6 +126,15 @@ def test_documents_longer_than_a_base_has_positions_are_found_before_a_run(place
         assert inspect(study(place, **changes, evaluation={"max_tokens": 64})).problems == []
 
 
+def test_a_bad_record_beyond_the_first_ones_hides_no_other_problem(place):
+    with (place / "sums.jsonl").open("a") as file:
+        file.write("{}\n")
+    (place / "tales" / "model.safetensors").write_bytes(b"half")
+    (problem,) = problems(place)
+    assert "experts.tales" in problem
+    assert "line 31" in problems(place, deep=True)[-1]
+
+
 def test_domains_of_few_or_the_same_documents_are_said(place):
     lines(place / "few.jsonl", 3)
     domains = {n: {"source": {"files": [str(place / f"{n}.jsonl")]}} for n in ("sums", "few")}

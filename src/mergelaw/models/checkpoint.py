@@ -60,7 +60,8 @@ class Tensors:
         self.config = read_config(self.folder)
         if self.config.get("quantization_config"):
             raise MergelawError(
-                f"{self.folder}: is quantised; give the checkpoint before quantisation"
+                f"{self.folder}: is quantised; give the checkpoint before quantisation, or remove "
+                "quantization_config from its config.json if the weights are plain"
             )
         if (self.folder / ADAPTER_CONFIG).exists():
             raise MergelawError(
@@ -218,6 +219,8 @@ def open_mapped(path: Path, stack: ExitStack) -> Any:
         if out_of_memory(error):
             raise
         reason = first_line(error)
+        if path.is_file() and path.open("rb").read(7) == b"version":
+            reason = "a pointer of Git LFS, so run git lfs pull"
         raise MergelawError(f"{path}: corrupt or half-copied ({reason}); copy it again") from None
 
 
@@ -325,8 +328,9 @@ def read_config(folder: Path) -> dict[str, Any]:
     except FileNotFoundError:
         missing = f"{path}: no such file" if path.parent.is_dir() else f"{folder}: no such folder"
         raise MergelawError(f"{missing}; give a Hugging Face checkpoint") from None
-    except (OSError, ValueError, RecursionError):
-        raise MergelawError(f"{path}: not JSON; copy the checkpoint again") from None
+    except (OSError, ValueError, RecursionError) as error:
+        reason = first_line(error)
+        raise MergelawError(f"{path}: not JSON ({reason}); copy the checkpoint again") from None
     if not isinstance(config, dict) or "model_type" not in config:
         raise MergelawError(f"{path}: names no 'model_type'; give a Hugging Face checkpoint")
     return config

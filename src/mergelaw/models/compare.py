@@ -7,11 +7,13 @@ from math import fsum, isfinite, prod
 from pathlib import Path
 from typing import Any
 
-from mergelaw.errors import MergelawError
+from mergelaw.errors import MergelawError, first_line
 from mergelaw.models.checkpoint import (
     COMPUTED,
     FLOATS,
+    HEAD,
     Tensors,
+    read_config,
     same_bits,
     vocabulary_size,
 )
@@ -39,12 +41,17 @@ def settings(folder: Path) -> dict[str, Any]:
     Spellings and defaults are transformers'. Empty for an architecture that transformers does not
     know, which is refused as a base.
     """
-    from transformers import AutoConfig, PreTrainedConfig
+    from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 
+    if read_config(folder)["model_type"] not in CONFIG_MAPPING:
+        return {}
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    except Exception:  # a foreign configuration raises anything
-        return {}
+    except Exception as error:  # a foreign configuration raises anything
+        reason = first_line(error)
+        raise MergelawError(
+            f"{folder}: transformers cannot read its config.json ({reason}); correct it"
+        ) from None
     text = config.get_text_config(decoder=True)
     shown, common = text.to_dict(), PreTrainedConfig().to_dict()
     # Keys that the configuration's class does not know are not read either.
@@ -206,11 +213,20 @@ def align(base: Tensors, expert: Tensors, names: set[str]) -> set[str]:
     for name, key in theirs.items():
         new = by_parameter.get(key)
         twin = stored.setdefault(new, name) if new else None
-        if twin is None or (twin != name and not same_bits(expert[name], expert[twin])):
+        if twin is None:
             raise MergelawError(f"{expert.folder}: has a tensor {name!r} that the base has not")
+        if twin != name and not same_bits(expert[name], expert[twin]):
+            raise MergelawError(
+                f"{expert.folder}: its tensors {twin!r} and {name!r} differ, but the base has one "
+                "tensor for both; give a base whose embedding and head are not tied"
+            )
     for key in sorted(by_parameter if needed is None else needed):
         if (missing := by_parameter.get(key, key)) not in stored:
-            raise MergelawError(f"{expert.folder}: has no tensor {missing!r}; the base has it")
+            tied = missing == HEAD and expert.ties
+            reason = ", as its config.json ties head and embedding" if tied else ""
+            raise MergelawError(
+                f"{expert.folder}: has no tensor {missing!r}{reason}; the base has it"
+            )
     # Tensors that transformers ignores, such as those of multi-token prediction.
     stored |= {name: name for name in (names & others) - ours.keys() - theirs.keys()}
     expert.rename({name: new for new, name in stored.items()})

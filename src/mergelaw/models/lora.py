@@ -98,10 +98,9 @@ def merge_adapter(
 
     from mergelaw.models.causal_lm import load
 
-    tensors = read_weights(folder)
     model = load(base.folder, "float32")
     names = {alias: name for name, alias in parameter_names(model, base).items()}
-    wrapped, notes = wrap(model, base.folder, folder, tensors, vocabulary)
+    wrapped, tensors, notes = wrap(model, base.folder, folder, vocabulary)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # threads change the order of sums and so the last bits
     try:
@@ -122,23 +121,22 @@ def merge_adapter(
 
 
 def inspect_adapter(model: Any, base: Path, folder: Path, vocabulary: str = "refuse") -> list[str]:
-    """Check an adapter by its headers; ``model`` is the base on the meta device. Returns notes."""
-    tensors = read_weights(folder)
+    """Check an adapter; ``model`` is the base on the meta device. Returns notes for users."""
+    _, tensors, notes = wrap(model, base, folder, vocabulary)
     trained = [name for name in tensors if "lora_A" not in name and "lora_embedding_A" not in name]
     # What LoRA adds is B times A, and a training begins with B = 0.
-    if trained and all("lora_" in n and "_B" in n and not tensors[n].any() for n in trained):
+    if all("lora_" in name and "_B" in name and not tensors[name].any() for name in trained):
         raise equals_base(folder)
-    tensors = {name: tensor.to("meta") for name, tensor in tensors.items()}
-    return wrap(model, base, folder, tensors, vocabulary)[1]
+    return notes
 
 
 def wrap(
-    model: Any, base: Path, folder: Path, tensors: dict[str, "Tensor"], vocabulary: str
-) -> tuple[Any, list[str]]:
-    """The base's model with an adapter that has no values yet, after checks; and notes."""
+    model: Any, base: Path, folder: Path, vocabulary: str
+) -> tuple[Any, dict[str, "Tensor"], list[str]]:
+    """The base's model with an adapter that has no values yet, its tensors, and notes."""
     from peft import get_peft_model
 
-    config = read_adapter_config(folder)
+    config, tensors = read_adapter_config(folder), read_weights(folder)
     notes = compare_named_base(model, base, folder)
     notes += resize(model, base, folder, tensors, vocabulary)
     try:
@@ -150,7 +148,7 @@ def wrap(
         check_weights(wrapped, tensors, folder)
     except PEFT_ERRORS as error:
         raise cannot_merge(folder, base, error) from None
-    return wrapped, notes
+    return wrapped, tensors, notes
 
 
 def cannot_merge(folder: Path, base: Path, error: Exception) -> MergelawError:

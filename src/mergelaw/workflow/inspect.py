@@ -142,7 +142,10 @@ def _notes(seen: Inspection, where: str, base: str, settings: Evaluation) -> Ite
 
 def _evaluation_sets(study: Study, findings: Findings) -> None:
     """Domains that evaluate the same documents, or few; of local files."""
-    sets = study.evaluated()
+    try:
+        sets = study.evaluated()
+    except MergelawError:  # a source that cannot be read is named as the study is resolved
+        return
     with findings.at("domains"):
         findings.notes += shared_documents(sets)
     for name, documents in sets.items():
