@@ -310,7 +310,6 @@ def merge(
     from mergelaw.config import parse
     from mergelaw.decide.card import write_card
     from mergelaw.merging.export import export, export_adapter
-    from mergelaw.workflow.deploy import run_command
     from mergelaw.workflow.results import rows_of_merge
     from mergelaw.workflow.study import Study
 
@@ -322,21 +321,10 @@ def merge(
     wanted = {"base": base, "method": method, "experts": experts, "weights": weights, "seed": seed}
     settings = study.config.model_dump(by_alias=True, exclude_unset=True)
     (artifact,) = Study(parse(settings | {"merges": {"merge": wanted}}, "merge")).merges.values()
-    places = {}
-    for name, dependency in artifact.named_inputs():
-        if name in ("evaluation", "confirmation"):
-            continue
-        if not study.made(dependency):
-            also = "" if dependency.path in study.known else "name the merge in `merges`, then "
-            raise MergelawError(
-                f"{study.results / dependency.path}: is not made yet; {also}run "
-                f"`{run_command(file)}` first"
-            )
-        places[name] = study.results / dependency.path
+    places = _parts(study, artifact, file)
     vectors = {name: places[f"task_vectors:{name}"] for name in artifact.names("task_vectors")}
     coefficients = places.get("coefficients")
     rows = rows_of_merge(study, artifact.recipe, places["base"], vectors, coefficients)
-
     recipe, start = artifact.recipe | ({"lora": lora} if lora else {}), places["base"]
 
     def work(folder: Path, state: Path) -> dict[str, Any]:
@@ -351,6 +339,24 @@ def merge(
     keys = {name: dependency.key for name, dependency in artifact.named_inputs()}
     is_new = store.make(output, "merge", recipe, places, work, wanted=keys)
     print(f"{output}: {'written' if is_new else 'exists already'}")
+
+
+def _parts(study: Any, artifact: Any, file: Path) -> dict[str, Path]:
+    """Folders of what a merge is made from. Raises MergelawError if one is not made yet."""
+    from mergelaw.workflow.deploy import run_command
+
+    places = {}
+    for name, dependency in artifact.named_inputs():
+        if name in ("evaluation", "confirmation"):
+            continue
+        if not study.made(dependency):
+            also = "" if dependency.path in study.known else "name the merge in `merges`, then "
+            raise MergelawError(
+                f"{study.results / dependency.path}: is not made yet; {also}run "
+                f"`{run_command(file)}` first"
+            )
+        places[name] = study.results / dependency.path
+    return places
 
 
 def truncation(

@@ -11,7 +11,8 @@ import pandas as pd
 from mergelaw.artifacts import lineage
 from mergelaw.decide.measured import Array, by_base
 from mergelaw.decide.tables import Table
-from mergelaw.merging.methods import method_of
+from mergelaw.merging.export import experts_of
+from mergelaw.merging.methods import Method, method_of
 from mergelaw.merging.methods.learned import COEFFICIENTS, Learned
 from mergelaw.models.hub import read_card
 
@@ -37,16 +38,13 @@ def write_card(
         confirmed: the same on documents that no choice has seen, if any.
         note: what the table of losses does not say.
     """
-    experts = {
-        name: vectors[name] / lineage.read(vectors[name])["inputs"]["expert"]["path"]
-        for name in recipe["experts"]
-    }
+    experts = experts_of(recipe, vectors)
     parts = {"base": _part(base)} | {name: _part(path) for name, path in experts.items()}
     weights = recipe["weights"] or [1.0] * len(experts)
     shares = {"base": ""} | {n: f"{w:g}" for n, w in zip(experts, weights, strict=True)}
     licences = {part["licence"] for part in parts.values()}
     head = {
-        "library_name": "transformers",
+        "library_name": "peft" if "lora" in recipe else "transformers",
         "tags": ["merge", "mergelaw"],
         "base_model": [part["hub"] for part in parts.values() if part["hub"]],
         "license": licences.pop() if len(licences) == 1 and UNKNOWN not in licences else None,
@@ -54,13 +52,11 @@ def write_card(
     method = method_of(recipe["method"])
     if isinstance(method, Learned):
         shares |= dict.fromkeys(experts, f"learned by part: {COEFFICIENTS}")
-    settings = method.recipe()
-    rule = settings.pop("method")
     lines = [
         "---",
         *(f"{name}: {json.dumps(value)}" for name, value in head.items() if value),
         "---",
-        f"# {rule} of {', '.join(experts)}",
+        f"# {recipe['method']['method']} of {', '.join(experts)}",
         "",
         f"A merge of {len(experts)} experts of one base, written by mergelaw "
         f"{lineage.versions()['mergelaw']}. `lineage.json` has the digests of all its parts.",
@@ -72,11 +68,7 @@ def write_card(
             [[name, p["from"], p["licence"], shares[name]] for name, p in parts.items()],
         ).markdown(),
         "",
-        "## Rule",
-        "",
-        f"`{(method.__doc__ or rule).splitlines()[0]}`",
-        *([f"with `{json.dumps(settings)}`"] if settings else []),
-        "",
+        *_rule(method),
         "## Measured losses",
         "",
         *([note, ""] if note else []),
@@ -85,6 +77,14 @@ def write_card(
         *(_losses(confirmed) if confirmed is not None else []),
     ]
     (folder / "README.md").write_text("\n".join([*lines, ""]), encoding="utf-8")
+
+
+def _rule(method: Method) -> list[str]:
+    """A merge's rule and its parameters, as lines of the card."""
+    settings = method.recipe()
+    rule = settings.pop("method")
+    lines = ["## Rule", "", f"`{(method.__doc__ or rule).splitlines()[0]}`"]
+    return [*lines, *([f"with `{json.dumps(settings)}`"] if settings else []), ""]
 
 
 def _part(artifact: Path) -> dict[str, str]:

@@ -4,7 +4,7 @@ import json
 import os
 from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mergelaw.artifacts import lineage
 from mergelaw.errors import MergelawError
@@ -15,6 +15,9 @@ from mergelaw.merging.task_vector import TaskVector
 from mergelaw.models.causal_lm import load
 from mergelaw.models.checkpoint import ADAPTER_CONFIG, ADAPTER_WEIGHTS, Tensors, is_adapter
 from mergelaw.models.parameters import open_arranged, parameters_by_tensor
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 HEADER = "# The same merge by mergekit, from this folder: mergekit-yaml mergekit.yaml OUT\n"
 
@@ -44,7 +47,7 @@ def export(
     method, names = method_of(recipe["method"]), recipe["experts"]
     weights = _weights(recipe, coefficients, folder)
     write_merge(base, {n: TaskVector(vectors[n]) for n in names}, method, weights, folder)
-    paths = _experts(recipe, vectors)
+    paths = experts_of(recipe, vectors)
     adapters = [name for name, path in paths.items() if is_adapter(path)]
     with Tensors(base) as tensors:
         dtype = tensors.float_dtype()
@@ -67,7 +70,7 @@ def _weights(recipe: Mapping[str, Any], coefficients: Path | None, folder: Path)
     return weights
 
 
-def _experts(recipe: Mapping[str, Any], vectors: Mapping[str, Path]) -> dict[str, Path]:
+def experts_of(recipe: Mapping[str, Any], vectors: Mapping[str, Path]) -> dict[str, Path]:
     """Folders of the experts that task vectors were made from."""
     places = {name: lineage.read(vectors[name])["inputs"]["expert"] for name in recipe["experts"]}
     return {name: vectors[name] / place["path"] for name, place in places.items()}
@@ -88,11 +91,10 @@ def export_adapter(
     if ``rank`` is at least the sum of the experts' ranks. Other arguments are those of ``export``.
     Raises MergelawError if an expert is no adapter, or for a change that LoRA cannot hold.
     """
-    import torch
     from peft import LoraConfig
     from safetensors.torch import save_file
 
-    paths = _experts(recipe, vectors)
+    paths = experts_of(recipe, vectors)
     for name, path in paths.items():
         if not is_adapter(path):
             raise MergelawError(
@@ -118,12 +120,7 @@ def export_adapter(
                 )
             layers.add(layer)
             change = change.T if layer == "Conv1D" else change
-            torch.manual_seed(0)  # the decomposition starts from random vectors
-            most = min(2 * rank + 10, *change.shape)
-            U, S, V = torch.svd_lowrank(change, q=most, niter=4)
-            root = S[:rank].sqrt()
-            B, A = torch.zeros(len(change), rank), torch.zeros(rank, change.shape[1])
-            B[:, : len(root)], A[: len(root)] = U[:, :rank] * root, (V[:, :rank] * root).T
+            B, A = truncated(change, rank)
             factors[f"base_model.model.{module}.lora_A.weight"] = A
             factors[f"base_model.model.{module}.lora_B.weight"] = B
             errors[module] = float((change - B @ A).norm() / change.norm())
@@ -139,6 +136,24 @@ def export_adapter(
     ).save_pretrained(str(folder))
     save_file(factors, folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})
     return errors
+
+
+def truncated(matrix: "Tensor", rank: int) -> tuple["Tensor", "Tensor"]:
+    """Factors (rows, rank) and (rank, columns) of the closest matrix of a rank.
+
+    The singular vectors are those of a random subspace after four power iterations, so a large
+    matrix takes seconds. A rank beyond the matrix's is filled with zeros.
+    """
+    import torch
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        most = min(2 * rank + 10, *matrix.shape)
+        U, S, V = torch.svd_lowrank(matrix, q=most, niter=4)
+    root = S[:rank].sqrt()
+    B, A = torch.zeros(len(matrix), rank), torch.zeros(rank, matrix.shape[1])
+    B[:, : len(root)], A[: len(root)] = U[:, :rank] * root, (V[:, :rank] * root).T
+    return B, A
 
 
 def mergekit_recipe(

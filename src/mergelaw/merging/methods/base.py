@@ -36,7 +36,7 @@ class Method(Model):
     """
 
     def recipe(self) -> dict[str, Any]:
-        """What defines merges by this method, as JSON values."""
+        """The settings that define merges by this method, as JSON values."""
         return self.model_dump(by_alias=True)
 
     def thresholds(self, tensors: Tensors) -> dict[str, float]:

@@ -56,7 +56,7 @@ class Learned(Method):
     )
 
     def recipe(self) -> dict[str, Any]:
-        """As of any method, without ``subsets``: which merges are learned does not change one."""
+        """The settings without ``subsets``: which merges are learned does not change a merge."""
         return self.model_dump(by_alias=True, exclude={"subsets"})
 
     def rule(self, weights: Sequence[float]) -> Rule:
