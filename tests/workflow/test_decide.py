@@ -4,12 +4,16 @@ import json
 import re
 import shlex
 
+import numpy as np
 import pandas as pd
 import pytest
 from studies import Place, once
 from test_own_models import loss
 
+from mergelaw.artifacts import lineage
+from mergelaw.decide.predict import predictor
 from mergelaw.evaluation import read_rows
+from mergelaw.workflow import results
 
 EXPERTS = ("algebra", "analysis", "geometry", "discrete", "chemistry", "code")
 GOOD = EXPERTS[:-1]
@@ -182,3 +186,24 @@ def test_the_gate_passes_the_written_merge_and_stops_a_worse_one(pool):
     assert allowed.status == 0, allowed.output
     wrong = pool.mergelaw("compare", best, "nothing", "study.yaml")
     assert wrong.errors() and "no measured merge or folder" in wrong.errors()[0]
+
+
+def test_gradients_are_made_on_request_and_predict_the_pools_merges(pool):
+    """With a bad expert in the pool, the mean is far from most merges; checks say how far."""
+    assert "compute_gradients" not in pool.planned()
+    pool.finish("gradients")
+    (folder,) = pool.results.glob("gradients/tiny/s0@*")
+    assert lineage.read(folder)["facts"]["forward_passes"] == 3 * 7
+    (one,), _ = results.measured(pool.study())
+    answer = predictor(one, folder)
+    assert answer.domains == one.domains and set(answer.methods) == {"average", "ties"}
+    for method, checks in answer.checks.items():
+        merges = [m for m in one.merges if m.method == method and m.role == "merge"]
+        subsets = np.array([np.isin(answer.experts, m.experts) for m in merges])
+        predicted, _ = answer.macro(method, subsets)
+        truth = np.array([one.macro(m) for m in merges])
+        assert np.corrcoef(predicted, truth)[0, 1] > 0.95
+        without = ~subsets[:, answer.experts.index("code")]
+        assert without[predicted.argmin()]
+        assert checks["macro"].merges == 57
+    assert pool.planned("gradients") == {"gradients": 1} or not pool.planned("gradients")
