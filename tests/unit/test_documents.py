@@ -431,6 +431,19 @@ def test_a_synthetic_source_runs_dry_with_a_message(tmp_path, monkeypatch):
 GOOD = '{"prompt": "a", "response": "b"}'
 
 
+def test_a_folders_links_are_followed_and_lead_somewhere(tmp_path):
+    (tmp_path / "there").mkdir()
+    written(tmp_path / "there" / "a.jsonl", records(3))
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    (folder / "linked").symlink_to(tmp_path / "there")
+    (folder / "again").symlink_to(folder)
+    train, *_ = build(tmp_path, recipe({"files": [str(folder)]}))
+    assert len(train) == 2
+    (folder / "b.jsonl").symlink_to(tmp_path / "nowhere.jsonl")
+    assert "b.jsonl: no such file" in refusal(tmp_path, {"files": [str(folder)]})
+
+
 @pytest.mark.parametrize("name", ["a.json", "a.jsonl", "a.ndjson"])
 def test_json_is_a_list_or_lines_whatever_its_name(tmp_path, name):
     rows = [json.dumps(record) for record in records(3)]
@@ -478,7 +491,9 @@ def test_json_is_a_list_or_lines_whatever_its_name(tmp_path, name):
         ("a.json", "[" * 100_000, "a.json, line 1: JSON that Python cannot hold"),
         ("a.json", f"[{'1' * 9999}]", "a.json, line 1: JSON that Python cannot hold"),
         ("a.jsonl", "\n\n", "a.jsonl: the file holds no records"),
-        ("a.jsonl", f"{GOOD}\n\n{{", "a.jsonl, line 3, column 2: not JSON"),
+        ("a.jsonl", f'{GOOD}\n\n{{"a', "a.jsonl, line 3, column 2: not JSON"),
+        ("a.json", '{\n"data": []}', "a.json, line 1: a record goes over several lines"),
+        ("a.jsonl", "version https://git-lfs.github.com/spec/v1\nsize 3\n", "run git lfs pull"),
         ("a.jsonl", f"{GOOD}\n[1]", "a.jsonl, line 2: a record must be an object, not [1]"),
         ("a.jsonl", GOOD.encode() + b"\n\xff", "a.jsonl, line 2: not UTF-8"),
         ("a.jsonl", GOOD.encode("utf-16"), "a.jsonl, line 1: not UTF-8"),

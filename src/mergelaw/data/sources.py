@@ -9,6 +9,7 @@ import csv
 import glob
 import io
 import json
+import os
 import re
 import reprlib
 import sys
@@ -59,10 +60,17 @@ def local_files(source: Source) -> list[Path]:
 
 
 def _visible_files(folder: Path) -> list[Path]:
-    def hidden(path: Path) -> bool:
-        return any(part.startswith(".") for part in path.relative_to(folder).parts)
-
-    return sorted(path for path in folder.rglob("*") if path.is_file() and not hidden(path))
+    """The files in and below a folder, also behind links; a link to nothing is among them."""
+    files: list[Path] = []
+    seen: set[str] = set()  # a link may lead back
+    for place, folders, names in os.walk(folder, followlinks=True):
+        if (real := os.path.realpath(place)) in seen:
+            folders.clear()
+            continue
+        seen.add(real)
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        files += [Path(place, name) for name in names if not name.startswith(".")]
+    return sorted(path for path in files if path.is_file() or path.is_symlink())
 
 
 def kept_records(source: Source) -> Records:
@@ -121,6 +129,8 @@ def _file_records(path: Path) -> Records:
         raise MergelawError(f"{path}: unknown kind of file; {KINDS}")
     empty = True
     try:
+        if is_pointer(path):
+            raise MergelawError(f"{path}: is a pointer of Git LFS; run git lfs pull")
         for place, record in READERS[_kind(path)](path):
             empty = False
             yield f"{path}, {place}", record
@@ -128,6 +138,12 @@ def _file_records(path: Path) -> Records:
         raise unreadable(path, error) from error
     if empty:
         raise MergelawError(f"{path}: the file holds no records; give one with records")
+
+
+def is_pointer(path: Path) -> bool:
+    """True for the small file that stands for a large one that Git LFS has not fetched."""
+    with path.open("rb") as file:
+        return file.read(24) == b"version https://git-lfs."
 
 
 def unreadable(path: Path, error: OSError) -> MergelawError:
@@ -194,6 +210,11 @@ def _json_records(path: Path) -> Records:
                 yield f"record {number}", record
             return
         for number, line in enumerate(file, start=1):
+            if line.strip() == b"{":
+                raise MergelawError(
+                    f"{path}, line {number}: a record goes over several lines; write a list of "
+                    "records, or each on one line"
+                )
             if line.strip():
                 yield f"line {number}", _parsed(line, path, line=number)
 

@@ -9,6 +9,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mergelaw.data.sources import is_pointer
 from mergelaw.errors import MergelawError, first_line, out_of_memory
 
 if TYPE_CHECKING:
@@ -219,7 +220,7 @@ def open_mapped(path: Path, stack: ExitStack) -> Any:
         if out_of_memory(error):
             raise
         reason = first_line(error)
-        if path.is_file() and path.open("rb").read(7) == b"version":
+        if path.is_file() and is_pointer(path):
             reason = "a pointer of Git LFS, so run git lfs pull"
         raise MergelawError(f"{path}: corrupt or half-copied ({reason}); copy it again") from None
 
