@@ -1,11 +1,14 @@
 """How time and memory grow with parameters, k, the pool, evaluation tokens and number of merges.
 
     python benchmarks/growth.py --output growth.svg
+    python benchmarks/growth.py --laws
 
 Each point is a process of its own that runs the stage `evaluate` on random models. Processor
 seconds and peak memory are fitted as a power of what grows, between the last two points, for at
 small ones most is overhead. It ends with an error where a power is above 1.15. Of the merges it
 tells how many bytes each leaves behind: a merge has a row, and a leak would show.
+
+With ``--laws`` the stage `fit` is measured instead: one domain of 100,000 points, and 84 of 1,188.
 """
 
 import argparse
@@ -141,6 +144,36 @@ def measure(settings: dict[str, int], folder: Path) -> dict[str, float]:
     }
 
 
+def fit_laws(domains: int, bases: int, levels: int) -> str:
+    """Seconds and peak memory of all fits of simulated points, as a line."""
+    import numpy as np
+    import pandas as pd
+
+    from mergelaw.artifacts import lineage
+    from mergelaw.laws import fit_all
+
+    noise = np.random.default_rng(0)
+    N, k = (
+        axis.ravel()
+        for axis in np.meshgrid(np.geomspace(0.05, 70, bases), np.arange(1, levels + 1))
+    )
+    tables = []
+    for domain in range(domains):
+        ce = 0.6 + 0.3 * N**-0.35 + (0.2 + 0.01 * domain) * N**-0.05 / (k + 0.5)
+        ce += 1e-3 * noise.standard_normal(len(N))
+        names = {"method": "average", "family": "", "domain": f"domain{domain}", "M": levels}
+        base = [f"b{size:.4g}" for size in N]
+        tables.append(pd.DataFrame({**names, "base": base, "N": N, "k": k, "ce": ce}))
+    wall, start = time.perf_counter(), time.process_time()
+    study = fit_all(pd.concat(tables, ignore_index=True))
+    study.to_dict()
+    wall, seconds = time.perf_counter() - wall, time.process_time() - start
+    return (
+        f"{domains} x {len(N):,} points of {bases} bases: {len(study.fits)} fits, {wall:.0f} s, "
+        f"{seconds:.0f} s of the processor, peak {lineage.peak_memory() / 1e9:.2f} GB"
+    )
+
+
 def anonymous() -> int:
     if sys.platform == "linux":
         for line in Path("/proc/self/status").read_text().splitlines():
@@ -194,7 +227,12 @@ def main() -> int:
     parser.add_argument("--sweeps", nargs="+", default=list(SWEEPS), choices=SWEEPS)
     parser.add_argument("--output", type=Path, default=Path("growth.svg"))
     parser.add_argument("--point", help=argparse.SUPPRESS)
+    parser.add_argument("--laws", action="store_true", help="measure fits of many points")
     asked = parser.parse_args()
+    if asked.laws:
+        for sizes in ((1, 100, 1000), (84, 12, 99)):
+            print(fit_laws(*sizes), flush=True)
+        return 0
     if asked.point:
         print(json.dumps(measure(json.loads(asked.point), asked.output)))
         return 0

@@ -21,6 +21,8 @@ The oracle knows form, misfit, scatter and noise: the width of its interval is t
 least squares at the true parameters.
 
     python benchmarks/interval_coverage.py --sets 1000 > benchmarks/interval_coverage.md
+
+A run that was stopped goes on from its folder of answers.
 """
 
 import argparse
@@ -30,6 +32,7 @@ import multiprocessing
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -50,6 +53,8 @@ LADDERS = {
     7: (0.5, 1.0, 1.5, 3.0, 5.0, 7.0, 14.0),
 }
 CIRCLES = 3
+# All settings get so many sets before any gets more.
+ROUND = 5
 # Standard deviations in nats per token: of each point's noise, or of one circle's estimate.
 NOISE, CIRCLE, MISFIT = 0.0005, 0.001, 0.001
 ROWS = {
@@ -188,18 +193,20 @@ class Study:
 
     def asked(
         self, random: Any
-    ) -> Iterator[tuple[str, pd.DataFrame, dict[str, Any], float, float]]:
-        """Estimand, points, size, k and the true loss."""
+    ) -> Iterator[tuple[pd.DataFrame, dict[str, Any], dict[str, tuple[float, float]]]]:
+        """Points, size, and k and the true loss by estimand."""
         setting, N = self.setting, self.setting.base
         base, scatter = {"base": f"{N:g}B"}, self.scattered[N]
         new = MISFIT * random.standard_normal() * np.array([1, 1])
         new[0] += setting.scatter * MISFIT * random.standard_normal()
-        yield "L(2N, 9)", self.points, {"N": 2 * N}, 9, setting.mean(2 * N, 9) + new[0]
-        yield "L(N, 16)", self.points, base, 16, setting.mean(N, 16) + scatter + new[1]
-        few = self.points[self.points["k"] <= 6]
-        yield "L(N, 9) from k <= 6", few, base, 9, setting.mean(N, 9) + scatter + self.missed[N, 9]
+        yield self.points, {"N": 2 * N}, {"L(2N, 9)": (9, setting.mean(2 * N, 9) + new[0])}
+        own = {"L(N, 16)": (16, setting.mean(N, 16) + scatter + new[1])}
         if setting.truth != "log k":
-            yield "L_inf(N)", self.points, base, math.inf, setting.mean(N, math.inf) + scatter
+            own["L_inf(N)"] = (math.inf, setting.mean(N, math.inf) + scatter)
+        yield self.points, base, own
+        few = self.points[self.points["k"] <= 6]
+        held_out = setting.mean(N, 9) + scatter + self.missed[N, 9]
+        yield few, base, {"L(N, 9) from k <= 6": (9, held_out)}
 
 
 def oracle(setting: Setting) -> dict[str, float]:
@@ -237,44 +244,66 @@ def oracle(setting: Setting) -> dict[str, float]:
     return widths
 
 
-def cover(work: tuple[Setting, int, int]) -> pd.DataFrame:
-    """Coverage and mean width by estimand, beside the oracle's width."""
-    setting, sets, seed = work
+def cover(work: tuple[Setting, int, int, Path]) -> pd.DataFrame:
+    """Answers of a setting's data sets: set, estimand, answered, held and width, one row each.
+
+    Those that the file has are not asked again.
+    """
+    setting, sets, seed, path = work
+    columns = ["set", "estimand", "answered", "held", "width"]
+    answers = pd.read_csv(path) if path.exists() else pd.DataFrame(columns=columns)
     random = np.random.default_rng(seed)
     pairs = [landscape(random) for _ in range(setting.sizes)]
-    records = []
-    for _ in range(sets):
-        for name, points, size, k, truth in Study.draw(setting, pairs, random).asked(random):
-            ((_, low, high),) = ask(points, [k], **size)
-            answered = not math.isnan(low)
-            held = low <= truth <= high if answered else math.nan
-            records.append((name, answered, held, high - low))
-    table = pd.DataFrame(records, columns=["estimand", "answered", "held", "width"])
-    groups = table.groupby("estimand", sort=False)
-    result = groups.agg(
-        answered=("answered", "mean"), held=("held", "mean"), width=("width", "median")
-    ).reset_index()
-    return result.assign(oracle=result["estimand"].map(oracle(setting)))
+    for number in range(answers["set"].nunique(), sets):
+        random = np.random.default_rng([seed, number])
+        records = []
+        for points, size, estimands in Study.draw(setting, pairs, random).asked(random):
+            intervals = ask(points, [k for k, _ in estimands.values()], **size)
+            for (name, (_, truth)), (_, low, high) in zip(
+                estimands.items(), intervals, strict=True
+            ):
+                answered = not math.isnan(low)
+                held = float(low <= truth <= high) if answered else math.nan
+                records.append((number, name, answered, held, high - low))
+        rows = pd.DataFrame(records, columns=columns)
+        answers = pd.concat([answers, rows]) if len(answers) else rows
+    answers.to_csv(path, index=False)
+    return answers
 
 
-def simulate(sets: int, chosen: Sequence[Setting], jobs: int = 1) -> pd.DataFrame:
-    """Coverage of all settings, a row per setting and estimand."""
-    work = [(setting, sets, place) for place, setting in enumerate(chosen)]
+def simulate(sets: int, chosen: Sequence[Setting], folder: Path, jobs: int = 1) -> pd.DataFrame:
+    """Coverage and median width of all settings, a row per setting and estimand."""
+    folder.mkdir(parents=True, exist_ok=True)
     with multiprocessing.Pool(jobs) as workers:
-        tables = workers.map(cover, work, chunksize=1)
+        for least in range(0, sets, ROUND):
+            work = [
+                (setting, min(least + ROUND, sets), place, folder / f"{place}.csv")
+                for place, setting in enumerate(chosen)
+            ]
+            workers.map(cover, work, chunksize=1)
+    return collect(chosen, folder)
+
+
+def collect(chosen: Sequence[Setting], folder: Path) -> pd.DataFrame:
+    """Coverage and median width of the answers in a folder, beside the oracle's width."""
     columns = ("sizes", "truth", "noise", "scatter", "row")
-    return pd.concat(
-        [
-            table.assign(**{name: getattr(setting, name) for name in columns})
-            for setting, table in zip(chosen, tables, strict=True)
-        ],
-        ignore_index=True,
-    )
+    tables = []
+    for place, setting in enumerate(chosen):
+        groups = pd.read_csv(folder / f"{place}.csv").groupby("estimand", sort=False)
+        table = groups.agg(
+            sets=("set", "nunique"),
+            answered=("answered", "mean"),
+            held=("held", "mean"),
+            width=("width", "median"),
+        ).reset_index()
+        place_of = {name: getattr(setting, name) for name in columns}
+        tables.append(table.assign(oracle=table["estimand"].map(oracle(setting)), **place_of))
+    return pd.concat(tables, ignore_index=True)
 
 
-def report(table: pd.DataFrame, sets: int) -> str:
+def report(table: pd.DataFrame) -> str:
     """Markdown: the bars' figures, shares by what was crossed, and a row for every setting."""
-    held, many = table["held"], table["sizes"] >= 5
+    held, many, sets = table["held"], table["sizes"] >= 5, table["sets"].min()
 
     def between(rows: pd.Series) -> str:
         answered = held[rows].dropna()
@@ -287,8 +316,8 @@ def report(table: pd.DataFrame, sets: int) -> str:
 
     lines = [
         "# Coverage of 90% intervals\n",
-        f"{sets} data sets a setting; a share's standard error is {math.sqrt(0.09 / sets):.1%}. "
-        "Widths (medians) in 1e-3 nats per token.\n",
+        f"{sets} data sets a setting or more; a share's standard error is "
+        f"{math.sqrt(0.09 / sets):.1%}. Widths (medians) in 1e-3 nats per token.\n",
         f"- settings from five sizes on: {between(many)}",
         f"- settings with three and four: {between(~many)}\n",
     ]
@@ -327,8 +356,9 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--sets", type=int, default=1000, help="data sets a setting")
     parser.add_argument("--jobs", type=int, default=2)
+    parser.add_argument("--answers", type=Path, default=Path("interval_coverage"), help="folder")
     options = parser.parse_args(argv)
-    print(report(simulate(options.sets, settings(), options.jobs), options.sets))
+    print(report(simulate(options.sets, settings(), options.answers, options.jobs)))
 
 
 if __name__ == "__main__":

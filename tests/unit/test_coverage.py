@@ -25,10 +25,11 @@ def test_settings_cross_every_pair_of_what_they_cross():
         assert len(pairs) == len(CROSSED[first]) * len(CROSSED[second])
 
 
-def test_intervals_hold_about_as_often_as_they_say():
+def test_intervals_hold_about_as_often_as_they_say(tmp_path):
     """The law is true, the noise known, and there is no scatter: the least that must hold."""
     setting = coverage.Setting(5, "1/(k+b)", "known", 0.0, "ties biology")
-    table = coverage.simulate(12, [setting])
+    table = coverage.simulate(12, [setting], tmp_path)
+    assert coverage.simulate(12, [setting], tmp_path).equals(table)  # from its answers
     # A true law may be doubted in 1 of 10 tables: that is more than 4 of 12 once in 200 runs.
     assert (table["answered"] >= 1 - 4 / 12).all()
     assert table["held"].mean() >= 0.79  # 90% less three standard errors of 48 draws

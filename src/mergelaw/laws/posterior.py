@@ -24,7 +24,7 @@ from mergelaw.laws.projection import columns_of
 
 # Proposals a round, rounds at most, and draws of a fit.
 PROPOSALS, ROUNDS, DRAWS = 512, 8, 4000
-# Rounds end with this many effective proposals.
+# Rounds end with this many effective proposals; with many points all these are a quarter.
 EFFECTIVE = 400
 # Proposals times points are about this many, if there are many points.
 WORK = 600_000
@@ -34,8 +34,8 @@ ENOUGH = 20
 TAIL = 5.0
 # If fewer draws than this share have no coefficient below 0, coefficients of 0 stay 0.
 RARE = 0.002
-# Proposals are evaluated in pieces of so many numbers.
-NUMBERS = 3_000_000
+# Proposals are evaluated in pieces of so many numbers, which a processor's cache holds.
+NUMBERS = 300_000
 # The misfit is at least this share of the sampling errors, beside which less cannot be seen, and
 # below this many standard deviations of the losses.
 LEAST_MISFIT, MOST_MISFIT = 0.1, 10.0
@@ -151,6 +151,8 @@ class _Space:
 
     def _density(self, points: Array) -> tuple[Array, Array, Array]:
         theta, misfit, scatter = self.unpack(points)
+        if (theta == theta[0]).all():
+            theta = theta[:1]  # one regression under many variances
         columns = columns_of(self.law, self.variables, theta)
         lengths = np.linalg.norm(columns, axis=1, keepdims=True)
         columns = columns / np.where(lengths > 0, lengths, 1)
@@ -253,7 +255,7 @@ def _sampled(space: _Space, centre: Array, root: Array) -> tuple[Array, Array, A
         weights = log - logsumexp([_log_t(points, *one) for one in mixture], axis=0)
         total = logsumexp(weights)
         shares = np.exp(weights - total)
-        if 1 / float(shares @ shares) > EFFECTIVE:
+        if 1 / float(shares @ shares) > EFFECTIVE * proposals / PROPOSALS:
             break
         # Weights are flattened until enough vectors matter.
         for flatter in 0.5 ** np.arange(30):

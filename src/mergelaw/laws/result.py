@@ -28,6 +28,8 @@ EXPERTS = "experts like these on this evaluation set"
 # Standard deviation of the gain that is still to come at infinity, as a share of it: forms that fit
 # the measured k alike differ so much. At k it is smaller, by 1 - K/k for the largest measured K.
 FURTHER = 0.5
+# Draws at many points are fewer: so many losses in all.
+MOST_DRAWN = 2_000_000
 # No pool has so many experts.
 MANY = 2**30
 
@@ -373,9 +375,11 @@ class Result:
         """
         arrays = {n: np.atleast_1d(np.asarray(v, dtype=float)) for n, v in variables.items()}
         parts: list[Array] = []
+        points = len(next(iter(arrays.values())))
         for form in self.forms if forms is None else forms:
             count = len(form.posterior.parameters)
-            some = np.linspace(0, count - 1, max(round(form.weight * count), 1)).astype(int)
+            share = form.weight * min(MOST_DRAWN / (count * points), 1)
+            some = np.linspace(0, count - 1, max(round(share * count), 1)).astype(int)
             parameters = form.posterior.parameters[some]
             losses = _losses(form.law, parameters, arrays)
             random = np.random.default_rng(len(parts) + 1)
@@ -468,11 +472,14 @@ class Result:
 
 def _losses(law: Law, parameters: Array, variables: Mapping[str, Array]) -> Array:
     """Losses (draws, points) at each row of parameters; terms without weight are 0."""
-    linear = len(law.linear)
     chosen = {name: variables[name] for name in law.levels}
+    named = dict(zip(law.parameters, parameters.T[:, :, None], strict=True))
+    total = np.zeros((len(parameters), len(next(iter(chosen.values())))))
     with np.errstate(divide="ignore", invalid="ignore"):
-        terms = columns_of(law, chosen, parameters[:, linear:]) * parameters[:, None, :linear]
-    return np.asarray(np.where(parameters[:, None, :linear] == 0, 0.0, terms).sum(axis=2))
+        columns = law.basis(**chosen, **{name: named[name] for name in law.nonlinear})
+        for name, column in zip(law.linear, columns, strict=True):
+            total += np.where(named[name] == 0, 0.0, column * named[name])
+    return total
 
 
 def _ends(draws: Array, level: float) -> Any:
