@@ -431,6 +431,14 @@ def test_a_synthetic_source_runs_dry_with_a_message(tmp_path, monkeypatch):
 GOOD = '{"prompt": "a", "response": "b"}'
 
 
+def test_turns_may_be_json_text_as_in_csv(tmp_path):
+    turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+    document = only_document(tmp_path, {"messages": json.dumps(turns)})
+    assert document == only_document(tmp_path, {"messages": turns})
+    wrong = {"files": [written(tmp_path / "a.json", [{"messages": "[half"}])]}
+    assert "'messages' must be a list of messages, not '[half'" in refusal(tmp_path, wrong)
+
+
 def test_a_folders_links_are_followed_and_lead_somewhere(tmp_path):
     (tmp_path / "there").mkdir()
     written(tmp_path / "there" / "a.jsonl", records(3))

@@ -12,6 +12,7 @@ import reprlib
 import sys
 import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -160,6 +161,9 @@ def _turns(value: Any, column: str, role: str | None = None) -> list[Message]:
     """The turns of a column. Plain text is a single turn of ``role``."""
     if role is not None and not isinstance(value, list):
         return [{"role": role, "content": _text(value, column)}]
+    if isinstance(value, str) and value.lstrip().startswith("["):  # in CSV, a list is its JSON text
+        with suppress(ValueError, RecursionError):
+            value = json.loads(value)
     if not isinstance(value, list) or not all(isinstance(turn, dict) for turn in value):
         raise ValueError(f"{column!r} must be a list of messages, not {reprlib.repr(value)}")
     if not value:
