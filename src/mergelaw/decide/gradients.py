@@ -10,7 +10,7 @@ merge that is a combination of columns can be predicted (``decide.predict``).
 import json
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
 from itertools import combinations
@@ -68,7 +68,8 @@ class Block:
 
     ``gradients``, (M + 1, domains, columns), are inner products with the gradients, ``vectors``,
     (M, columns), with the task vectors, ``squares`` with each other, (columns, columns), or of each
-    candidate with itself, (columns,).
+    candidate with itself, (columns,). ``merges`` is the number of candidates. With ``keep``
+    columns are made once and stay in memory.
     """
 
     def __init__(self, method: Method, vectors: Sequence[Prepared], subsets: Subsets, domains: int):
@@ -79,14 +80,19 @@ class Block:
         self.gradients = np.zeros((M + 1, domains, size))
         self.vectors = np.zeros((M, size))
         self.squares = np.zeros(size if elects else (size, size))
+        self.keep, self.merges, self.columns = False, len(self._members or ()), size
+        self._kept: dict[tuple[str, int], list[tuple[slice, Tensor]]] = {}
 
-    @property
-    def merges(self) -> int:
-        """Candidate merges that are made in one pass over the tensors."""
-        return len(self._members or ())
-
-    def parts(self, name: str, part: slice, device: Any) -> Iterator[tuple[slice, "Tensor"]]:
+    def parts(self, name: str, part: slice, device: Any) -> Iterable[tuple[slice, "Tensor"]]:
         """Rows of columns' elements, some columns at a time, and which columns these are."""
+        if not self.keep:
+            return self._make(name, part, device)
+        place = name, part.start
+        if place not in self._kept:
+            self._kept[place] = list(self._make(name, part, device))
+        return self._kept[place]
+
+    def _make(self, name: str, part: slice, device: Any) -> Iterator[tuple[slice, "Tensor"]]:
         import torch
 
         from mergelaw.merging import kernels
@@ -174,7 +180,8 @@ def write(
     room, plain = memory_for_vectors(model.device), TaskArithmetic(normalize=False)
     with Merger(model, base, pool, plain, room) as merger, Gradients(model, merger) as gradients:
         blocks = _blocks(recipe["methods"], pool, len(sets), cache, gradients)
-        losses, steps, facts = _measure(gradients, documents, pool, blocks, room)
+        left = memory_for_vectors(model.device)
+        losses, steps, facts = _measure(gradients, documents, pool, blocks, left)
     about = {"experts": experts, "domains": list(sets), "methods": recipe["methods"]}
     arrays = {"losses": losses, "steps": steps, "subsets": candidates(len(experts))}
     for name, block in blocks.items():
@@ -220,8 +227,12 @@ def _measure(
     steps = np.where(np.isfinite(steps) & (steps > 0), steps, STEP)
     size = sum(parameter.numel() for parameter in merger.parameters.values())
     domains, losses = list(documents), np.zeros((M + 1, len(documents)))
-    together = max(min(len(domains), room // (4 * size)), 1)  # domains whose gradients are held
-    seconds, made = {"gradients": 0.0, "columns": 0.0}, 0
+    together = max(min(len(domains), room // (8 * size)), 1)  # domains whose gradients are held
+    left = room // 2
+    for block in blocks.values():
+        block.keep = 4 * size * block.columns <= left
+        left -= 4 * size * block.columns * block.keep
+    seconds, passes = {"gradients": 0.0, "columns": 0.0}, 0
     for point in range(M + 1):
         weights = np.full(M, 1 / M)
         weights[point - 1] += steps[point - 1] if point else 0.0
@@ -234,14 +245,14 @@ def _measure(
             _add_products(gradients, blocks, point, part, with_norms=point == start == 0)
             seconds["gradients"] += middle - started
             seconds["columns"] += time.perf_counter() - middle
-            made += sum(block.merges for block in blocks.values())
+            passes += 1
             where = (
                 "the mean of all experts" if not point else f"a step towards {experts[point - 1]}"
             )
             _check_finite(losses[point], blocks, point, domains[part], part, where)
     facts = {
         "forward_passes": BACKWARD * (M + 1),
-        "merged_differences": made,
+        "merged_differences": sum(b.merges * (1 if b.keep else passes) for b in blocks.values()),
         "seconds": {name: round(value, 1) for name, value in seconds.items()},
     }
     return losses, steps, facts
