@@ -91,6 +91,20 @@ def test_given_the_nonlinear_parameters_the_coefficients_are_statsmodels():
 # ---- noise
 
 
+def test_robust_intervals_are_those_of_hubers_sandwich():
+    """With losses that hardly vary logarithms are linear, so statsmodels has the answer."""
+    k = np.arange(1, 61)
+    noise = 1e-3 * np.random.default_rng(3).standard_normal(60)
+    noise[[7, 30]] += 0.02
+    table = {"k": k, "ce": 0.8 + 0.01 / k + noise}
+    book = sm.RLM(table["ce"], sm.add_constant(1 / k), sm.robust.norms.HuberT()).fit(cov="H1")
+    fitted = fit(INVERSE_FIXED_N, table, robust=True)
+    assert fitted.parameters["L_inf"] == pytest.approx(book.params[0], abs=2e-5)
+    low, high = fitted.interval("L_inf")
+    expected = 2 * stats.t.ppf(0.95, 58) * book.bse[0]
+    assert high - low == pytest.approx(expected, rel=0.05)
+
+
 def test_equal_errors_are_no_weights():
     table = noisy(2)
     plain = fit(MERGING_FIXED_N, table)

@@ -23,7 +23,7 @@ from mergelaw.laws.projection import Problem, State
 from mergelaw.laws.result import LEVEL, POOL, Solution, free_parameters
 from mergelaw.laws.summary import fit_text
 
-# Rounds of robust or relative weights at most.
+# Rounds of robust weights at most.
 REWEIGHTED = 50
 
 
@@ -97,7 +97,6 @@ def fit(
     scatter: float | None = None,
     jackknife: Sequence[pd.DataFrame] = (),
     robust: bool = False,
-    relative: bool = False,
 ) -> Fit:
     """Fit a law by generalised least squares; no starting values are needed.
 
@@ -118,8 +117,8 @@ def fit(
             residuals, which needs more points than parameters, the scatter also from a prior.
         jackknife: for intervals about experts like these, one table per expert: some of the rows,
             with the losses without that expert.
-        robust: points far off the law get less weight (Huber 1964, its scale from the median).
-        relative: the law's error at a point is a share of the loss, as if logarithms were fitted.
+        robust: as if logarithms were fitted, points far off the law get less weight (Huber 1964,
+            its scale from the median); intervals are those of Huber's sandwich (1973).
 
     Raises:
         MergelawError: missing or impossible values, or too few points or levels of a variable.
@@ -142,33 +141,25 @@ def fit(
     once = partial(_fitted, law, ordered, loss[order], noise, misfit, scatter)
     once = partial(once, documents=factor, order=np.argsort(order), jackknife=jackknife)
     fitted = once()
-    return _reweighted(fitted, once, robust, relative) if robust or relative else fitted
+    return _reweighted(fitted, once) if robust else fitted
 
 
-def _reweighted(fitted: Fit, once: Callable[..., Fit], robust: bool, relative: bool) -> Fit:
+def _reweighted(fitted: Fit, once: Callable[..., Fit]) -> Fit:
     """The fit repeated with weights from its own residuals, until these stay the same."""
+    from statsmodels.robust.norms import HuberT
+    from statsmodels.robust.scale import mad
+
     scale = np.ones(len(fitted.loss))
     for _ in range(REWEIGHTED):
-        weights = _weights(fitted, robust, relative)
+        share = fitted.solution.shares
+        residuals = fitted.solution.residuals / share
+        deviation = max(float(mad(residuals, center=0)), fitted.solution.errors.least)
+        weights = np.sqrt(HuberT().weights(residuals / deviation)) / share
         if np.abs(weights - scale).max() < 1e-6:
             break
         scale = weights
         fitted = once(near=fitted.solution.state.theta, scale=scale)
     return fitted
-
-
-def _weights(fitted: Fit, robust: bool, relative: bool) -> Array:
-    """Square roots of the points' weights."""
-    from statsmodels.robust.norms import HuberT
-    from statsmodels.robust.scale import mad
-
-    predicted = fitted.loss - fitted.solution.residuals
-    scale = float(np.mean(predicted)) / predicted if relative else np.ones(len(predicted))
-    if robust:
-        residuals = fitted.solution.residuals * scale
-        deviation = max(float(mad(residuals, center=0)), fitted.solution.errors.least)
-        scale = scale * np.sqrt(HuberT().weights(residuals / deviation))
-    return scale
 
 
 def fit_points(law: Law, points: pd.DataFrame, misfit: float | None = None) -> Fit:

@@ -16,7 +16,6 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.linalg import solve_triangular
 from scipy.special import chdtri, expit, gammaln, log_expit, logit, logsumexp, ndtri
-from scipy.stats import qmc
 
 from mergelaw.laws.covariance import Errors, inverse_roots
 from mergelaw.laws.law import Array, Law
@@ -271,8 +270,15 @@ def _sampled(space: _Space, centre: Array, root: Array) -> tuple[Array, Array, A
 
 @cache
 def _standard_t(size: int) -> Array:
-    """Quasi-random draws of a multivariate Student's t, (all rounds' proposals, size)."""
-    uniform = qmc.Sobol(size + 1, rng=np.random.default_rng(0)).random(ROUNDS * PROPOSALS)
+    """Quasi-random draws of a multivariate Student's t, (all rounds' proposals, size).
+
+    They are multiples of powers of the generalised golden ratio, modulo 1 (Roberts 2018).
+    """
+    ratio = 2.0
+    for _ in range(40):
+        ratio = (1 + ratio) ** (1 / (size + 2))
+    steps = np.arange(ROUNDS * PROPOSALS)[:, None] + 1
+    uniform = (0.5 + steps * ratio ** -np.arange(1.0, size + 2)) % 1
     stretch = np.sqrt(TAIL / chdtri(TAIL, uniform[:, :1]))
     draws: Array = ndtri(uniform[:, 1:]) * stretch
     return draws

@@ -3,7 +3,7 @@
 import bisect
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -28,6 +28,8 @@ EXPERTS = "experts like these on this evaluation set"
 # Standard deviation of the gain that is still to come at infinity, as a share of it: forms that fit
 # the measured k alike differ so much. At k it is smaller, by 1 - K/k for the largest measured K.
 FURTHER = 0.5
+# A point with a larger weight is not far off.
+WHOLE = 0.999
 # Draws at many points are fewer: so many losses in all.
 MOST_DRAWN = 2_000_000
 # No pool has so many experts.
@@ -75,6 +77,22 @@ class Solution:
     def untested(self) -> bool:
         """True with as many parameters as points: nothing tells the misfit, if it is not given."""
         return self.fixed[0] is None and len(self.loss) <= len(self.problem.law.parameters)
+
+    @property
+    def shares(self) -> Array:
+        """Fitted losses in units of their mean."""
+        predicted = self.loss - self.residuals
+        return np.asarray(predicted / predicted.mean())
+
+    @property
+    def sandwich(self) -> float:
+        """Errors of a robust fit by Huber's sandwich (1973), relative to those by weights alone."""
+        if (self.errors.scale == 1).all():
+            return 1.0
+        weights = (self.errors.scale * self.shares) ** 2
+        residuals, inside = self.residuals / self.shares, float(np.mean(weights > WHOLE))
+        ratio = float(np.sum((weights * residuals) ** 2) / np.sum(weights * residuals**2))
+        return math.sqrt(ratio * float(np.mean(weights))) / inside if inside else 1.0
 
     @cached_property
     def tangent(self) -> Array:
@@ -189,7 +207,7 @@ class Result:
             return None
         unit = solution.misfit if problem.whiten is None else 1.0
         influence = solution.influence[len(self.law.linear) :] * unit
-        return draw(
+        drawn = draw(
             self.law,
             problem.variables,
             solution.loss,
@@ -200,6 +218,14 @@ class Result:
             misfit=solution.misfit if solution.untested else solution.fixed[0],
             scatter=solution.fixed[1],
         )
+        if drawn is None or solution.sandwich == 1:
+            return drawn
+        centre = np.array(list(self.parameters.values()))
+        values = centre + solution.sandwich * (drawn.parameters - centre)
+        least = np.where(problem.signed, -math.inf, 0.0)
+        most = np.full(len(least), math.inf)
+        bounds = np.append(least, problem.lower), np.append(most, problem.upper)
+        return replace(drawn, parameters=np.clip(values, *bounds))
 
     @property
     def forms(self) -> tuple[Form, ...]:
