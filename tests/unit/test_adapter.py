@@ -15,6 +15,7 @@ from mergelaw.merging.methods import method_of
 from mergelaw.merging.task_vector import TaskVector
 from mergelaw.models import hub
 from mergelaw.models.checkpoint import ADAPTER_CONFIG, ADAPTER_WEIGHTS, Tensors
+from mergelaw.models.inspect import inspect_expert
 
 BASES = {
     "tied": {"tied": True, "dtype": "float32"},
@@ -223,14 +224,16 @@ def test_a_broken_configuration_is_named(tmp_path, bases, plain, text):
     [
         ({"target_modules": ["q_proj", "embed_tokens"]}, ["embed_tokens' alone", "ties"]),
         ({"target_modules": ["q_proj", "lm_head"]}, ["lm_head' alone", "ties"]),
-        ({"modules_to_save": ["embed_tokens"]}, ["lm_head.weight", "tensor of its own"]),
-        ({"modules_to_save": ["lm_head"]}, ["lm_head.weight", "tensor of its own"]),
+        ({"modules_to_save": ["embed_tokens"]}, ["embed_tokens' alone", "ties"]),
+        ({"modules_to_save": ["lm_head"]}, ["lm_head' alone", "ties"]),
     ],
 )
 def test_half_of_what_the_base_ties_cannot_be_changed(tmp_path, bases, config, words):
     config = {"target_modules": ATTENTION, **config}
     adapter = models.write_adapter(bases["tied"], tmp_path / "adapter", **config)
     refused(bases["tied"], adapter, tmp_path / "vector", *words)
+    with pytest.raises(MergelawError, match="' alone, but the base ties"):  # before a run too
+        inspect_expert(adapter, bases["tied"])
 
 
 def edit(adapter, change):

@@ -211,14 +211,17 @@ def check_ties(wrapped: Any, ends: tuple[Any, Any], folder: Path) -> None:
     """Refuse an adapter of only the embedding or only the head if the base ties the two."""
     from peft.tuners.trainable_tokens import TrainableTokensLayer
     from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils import ModulesToSaveWrapper
 
     if ends[1] is None or ends[0].weight is not ends[1].weight:
         return
+    saved = [m for m in wrapped.modules() if isinstance(m, ModulesToSaveWrapper)]
+    alone = [module for module in saved if module.original_module in ends]
     for name, module in wrapped.named_modules():
         adapted = isinstance(module, BaseTunerLayer) and not isinstance(
             module, TrainableTokensLayer
         )
-        if adapted and module.get_base_layer() in ends:
+        if (adapted and module.get_base_layer() in ends) or [module] == alone:
             raise MergelawError(
                 f"{folder}: changes {name.removeprefix('base_model.model.')!r} alone, but the base "
                 f"ties embedding and head; {UNTIE}"
