@@ -54,7 +54,7 @@ def changed(before: Study, after: Study) -> set[str]:
     return {a.folder for a in after.known.values() if paths[a.folder] != a.path}
 
 
-MEASURED = {"evals/tiny/average/s0-000", "laws/study", "reports/study"}
+MEASURED = {"evals/tiny/average/s0-000", "gradients/tiny/s0", "laws/study", "reports/study"}
 CHECKS = {"checks/overlap", "checks/calibration-overlap"}
 
 

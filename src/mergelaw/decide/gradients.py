@@ -113,8 +113,8 @@ class Block:
     def add_norms(self, columns: slice, rows: "Tensor", vectors: "Tensor") -> None:
         """Add a slice's products of columns with the task vectors and with themselves."""
         self.vectors[:, columns] += (vectors @ rows.T).double().cpu().numpy()
-        own = rows @ rows.T if self._members is None else (rows**2).sum(dim=1)
-        self.squares[columns] += own.double().cpu().numpy()
+        squares = rows @ rows.T if self._members is None else (rows**2).sum(dim=1)
+        self.squares[columns] += squares.double().cpu().numpy()
 
 
 class Gradients(ExitStack):

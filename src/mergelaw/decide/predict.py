@@ -107,13 +107,13 @@ class Process:
         """Means and standard deviations, (C, sums), of weighted sums; shares: (outputs, sums)."""
         flat, bent = self._terms(features)
         scaled = features / self._scale
-        own = (scaled**2).sum(axis=1)
+        lengths = (scaled**2).sum(axis=1)
         mean = square = np.zeros((len(features), shares.shape[1]))
         for chance, variance, inverse, weights, covariance in zip(
             self._chances, VARIANCES, self._inverses, self._weights, self._covariances, strict=True
         ):
             kernel = FLAT * flat + variance * bent
-            prior = FLAT * (1 + scaled[:, -1] ** 2) + variance * (own + own**2)
+            prior = FLAT * (1 + scaled[:, -1] ** 2) + variance * (lengths + lengths**2)
             explained = ((kernel @ inverse) * kernel).sum(axis=1)
             factor = 1 + np.maximum(prior - explained, 0)
             spread = np.einsum("ds,de,es->s", shares, covariance, shares)
@@ -249,14 +249,14 @@ class Expansion:
                 self._row.get((row != 0).tobytes(), -1) if same else -1
                 for row, same in zip(weights, equal, strict=True)
             ]
-            slopes, inner, own = products[:, :, rows], vectors.T[rows], squares[rows]
+            slopes, inner, norms = products[:, :, rows], vectors.T[rows], squares[rows]
             missing = np.array(rows) < 0
         else:
             slopes, inner = products @ columns.T, columns @ vectors.T
-            own = np.einsum("cm,mn,cn->c", columns, squares, columns)
+            norms = np.einsum("cm,mn,cn->c", columns, squares, columns)
             missing = np.zeros(len(weights), dtype=bool)
         mean = self._gram.mean(axis=1)
-        apart = own - 2 * inner.mean(axis=1) + mean.mean()  # |D - vbar|^2
+        apart = norms - 2 * inner.mean(axis=1) + mean.mean()  # |D - vbar|^2
         c = columns - 1 / len(self.experts) if in_span else (inner - mean) @ self._inverse
         rest = np.zeros(len(c)) if in_span else apart - ((inner - mean) * c).sum(axis=1)
         along = slopes - self._mean_slopes[:, :, None]  # products with D - vbar: point, domain, C
@@ -314,13 +314,13 @@ class _Prediction:
 
 def coefficients(method: Method, weights: Array) -> Array:
     """Coefficients of the experts' values, (C, M), in merges with these weights."""
-    made = np.zeros(weights.shape)
-    for row, values in zip(made, weights, strict=True):
+    columns = np.zeros(weights.shape)
+    for row, values in zip(columns, weights, strict=True):
         members = np.flatnonzero(values)
         rule = method.rule(values[members].tolist())
         shares = np.asarray(rule.weights) * rule.scale
         row[members] = shares / np.sum(rule.weights) if rule.elect else shares
-    return made
+    return columns
 
 
 def predictor(
