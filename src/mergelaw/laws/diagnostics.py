@@ -21,7 +21,7 @@ from mergelaw.laws.result import Form, Result
 # more than EXCLUDED.
 CLEARLY, EXCLUDED = 4, 10
 # Forms with a higher AICc, relative to the best, are not integrated over.
-IMPOSSIBLE = 20
+IMPOSSIBLE = 14
 # Residuals have too few runs, and a point is an outlier, if chance makes them so with a lower
 # probability than this.
 UNLIKELY = 0.05

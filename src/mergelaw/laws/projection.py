@@ -20,6 +20,8 @@ from mergelaw.laws.law import Array, Law
 POINTS_OF_GRID = 300
 # Columns are well posed if the part of each orthogonal to the others is longer than this.
 WELL_POSED = 1e-8
+# Descents that are nearer to each other than this have the same end.
+NEAR = 0.03
 # Keeps normal equations solvable where two columns of the basis are the same.
 RIDGE = 1e-12
 # Length of complex steps, which have no rounding error.
@@ -134,7 +136,7 @@ class Problem:
         q = state.orthonormal
         return slopes - q @ (q.T @ slopes)
 
-    def descend(self, state: State, enough: float = 1e-13) -> State:
+    def descend(self, state: State, enough: float = 1e-10) -> State:
         """Minimise by Levenberg-Marquardt with bounds as an active set.
 
         The search ends when a step reduces the squares by less than a share ``enough``.
@@ -195,11 +197,12 @@ class Problem:
             lowest &= table[inner] <= np.roll(table, -1, axis)[inner]
         starts.update(np.flatnonzero(lowest))
         rough = [self.descend(self.project(grid[start]), 1e-3) for start in sorted(starts)]
-        # Starts that end near each other go on together.
+        # Starts that end near each other go on together, those far above the best do not.
         rough.sort(key=lambda state: state.squares)
-        kept = [rough[0]]
+        kept = rough[:1]
         for state in rough[1:]:
-            if all(np.abs(state.theta - k.theta).max() > 1e-3 for k in kept):
+            apart = all(np.abs(state.theta - other.theta).max() > NEAR for other in kept)
+            if apart and state.squares < 2 * rough[0].squares:
                 kept.append(state)
         return min((self.descend(state) for state in kept), key=lambda state: state.squares)
 
