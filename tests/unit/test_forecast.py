@@ -184,7 +184,7 @@ def test_sizes_that_cannot_be_are_refused():
         ({"N": -1.0}, "billions"),
         ({"N": 28e9}, "billions"),
         ({"base": "0.5B"}, "no smaller base"),
-        ({"base": "1.5B"}, "3 different values of N"),
+        ({"base": "1.5B"}, "3 sizes N of bases"),
     ):
         with pytest.raises(MergelawError, match=message):
             forecast(study(), "size", **given_)

@@ -146,7 +146,7 @@ def test_noise_on_a_flat_profile_is_named():
         ({"ce": [1.0, -0.1, 0.9, 0.8]}, "above 0"),
         ({"k": [0, 1, 2, 3]}, "above 0"),
         ({"k": [0.5, 1, 2, 3]}, "k >= 1"),
-        ({"k": [1, 1, 2, 2]}, "3 different values of k"),
+        ({"k": [1, 1, 2, 2]}, "3 numbers of experts k"),
         ({"k": [1, 2, 3], "ce": None}, "column ce"),
         ({"N": [1.0, 1.0, 1.0, 2.0]}, "one value of N"),
     ],
@@ -161,9 +161,9 @@ def test_bad_tables_are_one_line(change, message):
 
 def test_too_few_sizes_or_points_for_the_joint_law():
     truth = {"L_star": 1.0, "B": 0.1, "A0": 0.2, "beta": 0.5, "gamma": 0.1, "b": 0.0}
-    with pytest.raises(MergelawError, match="3 different values of N"):
+    with pytest.raises(MergelawError, match="3 sizes N of bases"):
         fit(MERGING, grid(MERGING, truth, sizes=[1, 2]))
-    with pytest.raises(MergelawError, match="6 parameters and the table 5"):
+    with pytest.raises(MergelawError, match="needs 6 points, one for each parameter, and 5 are"):
         fit(MERGING, {"N": [1, 2, 3, 1, 1], "k": [1, 1, 1, 2, 3], "ce": [1.3, 1.2, 1.1, 1.2, 1.1]})
     with pytest.raises(MergelawError, match="above 0"):
         fit(MERGING, {**grid(MERGING, truth), "N": -grid(MERGING, truth)["N"]})

@@ -275,7 +275,7 @@ def test_a_budget_that_buys_nothing_and_other_bad_questions_are_refused():
             budget(Curve(points, 3.0, law=MERGING), 4, costs, **arguments)
     with pytest.raises(MergelawError, match="no base larger"):
         budget(Curve(points, 14.0, law=MERGING), 4, costs)
-    with pytest.raises(MergelawError, match="3 different values of N"):
+    with pytest.raises(MergelawError, match="3 sizes N of bases"):
         budget(Curve(points[points["N"] <= 1.5], 0.5, law=MERGING), 4, costs)
 
 

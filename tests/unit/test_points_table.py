@@ -165,8 +165,8 @@ def test_the_command_prints_and_keeps(tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("table", "message"),
     [
-        (grid(levels=[2]), "3 different values of k"),
-        (grid(sizes=[7], levels=[1, 2]), "3 different values of k, the table has 2"),
+        (grid(levels=[2]), "3 numbers of experts k"),
+        (grid(sizes=[7], levels=[1, 2]), "3 numbers of experts k, and 2 are measured"),
     ],
 )
 def test_what_cannot_be_fitted_at_all_is_one_line(tmp_path, monkeypatch, capsys, table, message):
@@ -178,7 +178,7 @@ def test_what_cannot_be_fitted_at_all_is_one_line(tmp_path, monkeypatch, capsys,
 def test_one_size_is_fitted_and_the_joint_law_is_not(tmp_path, monkeypatch, capsys):
     run(monkeypatch, "--points", saved(grid(sizes=[7]), tmp_path))
     printed = capsys.readouterr().out
-    assert "L_inf" in printed and "3 different values of N" in printed
+    assert "L_inf" in printed and "3 sizes N of bases" in printed
 
 
 def test_an_index_that_parquet_keeps_is_columns_or_nothing(tmp_path):

@@ -179,7 +179,7 @@ def test_a_study_of_one_size_has_a_report_without_joint_law(tmp_path):
     assert {fit["law"] for fit in laws["fits"]} == {"merging_fixed_N"}
     write_report(tmp_path / "laws", rows, tmp_path / "report", title="One size", facts={})
     page = (tmp_path / "report/report.html").read_text()
-    assert "needs 3 different values of N" in page
+    assert "needs 3 sizes N of bases" in page
 
 
 def test_two_families_are_drawn_apart(tmp_path):

@@ -12,7 +12,16 @@ from scipy.special import logsumexp, ndtr, stdtr
 
 from mergelaw.errors import MergelawError
 from mergelaw.laws.covariance import TYPICAL_SCATTER
-from mergelaw.laws.law import FLAT, INTERFERENCE, INTERFERENCE_FIXED_N, NESTED, RIVALS, Array, Law
+from mergelaw.laws.law import (
+    FLAT,
+    INTERFERENCE,
+    INTERFERENCE_FIXED_N,
+    LAWS,
+    NESTED,
+    RIVALS,
+    Array,
+    Law,
+)
 from mergelaw.laws.notes import Note
 from mergelaw.laws.projection import ROUNDING
 from mergelaw.laws.result import Form, Result
@@ -277,8 +286,8 @@ def _failures(fitted: Diagnostics) -> Iterable[str]:
     flat = fitted.refit(FLAT[law.name])
     if not best < flat.aicc and math.isfinite(best):
         yield (
-            "the points do not show that the loss falls with k: a constant is as good "
-            f"(AICc {flat.aicc - best:+.1f})"
+            "no gain from more experts is seen: a loss that stays the same with k fits the points "
+            "as well; compare the measured losses"
         )
     first = fitted._rival_fits[0]
     if not best - first.aicc > EXCLUDED:
@@ -286,8 +295,9 @@ def _failures(fitted: Diagnostics) -> Iterable[str]:
     mine, other = fitted._left_out_error("k"), first._left_out_error("k")
     if other < mine:
         yield (
-            f"law {first.law.name} excludes it (AICc lower by {best - first.aicc:.1f}) and misses "
-            f"the largest k by {other:.2g} nats where it misses it by {mine:.2g}"
+            f"the points exclude it: the form {_form(first.law)} fits them far better (AICc lower "
+            f"by {best - first.aicc:.1f}) and misses the largest k by {other:.2g} nats instead of "
+            f"{mine:.2g}"
         )
 
 
@@ -359,8 +369,8 @@ def _on_sizes(fitted: Diagnostics) -> Iterable[Note]:
         yield Note(
             "scatter_prior",
             f"{len(sizes)} sizes hardly show how far bases scatter around the law: intervals use "
-            f"a prior, typically {TYPICAL_SCATTER:.0%} of the losses' range over N "
-            f"({fitted.solution.errors.typical:.2g} nats); add sizes to narrow them",
+            f"a prior, typically {TYPICAL_SCATTER:.0%} of the losses' range over N; add sizes to "
+            "narrow them",
         )
 
 
@@ -389,8 +399,8 @@ def _doubts(fitted: Diagnostics) -> Iterable[Note]:
     if first.aicc < aicc - CLEARLY:
         yield Note(
             "better_rival",
-            f"law {first.law.name} describes the points better (AICc lower by "
-            f"{aicc - first.aicc:.1f}): intervals of forecasts include it",
+            f"the form {_form(first.law)} fits the points better (AICc lower by "
+            f"{aicc - first.aicc:.1f}): forecasts and their intervals include it",
         )
     for name, forecast in fitted.holdout.items():
         if forecast["held"] is False:
@@ -401,18 +411,23 @@ def _doubts(fitted: Diagnostics) -> Iterable[Note]:
             )
             yield Note(
                 "holdout",
-                f"with {name} = {forecast['value']:g} held out, the law misses it by "
-                f"{forecast['error']:.2g} nats{same}, more than its interval: do not forecast "
-                f"larger {name} with this law",
+                f"with {name} = {forecast['value']:g} held out, its forecast misses by "
+                f"{forecast['error']:.2g} nats{same}, more than its 95% interval: distrust "
+                f"forecasts of larger {name}",
             )
     sign_runs = fitted.runs
     if sign_runs is not None and sign_runs["p"] < UNLIKELY:
         yield Note(
             "runs",
-            f"residuals keep their sign: {sign_runs['found']:g} runs, about "
-            f"{sign_runs['expected']:.1f} expected; the law's form misses something, compare its "
-            "rivals",
+            f"the points lie off the law in a row, not at random ({sign_runs['found']:g} runs of "
+            f"one side, about {sign_runs['expected']:.0f} expected): the law misses something",
         )
+
+
+def _form(law: Law) -> str:
+    """The law's form in k with its name, as in "power (A k^-a)"."""
+    terms = law.equation.split(" + ", 2 if "N" in law.levels else 1)[-1]
+    return f"{law.name.removesuffix('_fixed_N')} ({terms})"
 
 
 def or_none(value: float) -> float | None:

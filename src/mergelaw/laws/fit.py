@@ -23,6 +23,11 @@ from mergelaw.laws.projection import Problem, State
 from mergelaw.laws.result import LEVEL, POOL, Solution, free_parameters
 from mergelaw.laws.summary import fit_text
 
+# What a law needs several of, and what to do if there are too few.
+WANTED = {
+    "N": ("sizes N of bases", "add bases; every base has a law of its own"),
+    "k": ("numbers of experts k", "measure merges of other k, or train more experts"),
+}
 # Rounds of robust weights at most.
 REWEIGHTED = 50
 
@@ -351,13 +356,18 @@ def _check_levels(law: Law, variables: Mapping[str, Array], loss: Array) -> None
     for name, levels in law.levels.items():
         distinct = np.unique(variables[name])
         if len(distinct) < levels:
-            listed = ", ".join(f"{value:g}" for value in distinct)
+            listed = ", ".join(f"{value:.4g}" for value in distinct)
+            what, more = WANTED.get(name, (f"values of {name}", f"measure more values of {name}"))
             raise MergelawError(
-                f"law {law.name} needs {levels} different values of {name}, the table has "
-                f"{len(distinct)} ({listed}): measure more, or fit a law without {name}"
+                f"{_kind(law)} needs {levels} {what}, and {len(distinct)} "
+                f"{'is' if len(distinct) == 1 else 'are'} measured ({listed}): {more}"
             )
     if len(loss) < len(law.parameters):
         raise MergelawError(
-            f"law {law.name} has {len(law.parameters)} parameters and the table {len(loss)} "
-            "points: measure more levels of " + " or ".join(law.levels)
+            f"{_kind(law)} needs {len(law.parameters)} points, one for each parameter, and "
+            f"{len(loss)} are measured: measure more levels of " + " or ".join(law.levels)
         )
+
+
+def _kind(law: Law) -> str:
+    return "a law over sizes" if "N" in law.levels else "a law of one base"

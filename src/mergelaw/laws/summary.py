@@ -1,17 +1,30 @@
 """Text of fits and studies, from the values that laws.json holds."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
-from mergelaw.laws.law import LAWS, VARIANCE
+from mergelaw.laws.law import LAWS, MERGING, VARIANCE
 from mergelaw.laws.points import MACRO
 
+# The state of a law, in a sentence.
+STATES = {"holds": "holds", "doubtful": "is doubtful", "fails": "fails"}
+# Names are listed if they are at most so many, else counted.
+FEW = 4
+# A warning of at least so many fits is given once for all of them.
+REPEATED = 3
 
-def fit_text(fit: Mapping[str, Any], equation: str) -> str:
-    """One fit, as values of ``Fit.to_dict``: parameters, quality, hold-out, rivals and warnings."""
+
+def fit_text(fit: Mapping[str, Any], equation: str, skip: Collection[str] = ()) -> str:
+    """One fit, as values of ``Fit.to_dict``: verdict, parameters, quality, forms and warnings.
+
+    ``skip`` holds warnings that are given elsewhere.
+    """
     width = max(map(len, fit["parameters"]))
-    lines = [equation, f"  The law {verdict_text(fit['verdict'])}."]
+    state, reasons = fit["verdict"]["state"], fit["verdict"]["reasons"]
+    lines = [equation, f"  The law {STATES[state]}{':' if reasons else '.'}"]
+    lines += [f"  - {reason}" for reason in reasons]
     for name, value in fit["parameters"].items():
         ends = [
             interval(fit[kind][name])
@@ -34,34 +47,28 @@ def fit_text(fit: Mapping[str, Any], equation: str) -> str:
             f"  with {name} = {forecast['value']:g} held out, the law misses it by "
             f"{forecast['error']:.3g} nats{suffix}"
         )
-    rivals = [rival for rival in fit["rivals"] if rival["above"] is not None]
-    if len(fit["rivals"]) > 1 and fit["aicc"] is not None:
-        ranking = ", ".join(f"{rival['law']} {rival['above']:+.1f}" for rival in rivals)
-        lines.append(f"  AICc above the best: {ranking}")
-        forms = ", ".join(
-            f"{rival['law']} {_number(rival['weight'], '.0%')}"
-            for rival in fit["rivals"]
-            if rival["weight"]
-        )
-        errors = ", ".join(
-            f"{rival['law']} {_number(rival['loo'])} / {_number(rival['left_out'])}"
-            for rival in rivals
-        )
-        lines.append(f"  errors with one point / the largest k left out: {errors}")
-        lines.append(f"  share in forecasts: {forms}") if forms else None
-    return "\n".join([*lines, *(f"  ! {text}" for text in (*fit["warnings"], *fit["doubts"]))])
+    if len(fit["rivals"]) > 1:
+        lines += _forms(fit["rivals"])
+    warnings = [text for text in fit["warnings"] if text not in skip]
+    if state == "fails":  # a law that is only doubtful has its doubts as reasons
+        warnings += fit["doubts"]
+    return "\n".join([*lines, *(f"  ! {text}" for text in warnings)])
 
 
-def verdict_text(verdict: Mapping[str, Any]) -> str:
-    """A verdict in words: "holds", or "is doubtful" or "fails" with its first reason."""
-    if not verdict["reasons"]:
-        return str(verdict["state"])
-    verb = {"doubtful": "is doubtful", "fails": "fails"}[verdict["state"]]
-    return f"{verb}: {verdict['reasons'][0]}"
-
-
-def _number(value: float | None, form: str = ".2g") -> str:
-    return "-" if value is None else format(value, form)
+def _forms(rivals: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    """The forms of a law side by side: AICc, errors out of sample, share in forecasts."""
+    yield (
+        f"  {'form':<13}{'AICc':>8}{'one left out':>14}{'largest k left out':>20}"
+        f"{'share in forecasts':>20}"
+    )
+    for rival in rivals:
+        texts = [
+            "-" if rival[name] is None else format(rival[name], form)
+            for name, form in (("above", "+.1f"), ("loo", ".2g"), ("left_out", ".2g"))
+        ]
+        share = "-" if rival["weight"] is None else format(rival["weight"], ".0%")
+        form = rival["law"].removesuffix("_fixed_N")
+        yield f"  {form:<13}{texts[0]:>8}{texts[1]:>14}{texts[2]:>20}{share:>20}"
 
 
 def pooled_text(pooled: Mapping[str, Any]) -> str:
@@ -86,13 +93,24 @@ def study_text(laws: Mapping[str, Any]) -> str:
         f"measured, intervals for {kinds['experts_intervals']} follow.",
         "",
     ]
-    for heading, texts in (("Missing", laws["missing"]), ("Warnings", laws["warnings"])):
+    every = Counter((fit["law"], text) for fit in laws["fits"] for text in fit["warnings"])
+    repeated = {pair: count for pair, count in every.items() if count >= REPEATED}
+    warnings = [
+        *laws["warnings"],
+        *(
+            f"{count} fits {'over sizes' if law == MERGING.name else 'of one base'}: {text}"
+            for (law, text), count in repeated.items()
+        ),
+    ]
+    for heading, texts in (("Missing", laws["missing"]), ("Warnings", warnings)):
         if texts:
             lines += [f"{heading}:", *(f"  {text}" for text in texts), ""]
     for pooled in laws["pooled"]:
         lines += [_place(pooled, "domains together"), f"  {pooled_text(pooled)}", ""]
     for fit in sorted(laws["fits"], key=_macro_first):
-        lines += [_place(fit, fit["domain"], _base(fit)), fit_text(fit, LAWS[fit["law"]].equation)]
+        skip = [text for law, text in repeated if law == fit["law"]]
+        lines += [_place(fit, fit["domain"], _base(fit))]
+        lines += [fit_text(fit, LAWS[fit["law"]].equation, skip)]
         lines += [line for floor in fit["floors"] for line in _floor_lines(floor)]
         lines.append("")
     if laws["variances"]:
@@ -103,11 +121,25 @@ def study_text(laws: Mapping[str, Any]) -> str:
             lines.append(f"  {_place(fit, fit['domain'], _base(fit))}: {values}  R^2 = {r2:.4f}")
         lines.append("")
     if laws["refused"]:
-        lines.append("Not fitted:")
-        for fit in laws["refused"]:
-            place = _place(fit, fit["domain"], fit["base"] or "all sizes")
-            lines.append(f"  {place}: {fit['reason']}")
+        lines += ["Not fitted:", *(f"  {text}" for text in refusals(laws["refused"]))]
     return "\n".join(lines).rstrip() + "\n"
+
+
+def refusals(refused: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Fits that were not possible as sentences, one for each reason: which, and why."""
+    reasons: dict[str, list[Mapping[str, Any]]] = {}
+    for fit in refused:
+        reasons.setdefault(fit["reason"], []).append(fit)
+    sentences = []
+    for reason, fits in reasons.items():
+        names = [
+            ", ".join(listed) if len(listed) <= FEW else f"{len(listed)} {name}s"
+            for name in ("method", "base", "domain")
+            if (listed := list(dict.fromkeys(str(fit[name] or "") for fit in fits))) != [""]
+        ]
+        count = f"{len(fits)} fits" if len(fits) > 1 else "1 fit"
+        sentences.append(f"{count} ({'; '.join(names)}): {reason}" if any(names) else reason)
+    return sentences
 
 
 def _floor_lines(floor: Mapping[str, Any]) -> tuple[str, str]:

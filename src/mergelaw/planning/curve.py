@@ -25,8 +25,8 @@ class Curve:
     """Expected losses along k at one size, for one method and domain.
 
     A loss is the measured mean where the point is measured, and the law's where it is not. The law
-    is the base's own at a measured size with three levels of k, else the joint law of all sizes. A
-    law whose verdict is *fails* is not asked.
+    is the base's own at a measured size with three levels of k or if there are fewer than three
+    sizes, else the joint law of all sizes. A law whose verdict is *fails* is not asked.
 
     Args:
         points: of one method, family and domain (``points.choose``).
@@ -66,7 +66,8 @@ class Curve:
         if name is not None and law is not MERGING:
             curve = base_points(self.table, name)
             self.N, self.M = float(curve["N"].iloc[0]), int(curve["M"].iloc[0])
-            if law is not None or curve["k"].nunique() >= len(MERGING_FIXED_N.parameters):
+            levels, sizes = curve["k"].nunique(), self.table["N"].nunique()
+            if law or levels >= MERGING_FIXED_N.levels["k"] or sizes < MERGING.levels["N"]:
                 self.table, law = curve, law or MERGING_FIXED_N
         law = law or MERGING
         self.joint = law is MERGING
@@ -79,7 +80,8 @@ class Curve:
         except MergelawError as error:
             verdict = {"state": FAILS, "reasons": [str(error)]}
         self.state, self.reasons = str(verdict["state"]), tuple(map(str, verdict["reasons"]))
-        doubts = [f"the law {self._verdict}: {reason}" for reason in self.reasons]
+        verdict_text = "there is no law" if self.fitted is None else f"the law {self._verdict}"
+        doubts = [f"{verdict_text}: {reason}" for reason in self.reasons]
         self.warnings = tuple(dict.fromkeys([*doubts, *warnings]))
 
     @property
@@ -91,7 +93,7 @@ class Curve:
     def law(self) -> Fit:
         """The fit of the law. Raises MergelawError if it fails."""
         if self.fitted is None:
-            raise MergelawError(self.reasons[0])
+            raise MergelawError(f"{self.name}: there is no law: {self.reasons[0]}")
         if self.fails:
             raise MergelawError(
                 f"{self.name}: the law fails, so it says nothing of points that are not measured: "
@@ -223,11 +225,11 @@ class Curve:
 
     @property
     def text(self) -> str:
-        """The law with its parameters, its quality and its verdict."""
+        """The law with its parameters and its quality."""
         values = self.law.parameters.items()
         parameters = ", ".join(f"{name} = {value:.4g}" for name, value in values)
         quality = f"R^2 = {self.law.r2:.5f} on {self.law.n_points} points"
-        return f"{self.formula} with {parameters}, {quality}; the law {self._verdict}"
+        return f"{self.formula} with {parameters}, {quality}"
 
     @property
     def beside(self) -> str:
@@ -252,16 +254,17 @@ class Curve:
     def measured_only(self, question: str, text: str = "", k: int | None = None) -> Answer:
         """The answer where the law fails: the measured means and the best of them.
 
-        Raises MergelawError if none is measured at this size, or the law cannot be fitted.
+        Raises MergelawError if none is measured at this size.
         """
-        if self.fitted is None or not self.losses:
+        if not self.losses:
             self.law  # noqa: B018  (raises)
         best = min(self.losses, key=lambda k: self.losses[k][0])
         lowest = with_interval(*self.losses[best], self.level)
         rows = [{"k": k, "measured": loss} for k, (loss, _) in self.losses.items()]
         return self.answer(
             question,
-            f"{self.name}: {text}the law fails, so it gives no answer; the lowest measured mean is "
+            f"{self.name}: {text}{'there is no law' if self.fitted is None else 'the law fails'}, "
+            "so the measured means are all that is known; the lowest is "
             f"{lowest} at k = {best}",
             None if k is None else (k, None),
             self.reasons[0],

@@ -42,15 +42,14 @@ def rule(
         points, N, _ = at_size(points, N, base)
         sizes = [N]
     rows: list[dict[str, Any]] = []
-    warnings: list[str] = []
+    warnings: dict[str, list[str]] = {}
     for size in sizes:
-        curves, notes = _curves(points, size, level, population)
-        rows += _leads(curves, k)
-        warnings += notes
+        curves = _curves(points, size, level, population, warnings)
+        rows += _leads(curves, k, warnings)
     if not rows:
         raise MergelawError(
             "rule: no size has the curves of two methods; measure another method at the same sizes "
-            f"and k. {' '.join(warnings[:1])}"
+            f"and k{''.join(f'; {text}' for text in _grouped(warnings)[:1])}"
         )
     value, ends = None, None
     if len(rows) == 1:
@@ -70,7 +69,7 @@ def rule(
         "measured means where there are any, each method's own law elsewhere; a lead's interval "
         "adds both in quadrature, which is cautious because methods share subsets and documents",
         "each method keeps the settings that were measured (scale, density, drop rate)",
-        tuple(dict.fromkeys(warnings)),
+        _grouped(warnings),
         tuple(rows),
         population=population,
     )
@@ -83,27 +82,39 @@ def _wins(rows: Sequence[Mapping[str, Any]], level: float) -> str:
     return f"{best}; {clear} of these leads are clear at {100 * level:g}%"
 
 
+def _grouped(warnings: Mapping[str, Sequence[str]]) -> tuple[str, ...]:
+    """Each warning once, after the places that it is about."""
+    return tuple(f"{', '.join(places)}: {text}" for text, places in warnings.items())
+
+
 def _curves(
-    points: pd.DataFrame, N: float, level: float, population: str
-) -> tuple[dict[str, Curve], list[str]]:
-    """Each method's curve at one size, and warnings on them and on methods without one."""
+    points: pd.DataFrame, N: float, level: float, population: str, warnings: dict[str, list[str]]
+) -> dict[str, Curve]:
+    """Each method's curve at one size; adds warnings on methods that have none."""
     curves: dict[str, Curve] = {}
-    warnings: list[str] = []
     for method, table in points.groupby("method"):
         try:
-            curve = Curve(table, N, level=level, population=population)
+            curves[str(method)] = Curve(table, N, level=level, population=population)
         except MergelawError as error:  # the other methods can still be compared
-            warnings.append(f"{method} at N = {N:.4g}: not compared: {error}")
-            continue
-        curves[str(method)] = curve
-        warnings += [f"{method} at {curve.name}: {text}" for text in curve.warnings]
-    return curves, warnings
+            place = f"{method} at N = {N:.4g}"
+            warnings.setdefault(f"not compared: {error}", []).append(place)
+    return curves
 
 
-def _leads(curves: Mapping[str, Curve], k: int | None) -> Iterator[dict[str, Any]]:
-    """The best method and its lead over the second, at k or at each measured k of one size."""
+def _leads(
+    curves: Mapping[str, Curve], k: int | None, warnings: dict[str, list[str]]
+) -> Iterator[dict[str, Any]]:
+    """The best method and its lead over the second, at k or at each measured k of one size.
+
+    Adds warnings on the laws that are asked, which measured losses are not.
+    """
     measured = sorted({int(count) for c in curves.values() for count in c.table["k"]})
-    for count in measured if k is None else (k,):
+    levels = measured if k is None else [k]
+    for method, curve in curves.items():
+        if not set(levels) <= set(curve.losses):
+            for text in curve.warnings:
+                warnings.setdefault(text, []).append(f"{method} at {curve.name}")
+    for count in levels:
         losses = {
             method: curve.estimate(count)
             for method, curve in curves.items()

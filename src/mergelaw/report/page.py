@@ -15,6 +15,7 @@ from mergelaw.laws.diagnostics import LADDER
 from mergelaw.laws.fits import WITHIN
 from mergelaw.laws.law import MERGING, MERGING_FIXED_N
 from mergelaw.laws.points import MACRO
+from mergelaw.laws.summary import refusals
 from mergelaw.report import tables
 from mergelaw.report.decision import decisions
 from mergelaw.report.figures import draw, figures, heat_map
@@ -76,7 +77,7 @@ def write_report(
         short_ladders=tables.short_ladders(points),
         ladder=LADDER,
         within=" / ".join(f"{nats:g}" for nats in WITHIN),
-        refused=tables.refused(study["refused"]),
+        refused=refusals(study["refused"]),
         **{name: study[name] for name in ("laws", "warnings", "missing")},
     )
     (output / "report.html").write_text(page, encoding="utf-8")

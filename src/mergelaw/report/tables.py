@@ -1,6 +1,6 @@
 """The report's tables, for the page and as CSV files."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import pandas as pd
@@ -187,15 +187,6 @@ def _forecast_error(forecast: Mapping[str, float | None] | None) -> str:
         return NONE
     same = "" if forecast["same"] is None else f" ({forecast['same']:.2g})"
     return f"{forecast['error']:.2g}{same}"
-
-
-def refused(fits: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Refused fits as sentences, one per method, base and reason."""
-    domains: dict[tuple[str, str, str], list[str]] = {}
-    for fit in fits:
-        place = fit["method"], fit["base"] or "all sizes", fit["reason"]
-        domains.setdefault(place, []).append(fit["domain"])
-    return [f"{m}, {base} ({', '.join(d)}): {why}" for (m, base, why), d in domains.items()]
 
 
 def files(

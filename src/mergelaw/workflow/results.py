@@ -16,6 +16,7 @@ from mergelaw.errors import MergelawError
 from mergelaw.evaluation import read_rows
 from mergelaw.evaluation.cells import identities
 from mergelaw.laws.points import MACRO
+from mergelaw.laws.summary import refusals
 from mergelaw.merging.methods.learned import read_coefficients, weights_of
 from mergelaw.merging.task_vector import digest_of
 from mergelaw.workflow.deploy import run_command
@@ -179,9 +180,7 @@ def summary_text(values: Mapping[str, Any]) -> str:
         state = fit["verdict"]["state"]
         verdict = "" if state == "holds" else f"  the law {'is ' * (state == 'doubtful')}{state}"
         lines.append(f"  {where:<24}{'  '.join(texts)}{verdict}")
-    for fit in values["refused"]:
-        where = f"{fit['method']}, {fit['base'] or 'all sizes'}"
-        lines.append(f"  {where}: not fitted, {fit['reason']}")
+    lines += [f"  not fitted: {text}" for text in refusals(values["refused"])]
     lines.append(f"all fits, with their warnings: {values['summary']}")
     lines.append("\ntime by stage, in all; jobs run side by side")
     for title, stage in values["stages"].items():
