@@ -568,7 +568,8 @@ def test_the_command_answers_and_refuses(tmp_path):
 def test_the_rule_shows_what_its_curves_warn_of_and_which_are_missing():
     few = study(method="ties", sizes=[0.1], k=[1, 2])  # too far away for any law
     points = pd.concat([study(), study(method="dare", sizes=[3.0], b=0.0, noise=0), few])
-    answer = rule(points, 3.0, 4)
+    assert not any("b hit its bound" in text for text in rule(points, 3.0, 4).warnings)  # measured
+    answer = rule(points, 3.0, 12)
     assert any(told.startswith("ties at N = 3: not compared: ") for told in answer.warnings)
     bound = [told for told in answer.warnings if "b hit its bound 0" in told]
     assert bound and bound[0].startswith("dare at 3B: ")

@@ -218,3 +218,45 @@ def test_domains_too_short_for_laws_of_their_own_are_not_pooled(tmp_path):
     both = pd.concat([few.assign(domain="a"), few.assign(domain="b", loss=few["loss"] + 0.1)])
     study = fit_all(*read_points(saved(both, tmp_path)))
     assert sum(fitted.base is None for fitted in study.fits) == 2 and not study.pooled
+
+
+@pytest.mark.parametrize("common", [0.0, 0.9])
+def test_a_row_for_each_circle_gives_means_with_their_errors_and_correlation(tmp_path, common):
+    random, parts = np.random.default_rng(0), []
+    for circle in range(8):
+        table = grid().assign(circle=f"c{circle}", M=10)
+        shared = table["N"].map(
+            dict(zip(sorted(set(table["N"])), random.normal(size=4), strict=True))
+        )
+        own = random.standard_normal(len(table))
+        table["loss"] += 1e-3 * (np.sqrt(common) * shared + np.sqrt(1 - common) * own)
+        parts.append(table)
+    every = grid(levels=[10]).assign(circle=None, M=10)
+    table, warnings = read_points(saved(pd.concat([*parts, every]), tmp_path))
+    assert len(table) == 40 and [note.code for note in warnings] == ["se_assumed"]
+    whole = sampling_covariance(table).toarray()
+    exact = (table["k"] == 10).to_numpy()
+    assert not whole[exact].any() and (table["freedom"] == 7).all()
+    errors = np.sqrt(np.diag(whole)[~exact])
+    assert np.mean(errors) == pytest.approx(1e-3 / np.sqrt(8), rel=0.35)
+    one = np.flatnonzero((table["base"] == table["base"].iloc[0]) & ~exact)
+    measured = whole[np.ix_(one, one)][0, 1:] / np.diag(whole)[one[0]]
+    assert measured.mean() == pytest.approx(common, abs=0.3)
+    assert fit_all(table).fits[0].fit.interval("b") is not None
+
+
+def test_a_row_for_each_subset_gives_errors_without_replacement(tmp_path):
+    random = np.random.default_rng(0)
+    rows = [
+        {"N": 1.0, "k": k, "M": 4, "subset": i, "loss": 0.8 + 0.1 / k + 1e-3 * random.normal()}
+        for k, count in ((1, 4), (2, 3), (3, 2), (4, 1))
+        for i in range(count)
+    ]
+    table, warnings = read_points(saved(pd.DataFrame(rows), tmp_path))
+    losses = [row["loss"] for row in rows if row["k"] == 2]
+    assert table["ce"][1] == pytest.approx(np.mean(losses))
+    assert table["se"][1] == pytest.approx(np.std(losses, ddof=1) / np.sqrt(3) * np.sqrt(1 - 3 / 6))
+    assert list(table["circles"]) == [4, 3, 2, 2] and table["se"][0] == table["se"][3] == 0
+    assert [note.code for note in warnings] == ["se_assumed"]
+    with pytest.raises(MergelawError, match="column se beside subset"):
+        read_points(saved(pd.DataFrame(rows).assign(se=1e-3), tmp_path))

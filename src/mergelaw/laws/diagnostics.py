@@ -1,14 +1,14 @@
 """Diagnostics of fits: rival forms, hold-out forecasts, outliers, warnings and the verdict."""
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from functools import cached_property
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.special import logsumexp, ndtr, stdtr
+from scipy.special import logsumexp, stdtr
 
 from mergelaw.errors import MergelawError
 from mergelaw.laws.covariance import TYPICAL_SCATTER
@@ -40,6 +40,18 @@ LADDER = 100
 FLAT_PROFILE = 0.1
 # Warnings list at most this many levels of a variable.
 FEW_LEVELS = 4
+# An outlier is off by more than this many typical sampling errors.
+FAR = 3
+# A base with more points than this is compared with a curve of its own.
+OWN = 5
+# Points whose share of free variance is smaller cannot be tested.
+LEVERAGE = 0.01
+# Columns with a smaller part orthogonal to the others are combinations of these.
+RANK = 1e-10
+# With more points errors are taken as independent in tests.
+DENSE = 500
+# Simulated tables, and numbers in all of them.
+RUNS, NUMBERS = 400, 4_000_000
 HOLDS, DOUBTFUL, FAILS = "holds", "doubtful", "fails"
 
 
@@ -103,31 +115,12 @@ class Diagnostics(Result):
                 continue
             with suppress(MergelawError):
                 fits.append(self.refit(law))
-        return tuple(sorted(fits, key=lambda other: (math.isnan(other.aicc), other.aicc)))
+        return tuple(sorted(fits, key=_rank))
 
     @cached_property
     def forms(self) -> tuple[Form, ...]:
         """Forms that the points do not exclude, weighted by their marginal likelihoods."""
-        if self.posterior is None:
-            return ()
-        best = self._rival_fits[0].aicc
-        possible = [
-            (fitted, fitted.posterior)
-            for fitted in self._rival_fits
-            if fitted is self
-            or (
-                # A misfit that is taken as 0 makes likelihoods that no estimated one can have.
-                fitted.solution.untested == self.solution.untested
-                and not fitted.aicc > best + IMPOSSIBLE
-            )
-        ]
-        pairs = [(fitted, drawn) for fitted, drawn in possible if drawn is not None]
-        evidence = np.array([drawn.evidence for _, drawn in pairs])
-        weights = np.exp(evidence - logsumexp(evidence))
-        return tuple(
-            Form(fitted.law, fitted.parameters, float(weight), drawn)
-            for (fitted, drawn), weight in zip(pairs, weights, strict=True)
-        )
+        return _weighted(self, self._rival_fits)
 
     @cached_property
     def rivals(self) -> tuple[dict[str, Any], ...]:
@@ -170,7 +163,7 @@ class Diagnostics(Result):
                 "value": float(variables[name].max()),
                 "error": self._left_out_error(name),
                 "same": or_none(math.sqrt(np.mean(repeated**2))),
-                "held": _held(self, rest, kept),
+                "held": _held(self, rest, kept, self._left_out_forms(name)),
             }
         return results
 
@@ -183,6 +176,14 @@ class Diagnostics(Result):
             with suppress(MergelawError):
                 fits[name] = self.refit(self.law, values < values.max())
         return fits
+
+    def _left_out_forms(self, name: str) -> tuple[Form, ...]:
+        """Forms of a forecast from the points without a variable's largest value."""
+        if name != "k":  # rivals along N are the same
+            rest = self._rests[name]
+            return () if rest.posterior is None else (Form(rest.law, {}, 1.0, rest.posterior),)
+        fits = [one._rests[name] for one in self._rival_fits if name in one._rests]
+        return _weighted(self._rests[name], sorted(fits, key=_rank))
 
     def _left_out_error(self, name: str) -> float:
         """Error (rms) at a variable's largest value, forecast from all others; NaN if unknown."""
@@ -197,22 +198,20 @@ class Diagnostics(Result):
     def outliers(self) -> tuple[dict[str, float], ...]:
         """Points far off the law of all others (Bonferroni, 5%): variables, loss and error (nats).
 
-        Each point's residual is divided by its standard error with the point left out (externally
-        studentised, linearised).
+        A base with enough points is compared with a curve of its own, since bases differ. A point
+        is far off if that is also more than sampling brings.
         """
         if not 3 <= self.freedom < math.inf:
             return ()
-        white, leverage = _standard(self)
-        rest = np.maximum(1 - leverage, ROUNDING)
-        left = max(self.freedom - 1, 1)
-        others = np.maximum(white @ white - white**2 / rest, 0) / left
         if float(np.abs(self.solution.residuals).max()) < self.solution.errors.least:
             return ()
-        with np.errstate(divide="ignore", invalid="ignore"):
-            student = np.abs(white) / np.sqrt(others * rest)
-        chance = 2 * stdtr(left, -student) * self.n_points
-        rows = np.flatnonzero((chance < UNLIKELY) & (leverage < 0.99))
-        errors = self.solution.residuals / rest
+        left_out = _left_out(self, _own_columns(self))
+        if left_out is None:
+            return ()
+        errors, student, freedom = left_out
+        chance = 2 * stdtr(freedom, -np.abs(student)) * self.n_points
+        sampling = math.sqrt(float(np.mean(self.solution.errors.variances)))
+        rows = np.flatnonzero((chance < UNLIKELY) & (np.abs(errors) > FAR * sampling))
         return tuple(
             {name: float(values[i]) for name, values in self.variables.items()}
             | {"loss": float(self.loss[i]), "error": float(errors[i])}
@@ -223,50 +222,125 @@ class Diagnostics(Result):
     def runs(self) -> dict[str, float] | None:
         """Runs of residuals of one sign along the last variable: found, expected and p.
 
-        p is the probability of so few runs if signs were random (Wald and Wolfowitz 1940); None if
-        the residuals are rounding errors or all of one sign.
+        p is the probability of so few runs under the law with its errors, by simulation; None if
+        the residuals are rounding errors.
         """
         variables, residuals = self.variables, self.solution.residuals
-        if np.abs(residuals).max() < self.solution.errors.least:
+        if self.freedom == 0 or np.abs(residuals).max() < self.solution.errors.least:
             return None
         along = list(variables)[-1]
-        count = expected = variance = 0.0
-        for chosen in _groups(variables, along):
-            signs = residuals[chosen[np.argsort(variables[along][chosen])]] > 0
-            total, above = len(signs), int(signs.sum())
-            pairs = 2 * above * (total - above)
-            count += 1 + np.count_nonzero(signs[1:] != signs[:-1])
-            expected += 1 + pairs / total
-            variance += pairs * (pairs - total) / (total**2 * (total - 1)) if total > 1 else 0
-        if variance <= 0:
-            return None
-        # continuity correction of half a run
-        chance = float(ndtr((count + 0.5 - expected) / math.sqrt(variance)))
-        return {"found": count, "expected": expected, "p": chance}
+        order = [
+            chosen[np.argsort(variables[along][chosen])] for chosen in _groups(variables, along)
+        ]
+        draws = max(min(RUNS, NUMBERS // self.n_points), 1)
+        normal = np.random.default_rng(0).standard_normal((self.n_points, draws))
+        _, basis, whitener = _whitened(self)
+        normal -= basis @ (basis.T @ normal)
+        simulated = normal if whitener is None else np.linalg.solve(whitener, normal)
+        counts = sum(
+            1 + np.count_nonzero(np.diff(signs[rows], axis=0), axis=0)
+            for signs in (np.column_stack([residuals, simulated]) > 0,)
+            for rows in order
+        )
+        chance = (1 + np.count_nonzero(counts[1:] <= counts[0])) / (1 + draws)
+        expected = float(np.mean(counts[1:]))
+        return {"found": float(counts[0]), "expected": expected, "p": float(chance)}
 
 
-def _standard(fitted: Result) -> tuple[Array, Array]:
-    """Whitened residuals and leverages of a fit's points."""
+def _whitened(fitted: Result, extra: Array | None = None) -> tuple[Array, Array, Array | None]:
+    """Whitened residuals, orthonormal basis of the tangent, and V^-1/2; None for many points.
+
+    ``extra`` (points, any): further columns of the tangent, taken out of the residuals.
+    """
     solution = fitted.solution
-    tangent = solution.tangent[:, solution.free]
-    q = np.linalg.qr(tangent / np.linalg.norm(tangent, axis=0)).Q
-    return solution.state.residuals * solution.problem.size, np.sum(q**2, axis=1)
+    whiten, count = solution.problem.whiten, fitted.n_points
+    columns = fitted._gradients(fitted.variables)[:, solution.free]
+    columns = columns if extra is None else np.hstack([columns, extra])
+    columns = columns if whiten is None else whiten(columns)
+    lengths = np.linalg.norm(columns, axis=0)
+    left, values, _ = np.linalg.svd(columns / np.where(lengths > 0, lengths, 1), False)
+    basis = left[:, values > RANK * values[0]] if len(values) else left
+    white = solution.state.residuals * solution.problem.size
+    white = white - basis @ (basis.T @ white)
+    dense = None if whiten is None or count > DENSE else whiten(np.eye(count))
+    return white, basis, dense
+
+
+def _left_out(fitted: Result, extra: Array | None = None) -> tuple[Array, Array, float] | None:
+    """Errors of each point forecast from all others, linearised: nats, and over their deviations.
+
+    The last value is the degrees of freedom of the latter; None if all points are needed.
+    """
+    white, basis, dense = _whitened(fitted, extra)
+    freedom = len(white) - basis.shape[1] - 1
+    if freedom < 1:
+        return None
+    if dense is None:
+        left = np.maximum(1 - np.sum(basis**2, axis=1), ROUNDING)
+        back, errors, rest = white, fitted.solution.residuals / left, left
+    else:
+        back, rest = dense.T @ white, np.sum(dense**2, axis=0)
+        left = rest - np.sum((basis.T @ dense) ** 2, axis=0)
+        left, rest = np.maximum(left, ROUNDING * rest), left / rest
+        errors = back / left
+    others = np.maximum(white @ white - back**2 / left, 0) / freedom
+    with np.errstate(divide="ignore", invalid="ignore"):
+        student = np.where(rest > LEVERAGE, back / np.sqrt(others * left), 0.0)
+    return errors, student, freedom
+
+
+def _own_columns(fitted: Diagnostics) -> Array | None:
+    """Columns of a curve in k of its own, linearised, for each base with enough points."""
+    if "N" not in fitted.variables or fitted.law.name not in RIVALS:
+        return None
+    inverse = np.unique(fitted.variables["N"], return_inverse=True)[1]
+    own = inverse[:, None] == np.flatnonzero(np.bincount(inverse) > OWN)
+    gradients, names = fitted._gradients(fitted.variables), fitted.law.parameters
+    curve = [gradients[:, [names.index(name)]] for name in ("A0", "b")]
+    return np.hstack([own, *(own * column for column in curve)])
 
 
 def _left_one_out(fitted: Result) -> float:
     """Root mean squared error of each point forecast from all others, linearised (PRESS)."""
-    if fitted.solution.untested:
-        return math.nan
-    rest = np.maximum(1 - _standard(fitted)[1], 1e-6)
-    return math.sqrt(np.mean((fitted.solution.residuals / rest) ** 2))
+    left_out = None if fitted.solution.untested else _left_out(fitted)
+    return math.nan if left_out is None else math.sqrt(np.mean(left_out[0] ** 2))
 
 
-def _held(whole: Result, rest: Result, kept: NDArray[np.bool_]) -> bool | None:
+def _rank(fitted: Diagnostics) -> tuple[bool, float]:
+    """Order of fits: the lowest AICc first, unknown ones last."""
+    return math.isnan(fitted.aicc), fitted.aicc
+
+
+def _weighted(mine: Diagnostics, fits: Sequence[Diagnostics]) -> tuple[Form, ...]:
+    """Forms that the points do not exclude, by their marginal likelihoods; best AICc first."""
+    if mine.posterior is None:
+        return ()
+    possible = [
+        (fitted, fitted.posterior)
+        for fitted in fits
+        if fitted is mine
+        or (
+            # A misfit that is taken as 0 makes likelihoods that no estimated one can have.
+            fitted.solution.untested == mine.solution.untested
+            and not fitted.aicc > fits[0].aicc + IMPOSSIBLE
+        )
+    ]
+    pairs = [(fitted, drawn) for fitted, drawn in possible if drawn is not None]
+    evidence = np.array([drawn.evidence for _, drawn in pairs])
+    weights = np.exp(evidence - logsumexp(evidence))
+    return tuple(
+        Form(fitted.law, fitted.parameters, float(weight), drawn)
+        for (fitted, drawn), weight in zip(pairs, weights, strict=True)
+    )
+
+
+def _held(
+    whole: Result, rest: Result, kept: NDArray[np.bool_], forms: Sequence[Form]
+) -> bool | None:
     """True if the 95% interval of the held-out points' mean holds it; None if unknown."""
-    if rest.posterior is None or rest.freedom == math.inf:
+    if not forms or rest.freedom == math.inf:
         return None
     target = {name: values[~kept] for name, values in whole.variables.items()}
-    forms = [Form(rest.law, rest.parameters, 1.0, rest.posterior)]
     draws = rest.draws(target, new=True, forms=forms).mean(axis=1)
     # The points have sampling errors besides.
     variance = float(np.mean(whole.solution.errors.variances[~kept])) / int((~kept).sum())

@@ -259,18 +259,18 @@ def _floors(fitted: Fit, group: pd.DataFrame) -> Iterator[dict[str, Any]]:
         size = {"N": N} if "N" in fitted.law.levels else {}
         needed = {nats: fitted.k_within(nats, **size) for nats in WITHIN}
         whole = group[(group["base"] == name) & (group["k"] == M)].to_dict("records")
-        reachable = float(fitted.predict(k=M, **size))
-        reachable_ends: Any = _interval(fitted, M, size)
+        reachable, reachable_ends = _expected(fitted, M, size)
         if whole:
             reachable, reachable_ends = measured_mean(whole[0], fitted)
+        asymptotic, asymptotic_ends = _expected(fitted, math.inf, size)
         yield {
             "base": name,
             "N": float(N),
             "M": int(M),
-            "asymptotic": float(fitted.predict(k=math.inf, **size)),
+            "asymptotic": plain(asymptotic),
             "reachable": reachable,
             "measured": bool(whole),
-            "asymptotic_interval": _interval(fitted, math.inf, size) if with_intervals else None,
+            "asymptotic_interval": plain(asymptotic_ends) if with_intervals else None,
             "reachable_interval": plain(reachable_ends) if with_intervals else None,
             "k_within": [
                 {"nats": nats, "k": k, "reachable": k is not None and k <= M}
@@ -279,9 +279,11 @@ def _floors(fitted: Fit, group: pd.DataFrame) -> Iterator[dict[str, Any]]:
         }
 
 
-def _interval(fitted: Fit, k: float, size: Mapping[str, Any]) -> list[float] | None:
-    ends = fitted.predict_interval(k=k, **size)
-    return None if ends is None else [plain(float(end)) for end in ends]
+def _expected(
+    fitted: Fit, k: float, size: Mapping[str, Any]
+) -> tuple[float, tuple[float, float] | None]:
+    loss, ends = fitted.expectation(k=k, **size)
+    return float(loss), None if ends is None else (float(ends[0]), float(ends[1]))
 
 
 def _pools(rows: pd.DataFrame) -> dict[tuple[str, str, str], int]:

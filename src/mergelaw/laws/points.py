@@ -1,5 +1,6 @@
 """Points: the mean cross-entropies at each (N, k) to which laws are fitted."""
 
+import math
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,9 @@ POINT = ["method", "family", "base", "N", "k", "domain"]
 CIRCLE = ["seed", "replicate"]
 COLUMNS = [*POINT, *CIRCLE, "merge", "role", "ce", "finite"]
 # Columns that a points table may have besides N, k and ce (or loss).
-OPTIONAL = ["se", "circles", "M", "domain", "method", "family", "base"]
+OPTIONAL = ["se", "circles", "circle", "subset", "M", "domain", "method", "family", "base"]
+# Columns that tell the merges of a point apart.
+MERGES = {"circle", "subset"}
 # Further columns that `mergelaw fit` writes and reads.
 WRITTEN = ["subsets", "replicates", "documents", "sampling", "freedom", "variance", "without"]
 # A column of tables that earlier versions wrote, with covariances in another form.
@@ -118,8 +121,9 @@ def read_points(path: Path) -> tuple[pd.DataFrame, list[Note]]:
     Args:
         path: CSV or Parquet with the columns N (billions of parameters), k and loss or ce (nats per
             token), and optionally se (standard error of the loss), circles (how many give it), M
-            (experts in the pool), domain, method, family and base. Columns that ``mergelaw fit``
-            writes are accepted too.
+            (experts in the pool), domain, method, family and base. Instead of se a table may have a
+            row for each ``circle``, empty where all subsets are measured, or for each ``subset``.
+            Columns that ``mergelaw fit`` writes are accepted too.
 
     Returns:
         The points in the form of ``points``, with M and, if present, se; and warnings on
@@ -162,8 +166,68 @@ def read_points(path: Path) -> tuple[pd.DataFrame, list[Note]]:
         names = table[name].astype(object)
         names = names.where(names.notna(), empty).astype(str)
         table[name] = names.map(lambda text: " ".join(text.split())).astype(str)  # one line
+    if MERGES & set(table):
+        table, note = _means(path, table)
+        warnings.append(note)
     distinct, notes = _distinct(path, table)
     return distinct, [*warnings, *notes]
+
+
+def _means(path: Path, table: pd.DataFrame) -> tuple[pd.DataFrame, Note]:
+    """Points of a table with a row for each circle or subset, with the sampling errors these show.
+
+    Subsets are independent draws without replacement. The errors of one circle's levels hang
+    together, by a correlation that all levels share; their sizes are shared by all places.
+    """
+    if "se" in table:
+        raise MergelawError(
+            f"{path}: has the column se beside {' and '.join(sorted(MERGES & set(table)))}: drop "
+            "one, the others give the standard errors too"
+        )
+    point = [*POINT, "M"]
+    if "circle" not in table:
+        merges = table.groupby(point)["ce"].agg(["mean", "var", "size"]).reset_index()
+        every = [math.comb(M, k) for M, k in zip(merges["M"], merges["k"], strict=True)]
+        rest = 1 - np.minimum(merges["size"] / np.array(every, dtype=float), 1)
+        merges["se"] = np.sqrt(merges["var"].fillna(0) / merges["size"] * rest)
+        alone = (merges["size"] == 1) & (rest > 0)
+        merges["circles"] = merges["size"].clip(lower=2)
+        table = merges.rename(columns={"mean": "ce"})[[*point, "ce", "se", "circles"]]
+        text = "standard errors come from the subsets, as independent draws"
+    else:
+        means = table.groupby([*point, "circle"], dropna=False)["ce"].mean().reset_index()
+        table = means.groupby(point)["ce"].agg(["mean", "var", "size"]).reset_index()
+        table = table.rename(columns={"mean": "ce"})
+        place = [name for name in POINT if name != "k"]
+        variance = (table["var"] / table["size"]).fillna(0)
+        scale = variance.groupby([table[name] for name in place]).transform("mean")
+        shape = (variance / scale.where(scale > 0, 1)).groupby(table["k"]).transform("mean")
+        table["se"] = np.sqrt(scale * shape)
+        alone = (table["size"] == 1) & means.groupby(point)["circle"].count().gt(0).to_numpy()
+        common = _correlation(means, place)
+        table["sampling"] = None
+        for rows in table.groupby(place).indices.values():
+            errors = table["se"].to_numpy()[rows]
+            factor = np.column_stack(
+                [math.sqrt(common) * errors, math.sqrt(1 - common) * np.diag(errors)]
+            )
+            table.loc[rows, "sampling"] = pd.Series(list(factor), index=rows)
+        table["freedom"] = (table["size"].groupby([table[n] for n in place]).transform("max")) - 1.0
+        table = table.drop(columns=["var", "size"])
+        text = f"standard errors come from the circles, with a correlation of {common:.2f}"
+    if alone.any():
+        text += f"; {int(alone.sum())} points have one only, so their errors are unknown"
+    return table, Note("se_assumed", text)
+
+
+def _correlation(means: pd.DataFrame, place: list[str]) -> float:
+    """Correlation of circles' errors between levels, the mean over all places and pairs."""
+    pairs: list[float] = []
+    for _, rows in means.dropna(subset="circle").groupby(place):
+        wide = rows.pivot_table(index="circle", columns="k", values="ce").corr().to_numpy()
+        pairs.extend(wide[np.triu_indices(len(wide), 1)])
+    values = np.array(pairs)[np.isfinite(pairs)]
+    return float(np.clip(values.mean(), 0, 0.99)) if len(values) else 0.0
 
 
 def _distinct(path: Path, table: pd.DataFrame) -> tuple[pd.DataFrame, list[Note]]:

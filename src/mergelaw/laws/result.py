@@ -246,8 +246,15 @@ class Result:
         return pd.DataFrame.from_dict(rows, orient="index", columns=["low", "high"])
 
     def predict(self, **variables: ArrayLike) -> Array:
-        """Fitted loss (nats per token) at the law's variables, by name."""
+        """Loss (nats per token) by the law's own best parameters, at its variables by name."""
         return self.law.predict(self.parameters, **variables)
+
+    def expected(self, **variables: ArrayLike) -> Array:
+        """Loss to expect (nats per token): the median over forms and parameters, as in intervals.
+
+        Where the noise is unknown it is that of ``predict``.
+        """
+        return self.expectation(LEVEL, POOL, False, **variables)[0]
 
     def prediction(
         self,
@@ -256,16 +263,15 @@ class Result:
         new: bool = False,
         **variables: ArrayLike,
     ) -> pd.DataFrame:
-        """Table of the variables, the fitted loss ce, and the interval low to high."""
+        """Table of the variables, the loss ce to expect, and the interval low to high."""
         arrays = np.broadcast_arrays(*(np.asarray(v, dtype=float) for v in variables.values()))
         columns = {n: a.ravel() for n, a in zip(variables, arrays, strict=True)}
-        table = pd.DataFrame({**columns, "ce": self.predict(**columns)})
-        ends = self.predict_interval(level, population, new, **columns)
+        loss, ends = self.expectation(level, population, new, **columns)
         low, high = (math.nan, math.nan) if ends is None else ends
-        return table.assign(low=low, high=high)
+        return pd.DataFrame({**columns, "ce": loss}).assign(low=low, high=high)
 
     def k_within(self, nats: float, **others: float) -> int | None:
-        """k_eps: experts needed to come this close to the floor; None if no number is enough.
+        """k_eps: experts expected to come this close to the floor; None if no number is enough.
 
         Args:
             nats: distance of the expected loss from its limit for k to infinity, above 0.
@@ -274,11 +280,10 @@ class Result:
         if not nats > 0:
             raise MergelawError(f"nats = {nats:g}: give a distance above 0")
 
-        with np.errstate(divide="ignore", invalid="ignore"):
-            floor = float(self.predict(k=math.inf, **others))
+        floor = float(self.expected(k=math.inf, **others))
         if not math.isfinite(floor):
             return None
-        count = least_count(lambda k: not self.predict(k=k, **others) > floor + nats, MANY)
+        count = least_count(lambda k: not self.expected(k=k, **others) > floor + nats, MANY)
         return None if math.isinf(count) else int(count)
 
     def interval(
@@ -338,10 +343,21 @@ class Result:
         new: bool = False,
         **variables: ArrayLike,
     ) -> tuple[Array, Array] | None:
-        """Intervals of the expected loss (nats per token); None if unknown.
+        """Intervals of ``expectation`` (nats per token); None if unknown."""
+        return self.expectation(level, population, new, **variables)[1]
+
+    def expectation(
+        self,
+        level: float = LEVEL,
+        population: str = POOL,
+        new: bool = False,
+        **variables: ArrayLike,
+    ) -> tuple[Array, tuple[Array, Array] | None]:
+        """Expected losses (nats per token) and their intervals; None if these are unknown.
 
         They integrate over the law's parameters, over the forms that the points do not exclude,
-        and over misfit and scatter. Without a floor the lower end at k = infinity is -infinity.
+        and over misfit and scatter. The loss is the median. Without a floor the lower end at
+        k = infinity is -infinity.
 
         Args:
             level: nominal coverage.
@@ -351,18 +367,21 @@ class Result:
                 step of the ladder. Else it is for the mean that the law describes.
             variables: as in ``predict``; k may be infinite.
         """
-        centre = self.predict(**variables)
         _check(level, population)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            fitted = self.predict(**variables)
         if not self.forms:
-            return None
+            return fitted, None
         arrays = np.broadcast_arrays(*(np.asarray(v, dtype=float) for v in variables.values()))
         flat = {name: array.ravel() for name, array in zip(variables, arrays, strict=True)}
-        draws = self.draws(flat, new)
-        low, high = _ends(draws, level)
-        ends = self._widened(np.atleast_1d(centre).ravel(), low, high, [flat], level, population)
+        draws = self.draws(flat)
+        centre = _middle(draws)
+        low, high = _ends(self.draws(flat, new) if new else draws, level)
+        ends = self._widened(centre, low, high, [flat], level, population)
+        shape = fitted.shape
         if ends is None:
-            return None
-        return ends[0].reshape(centre.shape), ends[1].reshape(centre.shape)
+            return centre.reshape(shape), None
+        return centre.reshape(shape), (ends[0].reshape(shape), ends[1].reshape(shape))
 
     def difference(
         self,
@@ -376,13 +395,14 @@ class Result:
         The losses share most of their error, so the interval of the difference is narrower than
         theirs; it is None where the noise is unknown.
         """
-        value = float(self.predict(**first) - self.predict(**second))
         _check(level, population)
         if not self.forms:
-            return value, None
+            return float(self.predict(**first) - self.predict(**second)), None
         both = {name: np.array([first[name], second[name]], dtype=float) for name in first}
         draws = self.draws(both)
-        low, high = _ends((draws[:, 0] - draws[:, 1])[:, None], level)
+        draws = (draws[:, 0] - draws[:, 1])[:, None]
+        value = float(_middle(draws)[0])
+        low, high = _ends(draws, level)
         places = [{name: array[:1] for name, array in both.items()}]
         places.append({name: array[1:] for name, array in both.items()})
         ends = self._widened(np.array([value]), low, high, places, level, population)
@@ -506,6 +526,12 @@ def _losses(law: Law, parameters: Array, variables: Mapping[str, Array]) -> Arra
         for name, column in zip(law.linear, columns, strict=True):
             total += np.where(named[name] == 0, 0.0, column * named[name])
     return total
+
+
+def _middle(draws: Array) -> Array:
+    """Medians of draws, which may be infinite."""
+    middle: Array = np.quantile(draws, 0.5, axis=0, method="nearest")
+    return middle
 
 
 def _ends(draws: Array, level: float) -> Any:

@@ -152,7 +152,7 @@ def _floor_lines(floor: Mapping[str, Any]) -> tuple[str, str]:
     for kind in ("asymptotic", "reachable"):
         ends = floor[f"{kind}_interval"]
         suffix = "" if ends is None else f" (90%: {interval(ends)})"
-        losses.append(f"{floor[kind]:.5g}{suffix}")
+        losses.append("none" if floor[kind] is None else f"{floor[kind]:.5g}{suffix}")
     return (
         f"  {floor['base']}: floor {losses[0]}, L({floor['M']}) with all experts {losses[1]}",
         f"    experts whose mean comes within {'; '.join(steps)}",

@@ -136,9 +136,8 @@ class Curve:
         base's floor has none.
         """
         variables, new = self.variables(k, N), self.joint or math.isfinite(k)
-        ends = self.law.predict_interval(self.level, self.population, new, **variables)
-        value = float(self.law.predict(**variables))
-        return value, None if ends is None else (float(ends[0]), float(ends[1]))
+        value, ends = self.law.expectation(self.level, self.population, new, **variables)
+        return float(value), None if ends is None else (float(ends[0]), float(ends[1]))
 
     @cached_property
     def gains(self) -> dict[int, Estimate]:
@@ -199,7 +198,7 @@ class Curve:
 
     def assumption(self, k: float) -> str:
         """The assumption that changes the loss at k most if it is wrong."""
-        loss = float(self.law.predict(**self.variables(k)))
+        loss = self.by_law(k)[0]
         form = f"the loss falls as {self.formula}"
         effects = [(0.0, f"{form}; no other form fits nearly as well")]
         mine = self.law.law.name.removesuffix("_fixed_N")
@@ -214,7 +213,7 @@ class Curve:
             text = f"without the largest size, the law missed it by {error:.2g} nats"
             effects.append((error, f"floor and tail are powers of N; {text}"))
         if k > self.M:
-            fall = float(self.law.predict(**self.variables(self.M))) - loss
+            fall = self.by_law(self.M)[0] - loss
             text = f"experts beyond the pool of {self.M} are like those in it; they bring"
             effects.append((fall, f"{text} {fall:.2g} nats of the fall"))
         return max(effects)[1]
@@ -254,9 +253,9 @@ class Curve:
     def measured_only(self, question: str, text: str = "", k: int | None = None) -> Answer:
         """The answer where the law fails: the measured means and the best of them.
 
-        Raises MergelawError if none is measured at this size.
+        Raises MergelawError if none is measured at this size, or too few sizes for a joint law.
         """
-        if not self.losses:
+        if not self.losses or (self.joint and self.fitted is None):
             self.law  # noqa: B018  (raises)
         best = min(self.losses, key=lambda k: self.losses[k][0])
         lowest = with_interval(*self.losses[best], self.level)

@@ -89,8 +89,9 @@ def floors(fits: pd.DataFrame) -> Table:
             continue
         (floor,) = fit["floors"]
         cells = [
-            Markup("{:.4f} <small>{}</small>").format(
-                floor[name], interval(ends, ".4f") if (ends := floor[f"{name}_interval"]) else ""
+            Markup("{} <small>{}</small>").format(
+                NONE if floor[name] is None else f"{floor[name]:.4f}",
+                interval(ends, ".4f") if (ends := floor[f"{name}_interval"]) else "",
             )
             for name in ("asymptotic", "reachable")
         ]
