@@ -378,3 +378,15 @@ def test_what_is_written_is_fitted_again_as_it_was(tmp_path):
     pd.read_parquet(tmp_path / "points.parquet").query("k < 6").to_parquet(tmp_path / "few.parquet")
     few, warnings = read_points(tmp_path / "few.parquet")
     assert warnings == [] and fit_all(few).fits
+
+
+def test_domains_without_experts_have_a_macro_of_their_own():
+    rows = study(domains=("x", "y", "news"), sizes=(1.0,))
+    rows["held_out"] = rows["domain"] == "news"
+    table, _ = described(rows, documents=[rows])
+    losses = table.pivot_table(index="k", columns="domain", values="ce")
+    assert losses["macro"] == pytest.approx(losses[["x", "y"]].mean(axis=1))
+    assert losses["macro_held_out"] == pytest.approx(losses["news"])
+    assert table["documents"].notna().all()
+    # Without any trained domain the macro counts all.
+    assert set(described(rows.assign(held_out=True))[0]["domain"]) == {"x", "y", "news", "macro"}

@@ -18,7 +18,7 @@ from mergelaw.laws.fit import Fit, fit, fit_points, measured_mean, plain
 from mergelaw.laws.law import MERGING, MERGING_FIXED_N, VARIANCE, Law
 from mergelaw.laws.noise import GROUP, describe, with_macro
 from mergelaw.laws.notes import Note
-from mergelaw.laws.points import MACRO, points
+from mergelaw.laws.points import HELD_OUT, MACRO, points
 from mergelaw.laws.pooled import pool_domains
 from mergelaw.laws.result import DOCUMENTS, EXPERTS, POOL
 from mergelaw.laws.summary import interval, study_text
@@ -231,7 +231,7 @@ def _pooled(fits: Sequence[StudyFit]) -> Iterator[dict[str, Any]]:
     """Pooled fits of each method and family with more than one domain."""
     groups: dict[tuple[str, str], dict[str, Fit]] = {}
     for item in fits:
-        if item.base is None and item.domain != MACRO:
+        if item.base is None and item.domain not in (MACRO, HELD_OUT):
             groups.setdefault((item.method, item.family), {})[item.domain] = item.fit
     for (method, family), domains in groups.items():
         pooled = pool_domains(domains)
@@ -253,7 +253,7 @@ def _floors(fitted: Fit, group: pd.DataFrame) -> Iterator[dict[str, Any]]:
     if fitted.verdict["state"] == FAILS:
         return
     # Only the losses that are read first have intervals.
-    with_intervals = group["domain"].iloc[0] in (MACRO, "")
+    with_intervals = group["domain"].iloc[0] in (MACRO, HELD_OUT, "")
     bases = group[["base", "N", "M"]].drop_duplicates().sort_values(["N", "base"])
     for name, N, M in bases.itertuples(index=False):
         size = {"N": N} if "N" in fitted.law.levels else {}

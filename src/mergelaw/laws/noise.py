@@ -13,7 +13,7 @@ import pandas as pd
 from mergelaw.laws.experts import pair_scale
 from mergelaw.laws.law import Array
 from mergelaw.laws.notes import Note
-from mergelaw.laws.points import CIRCLE, MACRO, POINT
+from mergelaw.laws.points import CIRCLE, POINT, macro_domains
 
 GROUP = ["method", "family", "domain"]
 PLACE = ["method", "family", "base", "domain"]
@@ -56,7 +56,7 @@ def describe(
     jackknife = _jackknife(merges)
     variances = merges.groupby([*PLACE, "k", "merge"])["ce"].mean().groupby([*PLACE, "k"])
     spread = variances.var(ddof=0).where(variances.size() > 1)
-    sums = _document_sums(documents)
+    sums, averages = _document_sums(documents), macro_domains(rows[rows["role"] == "merge"])
 
     single: dict[str, set[str]] = {}
     parts = []
@@ -64,7 +64,7 @@ def describe(
         design, freedom, unknown = _group_design(group, means, shapes, merges)
         if unknown:
             single.setdefault(str(group["method"].iloc[0]), set()).update(unknown)
-        shared = _documents(sums, group, *map(str, group[GROUP].iloc[0]))
+        shared = _documents(sums, group, averages, *map(str, group[GROUP].iloc[0]))
         variance = np.sum(design**2, axis=1)
         keys = pd.MultiIndex.from_frame(group[[*PLACE, "k"]])
         columns = {
@@ -134,14 +134,15 @@ def with_macro(rows: pd.DataFrame) -> pd.DataFrame:
     merges = rows[rows["role"] == "merge"].copy()
     merges["experts"] = merges["experts"].map(tuple)
     merge = [name for name in POINT if name != "domain"] + [*CIRCLE, "merge"]
-    domains = merges.groupby("family")["domain"].nunique()
-    macro = merges.groupby(merge).agg(
-        ce=("ce", "mean"), count=("ce", "size"), experts=("experts", "first")
-    )
-    macro = macro.reset_index()
-    macro = macro[macro["count"] == macro["family"].map(domains)].assign(domain=MACRO)
+    parts = [merges]
+    for (family, name), domains in macro_domains(merges).items():
+        losses = merges[(merges["family"] == family) & merges["domain"].isin(domains)]
+        macro = losses.groupby(merge).agg(
+            ce=("ce", "mean"), count=("ce", "size"), experts=("experts", "first")
+        )
+        parts.append(macro[macro["count"] == len(domains)].reset_index().assign(domain=name))
     columns = [*POINT, *CIRCLE, "merge", "experts", "ce"]
-    return pd.concat([merges[columns], macro[columns]], ignore_index=True)
+    return pd.concat([part[columns] for part in parts], ignore_index=True)
 
 
 def _shape(merges: pd.DataFrame) -> Shape:
@@ -231,14 +232,18 @@ def _document_sums(pieces: Iterable[pd.DataFrame]) -> DocumentSums:
 
 
 def _documents(
-    sums: DocumentSums, points: pd.DataFrame, method: str, family: str, domain: str
+    sums: DocumentSums,
+    points: pd.DataFrame,
+    averages: Mapping[tuple[str, str], list[str]],
+    method: str,
+    family: str,
+    domain: str,
 ) -> Array | None:
     """Factor of a group's covariance over documents like the evaluated ones; None if unknown."""
     if not sums:
         return None
-    if domain == MACRO:
-        domains = sorted({place[3] for place in sums if place[:2] == (method, family)})
-        parts = [_documents(sums, points, method, family, name) for name in domains]
+    if domains := averages.get((family, domain)):
+        parts = [_documents(sums, points, {}, method, family, name) for name in domains]
         present = [part for part in parts if part is not None]
         return np.hstack(present) / len(domains) if len(present) == len(parts) else None
     errors: list[Array] = []

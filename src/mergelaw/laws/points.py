@@ -9,7 +9,7 @@ import pandas as pd
 from mergelaw.errors import MergelawError
 from mergelaw.laws.notes import Note
 
-MACRO = "macro"
+MACRO, HELD_OUT = "macro", "macro_held_out"
 POINT = ["method", "family", "base", "N", "k", "domain"]
 CIRCLE = ["seed", "replicate"]
 COLUMNS = [*POINT, *CIRCLE, "merge", "role", "ce", "finite"]
@@ -39,8 +39,9 @@ def points(rows: pd.DataFrame) -> tuple[pd.DataFrame, list[Note]]:
 
     The expectation is over uniformly random k-subsets of the pool. Each circle is an unbiased
     estimate, and so is an exhaustive level: subsets are averaged within circles, then circles with
-    equal weights. Domain ``macro`` is the unweighted mean over all evaluation domains of the
-    family (the cross-domain loss of Wang et al., arXiv:2509.24244), where none is missing.
+    equal weights. Domain ``macro`` is the unweighted mean over the evaluation domains of the family
+    (the cross-domain loss of Wang et al., arXiv:2509.24244), where none is missing; domains that
+    are held out from training have a macro of their own (``macro_domains``).
 
     Args:
         rows: one row per (merge, evaluation domain); N in billions of parameters, ce in nats per
@@ -78,7 +79,7 @@ def points(rows: pd.DataFrame) -> tuple[pd.DataFrame, list[Note]]:
     dropped: pd.DataFrame = means.loc[~whole].reset_index()
     table: pd.DataFrame = means.loc[whole].reset_index()
 
-    macro, incomplete = _macro(table, merges)
+    macro, incomplete = _macro(table, merges, macro_domains(rows[rows["role"] == "merge"]))
     warnings = [
         *_dropped(dropped, "a loss is not finite; check those merges"),
         *_dropped(incomplete, "a domain has no finite loss there"),
@@ -87,21 +88,43 @@ def points(rows: pd.DataFrame) -> tuple[pd.DataFrame, list[Note]]:
     return table[[*POINT, "ce", "subsets", "replicates"]], warnings
 
 
-def _macro(table: pd.DataFrame, merges: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Macro points where every domain of the family has a point, and the incomplete places."""
-    place = POINT[:-1]
-    macro = table.groupby(place).agg(
-        ce=("ce", "mean"),
-        subsets=("subsets", "min"),
-        replicates=("replicates", "min"),
-        domains=("domain", "size"),
-    )
-    places = merges[place].drop_duplicates().set_index(place).index
-    macro = macro.reindex(places).reset_index().assign(domain=MACRO)
-    expected = macro["family"].map(merges.groupby("family")["domain"].nunique())
-    complete = macro["domains"] == expected
-    counts = {"subsets": int, "replicates": int}
-    return macro[complete].drop(columns="domains").astype(counts), macro[~complete]
+def macro_domains(rows: pd.DataFrame) -> dict[tuple[str, str], list[str]]:
+    """Domains of each macro-average, by family and name.
+
+    ``macro`` counts domains that experts are trained on, as `mergelaw best` does, and
+    ``macro_held_out`` the others; if there are no such domains, ``macro`` counts all.
+    """
+    averages: dict[tuple[str, str], list[str]] = {}
+    for family, group in rows.groupby("family"):
+        held = group["held_out"].astype(bool) if "held_out" in group else group["domain"].isna()
+        held_out = sorted(group.loc[held, "domain"].unique())
+        held_in = sorted(set(group["domain"]) - set(held_out))
+        averages[str(family), MACRO] = held_in or held_out
+        if held_in and held_out:
+            averages[str(family), HELD_OUT] = held_out
+    return averages
+
+
+def _macro(
+    table: pd.DataFrame, merges: pd.DataFrame, averages: dict[tuple[str, str], list[str]]
+) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Macro points where every domain of the average has a point, and the incomplete places."""
+    place, parts = POINT[:-1], []
+    for (family, name), domains in averages.items():
+        points = table[(table["family"] == family) & table["domain"].isin(domains)]
+        macro = points.groupby(place).agg(
+            ce=("ce", "mean"),
+            subsets=("subsets", "min"),
+            replicates=("replicates", "min"),
+            domains=("domain", "size"),
+        )
+        own = merges[merges["family"] == family]
+        places = own[place].drop_duplicates().set_index(place).index
+        macro = macro.reindex(places).reset_index().assign(domain=name)
+        parts.append(macro.assign(whole=macro["domains"] == len(domains)))
+    every = pd.concat(parts)
+    whole, every = every["whole"], every.drop(columns=["domains", "whole"])
+    return every[whole].astype({"subsets": int, "replicates": int}), every[~whole]
 
 
 def _dropped(table: pd.DataFrame, reason: str) -> list[Note]:

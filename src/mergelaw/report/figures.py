@@ -18,7 +18,7 @@ import vl_convert
 from mergelaw.laws.diagnostics import FAILS
 from mergelaw.laws.law import MERGING, MERGING_FIXED_N
 from mergelaw.laws.points import MACRO
-from mergelaw.report.tables import base_label, mean_loss
+from mergelaw.report.tables import base_label, held_in, mean_loss
 
 # The version of Vega-Lite that altair writes, such as v6.4.1, in vl_convert's form.
 VEGALITE = ".".join(alt.SCHEMA_VERSION.lstrip("v").split(".")[:2])
@@ -116,11 +116,12 @@ def heat_map(coefficients: Mapping[str, pd.DataFrame]) -> alt.TopLevelMixin:
 def _losses(fits: pd.DataFrame, points: pd.DataFrame, rows: pd.DataFrame) -> pd.DataFrame:
     """All marks at a loss and k: columns kind, method, N, label (of the base), domain, k, ce."""
     place = ["N", "base"]
-    merges = mean_loss(rows[rows["role"] == "merge"], ["method", *place, "k", "merge"])
+    counted = held_in(rows)
+    merges = mean_loss(counted[counted["role"] == "merge"], ["method", *place, "k", "merge"])
     subsets = merges.groupby(["method", *place, "k"]).head(SUBSETS)
     # The base and the multitask baseline are not merges, so every method's panel shows them.
     others = rows[rows["role"].isin(["base", "baseline"])].rename(columns={"role": "kind"})
-    macro = mean_loss(others, ["kind", *place]).assign(domain=MACRO)
+    macro = mean_loss(held_in(others), ["kind", *place]).assign(domain=MACRO)
     references = pd.concat([macro, mean_loss(others, ["kind", *place, "domain"])])
     tables = [
         points.assign(kind="mean"),

@@ -11,7 +11,7 @@ from mergelaw.laws.diagnostics import LADDER
 from mergelaw.laws.fits import WITHIN
 from mergelaw.laws.law import LAWS, MERGING, VARIANCE, Law
 from mergelaw.laws.noise import WIDE
-from mergelaw.laws.points import MACRO
+from mergelaw.laws.points import MACRO, macro_domains
 from mergelaw.laws.summary import interval, pooled_text
 
 PLACE = ["method", "family", "domain", "base", "N"]
@@ -35,6 +35,13 @@ def mean_loss(rows: pd.DataFrame, by: list[str]) -> pd.DataFrame:
     """Mean loss by groups of rows, without groups with a loss that is not finite."""
     groups = rows.groupby(by).agg(ce=("ce", "mean"), finite=("finite", "all"))
     return groups[groups["finite"].astype(bool)].drop(columns="finite").reset_index()
+
+
+def held_in(rows: pd.DataFrame) -> pd.DataFrame:
+    """Rows of the domains that the macro loss counts."""
+    domains = macro_domains(rows)
+    keys = zip(rows["family"], rows["domain"], strict=True)
+    return rows[[domain in domains[family, MACRO] for family, domain in keys]]
 
 
 def measured(rows: pd.DataFrame, points: pd.DataFrame) -> dict[str, str]:
@@ -63,7 +70,7 @@ def measured(rows: pd.DataFrame, points: pd.DataFrame) -> dict[str, str]:
 
 def bases(rows: pd.DataFrame) -> Table:
     """Each base's size, its loss, and the loss of its multitask baseline."""
-    losses = mean_loss(rows, ["N", "base", "role"]).set_index(["N", "base", "role"])["ce"]
+    losses = mean_loss(held_in(rows), ["N", "base", "role"]).set_index(["N", "base", "role"])["ce"]
     distinct = rows.drop_duplicates(["N", "base"]).sort_values(["N", "base"])
     records = []
     for N, base, family, total in distinct[["N", "base", "family", "N_total"]].to_numpy():
