@@ -16,7 +16,6 @@ from mergelaw.laws.law import (
     FLAT,
     INTERFERENCE,
     INTERFERENCE_FIXED_N,
-    LAWS,
     NESTED,
     RIVALS,
     Array,
