@@ -80,6 +80,12 @@ def ends_well(question) -> None:
     values = json.loads(answer.to_json())
     if values["low"] is not None and values["high"] is not None:
         assert values["low"] <= values["high"]
+    # An interval that is infinite or has no width is never given without a word.
+    if answer.ends is not None and answer.question in ("loss", "forecast"):
+        low, high = answer.ends
+        known = "measured" in answer.answer or any("standard error" in w for w in answer.warnings)
+        assert low < high or known
+        assert math.isfinite(high - low) or "above" in answer.answer or "below" in answer.answer
 
 
 @settings(max_examples=30, deadline=None)
@@ -107,3 +113,24 @@ def test_any_question_to_any_table_ends_in_an_answer_or_a_line(parts, number, si
     ends_well(lambda: forecast(points, base=str(points["base"].iloc[0]), k=[number]))
     ends_well(lambda: rule(pd.concat([points, points.assign(method="z")]), k=2))
     ends_well(lambda: budget(Curve(points, N, law=MERGING), 2, COSTS, amount=100))
+
+
+def test_exact_losses_of_five_sizes_answer_every_question():
+    """Exact losses whose floor is no power of N and whose tail is 1/k."""
+    k = np.arange(1, 10)
+    shares = {0.5: 0.3, 1.5: 0.2, 3.0: 0.15, 7.0: 0.1, 14.0: 0.08}
+    points = pd.concat(
+        pd.DataFrame({"N": N, "k": k, "ce": 0.8 + share + 0.2 * (9 / k - 1) / 8})
+        for N, share in shares.items()
+    ).assign(method="a", family="", domain="", M=9, base=lambda t: t["N"].map("{:g}B".format))
+    points = choose(points.sort_values(["N", "k"], ignore_index=True))
+    curve = Curve(points, 32.0)
+    ends_well(lambda: experts(curve, 0.85))
+    ends_well(lambda: stop(curve, 0.002))
+    ends_well(lambda: measure(curve, 9))
+    ends_well(lambda: budget(Curve(points, 3.0, law=MERGING), 2, COSTS, amount=100))
+    ends_well(lambda: rule(pd.concat([points, points.assign(method="z")]), 3.0, 9))
+    ends_well(lambda: forecast(points, base="3B"))
+    for size in (32.0, 3.0):
+        answer = loss(Curve(points, size), 12)
+        assert answer.ends is not None and answer.ends[0] < answer.value < answer.ends[1]

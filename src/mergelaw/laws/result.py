@@ -375,7 +375,8 @@ class Result:
         arrays = np.broadcast_arrays(*(np.asarray(v, dtype=float) for v in variables.values()))
         flat = {name: array.ravel() for name, array in zip(variables, arrays, strict=True)}
         draws = self.draws(flat)
-        centre = _middle(draws)
+        # Points that nothing tests a law against have no form but the law through them.
+        centre = np.ravel(fitted) if self.solution.untested else _middle(draws)
         low, high = _ends(self.draws(flat, new) if new else draws, level)
         ends = self._widened(centre, low, high, [flat], level, population)
         shape = fitted.shape

@@ -47,7 +47,7 @@ def fit_text(fit: Mapping[str, Any], equation: str, skip: Collection[str] = ()) 
             f"  with {name} = {forecast['value']:g} held out, the law misses it by "
             f"{forecast['error']:.3g} nats{suffix}"
         )
-    if len(fit["rivals"]) > 1:
+    if len(fit["rivals"]) > 1 and fit["aicc"] is not None:
         lines += _forms(fit["rivals"])
     warnings = [text for text in fit["warnings"] if text not in skip]
     if state == "fails":  # a law that is only doubtful has its doubts as reasons

@@ -62,10 +62,17 @@ class Answer:
 
 
 def with_interval(value: float, ends: Ends | None, level: float, unit: str = "nats") -> str:
-    """A figure and interval to two digits of its width: ``0.978 nats (90%: 0.976 to 0.980)``."""
-    width = math.nan if ends is None else ends[1] - ends[0]
-    if ends is None or not 0 < width < math.inf:
+    """A figure and interval to two digits of its width: ``0.978 nats (90%: 0.976 to 0.980)``.
+
+    An interval without a lower or upper end says so; one without a width is left out.
+    """
+    width = 0.0 if ends is None else ends[1] - ends[0]
+    if ends is None or not width > 0:
         return f"{value:.5g} {unit}"
+    if math.isinf(width):
+        sides = [f"above {ends[0]:.5g}"] if math.isfinite(ends[0]) else []
+        sides += [f"below {ends[1]:.5g}"] if math.isfinite(ends[1]) else []
+        return f"{value:.5g} {unit} ({100 * level:g}%: {sides[0] if sides else 'anything'})"
     decimals = max(1 - math.floor(math.log10(width)), 0)
     low, high = (f"{end:.{decimals}f}" for end in ends)
     return f"{value:.{decimals}f} {unit} ({100 * level:g}%: {low} to {high})"
