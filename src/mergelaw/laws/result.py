@@ -250,11 +250,22 @@ class Result:
         return self.law.predict(self.parameters, **variables)
 
     def expected(self, **variables: ArrayLike) -> Array:
-        """Loss to expect (nats per token): the median over forms and parameters, as in intervals.
+        """Loss to expect (nats per token): the mean over forms by their weight, as in intervals.
 
-        Where the noise is unknown it is that of ``predict``.
+        Each form counts with its best parameters. Where nothing tells forms apart it is that of
+        ``predict``; where forms without a floor weigh more than half, the floor is -infinity.
         """
-        return self.expectation(LEVEL, POOL, False, **variables)[0]
+        with np.errstate(divide="ignore", invalid="ignore"):
+            fitted = self.predict(**variables)
+            if not self.forms or self.solution.untested:
+                return fitted
+            losses = np.array([f.law.predict(f.parameters, **variables) for f in self.forms])
+        shape = (-1, *np.ones(fitted.ndim, dtype=int))
+        weights = np.array([form.weight for form in self.forms]).reshape(shape)
+        finite = np.isfinite(losses)
+        share = (weights * finite).sum(axis=0)
+        mean = (weights * np.where(finite, losses, 0.0)).sum(axis=0) / np.maximum(share, 0.5)
+        return np.asarray(np.where(share < 0.5, -math.inf, mean))
 
     def prediction(
         self,
@@ -356,8 +367,7 @@ class Result:
         """Expected losses (nats per token) and their intervals; None if these are unknown.
 
         They integrate over the law's parameters, over the forms that the points do not exclude,
-        and over misfit and scatter. The loss is the median. Without a floor the lower end at
-        k = infinity is -infinity.
+        and over misfit and scatter. Without a floor the lower end at k = infinity is -infinity.
 
         Args:
             level: nominal coverage.
@@ -368,21 +378,17 @@ class Result:
             variables: as in ``predict``; k may be infinite.
         """
         _check(level, population)
-        with np.errstate(divide="ignore", invalid="ignore"):
-            fitted = self.predict(**variables)
+        centre = self.expected(**variables)
         if not self.forms:
-            return fitted, None
+            return centre, None
         arrays = np.broadcast_arrays(*(np.asarray(v, dtype=float) for v in variables.values()))
         flat = {name: array.ravel() for name, array in zip(variables, arrays, strict=True)}
-        draws = self.draws(flat)
-        # Points that nothing tests a law against have no form but the law through them.
-        centre = np.ravel(fitted) if self.solution.untested else _middle(draws)
-        low, high = _ends(self.draws(flat, new) if new else draws, level)
-        ends = self._widened(centre, low, high, [flat], level, population)
-        shape = fitted.shape
+        draws = self.draws(flat, new)
+        low, high = _ends(draws, level)
+        ends = self._widened(np.ravel(centre), low, high, [flat], level, population)
         if ends is None:
-            return centre.reshape(shape), None
-        return centre.reshape(shape), (ends[0].reshape(shape), ends[1].reshape(shape))
+            return centre, None
+        return centre, (ends[0].reshape(centre.shape), ends[1].reshape(centre.shape))
 
     def difference(
         self,
@@ -397,13 +403,12 @@ class Result:
         theirs; it is None where the noise is unknown.
         """
         _check(level, population)
+        value = float(self.expected(**first) - self.expected(**second))
         if not self.forms:
-            return float(self.predict(**first) - self.predict(**second)), None
+            return value, None
         both = {name: np.array([first[name], second[name]], dtype=float) for name in first}
         draws = self.draws(both)
-        draws = (draws[:, 0] - draws[:, 1])[:, None]
-        value = float(_middle(draws)[0])
-        low, high = _ends(draws, level)
+        low, high = _ends((draws[:, 0] - draws[:, 1])[:, None], level)
         places = [{name: array[:1] for name, array in both.items()}]
         places.append({name: array[1:] for name, array in both.items()})
         ends = self._widened(np.array([value]), low, high, places, level, population)
@@ -527,12 +532,6 @@ def _losses(law: Law, parameters: Array, variables: Mapping[str, Array]) -> Arra
         for name, column in zip(law.linear, columns, strict=True):
             total += np.where(named[name] == 0, 0.0, column * named[name])
     return total
-
-
-def _middle(draws: Array) -> Array:
-    """Medians of draws, which may be infinite."""
-    middle: Array = np.quantile(draws, 0.5, axis=0, method="nearest")
-    return middle
 
 
 def _ends(draws: Array, level: float) -> Any:
