@@ -416,7 +416,7 @@ def test_the_law_that_made_the_points_is_found_among_the_rivals(law):
     fitted = fit(MERGING, noisy_grid(law, truth, sd=2e-4, sizes=[0.5, 3, 14, 72]))
     assert fitted.rivals[0]["law"] == law.name
     assert fitted.rivals[0]["above"] == 0
-    doubted = any(f"law {law.name} describes" in doubt for doubt in fitted.doubts)
+    doubted = any(d.code == "better_rival" and law.name in d for d in fitted.doubts)
     assert doubted == (law is not MERGING)
 
 

@@ -151,10 +151,11 @@ def _floor_lines(floor: Mapping[str, Any]) -> tuple[str, str]:
     losses = []
     for kind in ("asymptotic", "reachable"):
         ends = floor[f"{kind}_interval"]
-        suffix = "" if ends is None else f" (90%: {interval(ends)})"
+        suffix = "" if ends is None or ends[0] == ends[1] else f" (90%: {interval(ends)})"
         losses.append("none" if floor[kind] is None else f"{floor[kind]:.5g}{suffix}")
     return (
-        f"  {floor['base']}: floor {losses[0]}, L({floor['M']}) with all experts {losses[1]}",
+        f"  {floor['base']}: floor {losses[0]}, L({floor['M']}) with all experts {losses[1]}"
+        + (", measured" if floor["measured"] else ""),
         f"    experts whose mean comes within {'; '.join(steps)}",
     )
 

@@ -98,7 +98,9 @@ def floors(fits: pd.DataFrame) -> Table:
         cells = [
             Markup("{} <small>{}</small>").format(
                 NONE if floor[name] is None else f"{floor[name]:.4f}",
-                interval(ends, ".4f") if (ends := floor[f"{name}_interval"]) else "",
+                interval(ends, ".4f")
+                if (ends := floor[f"{name}_interval"]) and ends[0] != ends[1]
+                else "",
             )
             for name in ("asymptotic", "reachable")
         ]
