@@ -29,8 +29,8 @@ def circles(losses: dict[int, list[float]], documents=None) -> pd.DataFrame:
 
 
 def test_a_point_is_the_mean_over_circles_of_their_means():
-    """Neither their median, nor the mean of all merges."""
-    table, _ = points(circles({0: [1.0, 3.0], 1: [2.0], 2: [9.0, 9.0, 9.0]}))
+    """Neither a median, of circles or of a circle's merges, nor the mean of all merges."""
+    table, _ = points(circles({0: [1.0, 3.0], 1: [2.0], 2: [6.0, 6.0, 15.0]}))
     assert table.loc[table["domain"] == "d", "ce"].item() == pytest.approx(13 / 3)
 
 
