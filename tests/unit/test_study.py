@@ -1,5 +1,7 @@
 """Splits of documents as artifacts of a study: what a change of the data makes again."""
 
+from types import SimpleNamespace
+
 import pytest
 
 import models
@@ -257,3 +259,14 @@ def test_unreadable_documents_are_named_before_anything_runs(tmp_path):
     broken = study(tmp_path, split={"source": gone}, held={"source": few})
     with pytest.raises(MergelawError, match=r"gone\.jsonl: no such file.*\(1 more domains"):
         broken.known  # noqa: B018
+
+
+def test_snakemake_calls_functions_only_for_roles_that_there_are():
+    """And need not inspect them for each of ten thousand jobs."""
+    from mergelaw.workflow.snakemake import Paths
+
+    pipeline = SimpleNamespace(roles={"base"})
+    paths = Paths(pipeline, "evals/{base}/{method}/{name}@{key}")
+    assert paths.input("coefficients") == []
+    for function in (paths.input("base"), paths.job):
+        assert list(function.__signature__.parameters) == ["wildcards"]
