@@ -217,7 +217,7 @@ def fill(study: Any) -> None:
                     count += len(rows)
             writing += time.process_time() - began
             every = [row for group in groups for row in group]
-            write_table(artifact.recipe, every, {row["cell"]: row for row in every}, folder)
+            write_table(artifact.recipe, every, store.known, folder)
         else:
             (folder / name).write_text(artifact.path)
         fake(study, artifact, {name: file_digest(folder / name)}, digests)
