@@ -13,6 +13,7 @@ import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import combinations
+from multiprocessing import Pool
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,8 @@ from mergelaw.workflow.study import Study
 BUDGETS = (40, 80, 120)
 OBJECTIVES = 20
 BATCH = 8
-START = (1, 2, 4, 5, 7, 9)  # experts in the merges of each rule that `select` begins with
+JOBS = 3  # processes
+START = (2, 4, 7, 9)  # experts in the merges of each rule that `select` begins with
 Place = tuple[int, tuple[int, ...]]  # rule, experts
 
 
@@ -172,9 +174,9 @@ def by_cma(truth: Truth, values: dict[Place, float], seed: int) -> Iterator[Plac
 def by_select(
     truth: Truth, objective: Objective, values: dict[Place, float], seed: int, held: list[Any]
 ) -> Iterator[Place]:
-    """The product: a small random start of every rule, then its batches."""
+    """The product's batches, after the single experts and a few random merges of every rule."""
     random, M = np.random.default_rng(seed), len(truth.experts)
-    done: list[Place] = []
+    done: list[Place] = [(0, (i,)) for i in range(M)]
     for rule in range(len(truth.methods)):
         for k in START:
             members = tuple(sorted(random.choice(M, k, replace=False).tolist()))
@@ -216,46 +218,55 @@ def regrets(
     return (result + [(best - least) / (level - least)] * len(BUDGETS))[: len(BUDGETS)]
 
 
+def search(task: tuple[str, int]) -> tuple[dict[str, list[float]], list[Any]]:
+    """Regrets of all searches for one objective, and what `select` predicted."""
+    truth, held = Truth.read(task[0]), []
+    objective, seed = objectives(truth.domains)[task[1]], task[1]
+    shares = objective.shares(truth.measured(truth.places[:1]))
+    every = objective.values(truth.losses[1:], truth.losses[0], shares)
+    values = dict(zip(truth.places, every.tolist(), strict=True))
+    searches = {
+        "select": by_select(truth, objective, values, seed, held),
+        "greedy": by_greedy(truth, values, seed),
+        "random": by_random(truth, values, seed),
+        "CMA-ES": by_cma(truth, values, seed),
+    }
+    result = {name: regrets(truth, objective, values, one) for name, one in searches.items()}
+    print(task[1], result, file=sys.stderr, flush=True)
+    return result, held
+
+
 def score(paths: list[str]) -> None:
     """Print tables of regrets and of intervals' hold rates."""
     for path in paths:
-        truth = Truth.read(path)
-        table: dict[str, list[Any]] = {"select": [], "greedy": [], "random": [], "CMA-ES": []}
-        held: list[Any] = []
-        for seed, objective in enumerate(objectives(truth.domains)):
-            one = truth.measured(truth.places)
-            every = objective.values(truth.losses[1:], truth.losses[0], objective.shares(one))
-            values = dict(zip(truth.places, every.tolist(), strict=True))
-            searches = {
-                "select": by_select(truth, objective, values, seed, held),
-                "greedy": by_greedy(truth, values, seed),
-                "random": by_random(truth, values, seed),
-                "CMA-ES": by_cma(truth, values, seed),
-            }
-            for name, search in searches.items():
-                table[name].append(regrets(truth, objective, values, search))
-            print(objective.text[:40], [f"{table[n][-1][0]:.3f}" for n in table], file=sys.stderr)
-        print(f"\n### {truth.base}\n\n| search | " + " | ".join(map(str, BUDGETS)) + " |")
+        with Pool(JOBS) as jobs:
+            results = jobs.map(search, [(path, n) for n in range(OBJECTIVES)], chunksize=1)
+        table = {name: np.array([one[name] for one, _ in results]) for name in results[0][0]}
+        print(
+            f"\n### {Truth.read(path).base}\n\n| search | " + " | ".join(map(str, BUDGETS)) + " |"
+        )
         print("|---|" + "---|" * len(BUDGETS))
         for name, rows in table.items():
-            mean = np.mean(rows, axis=0)
-            gap = np.array(rows) - np.array(table["select"])
+            gap = rows - table["select"]
             error = gap.std(axis=0, ddof=1) / np.sqrt(len(gap))
-            cells = [f"{100 * m:.2f}%" for m in mean]
+            cells = [f"{100 * m:.2f}%" for m in rows.mean(axis=0)]
             if name != "select":
                 cells = [
                     f"{c} ({100 * g:+.2f} ± {100 * e:.2f})"
                     for c, g, e in zip(cells, gap.mean(axis=0), error, strict=True)
                 ]
             print(f"| {name} | " + " | ".join(cells) + " |")
-        numbers = np.array([[float(x) for x in row] for row in held])
-        holds = (numbers[:, 3] <= numbers[:, 1]) & (numbers[:, 1] <= numbers[:, 4])
-        z = (numbers[:, 1] - numbers[:, 2]) / (numbers[:, 4] - numbers[:, 3]) * 2 * 1.645
-        print(
-            f"\n90% intervals of {len(holds)} proposals hold in {100 * holds.mean():.0f}%; "
-            f"measured minus predicted is {z.mean():+.2f} standard deviations in the mean, "
-            f"root mean square {np.sqrt((z**2).mean()):.2f}."
-        )
+        numbers = np.array([row for _, held in results for row in held], dtype=float)
+        for name, rows in (("usable", numbers[:, 5] > 0), ("trial", numbers[:, 5] == 0)):
+            value, predicted, low, high = numbers[rows, 1:5].T
+            if len(value):
+                z = (value - predicted) / (high - low) * 2 * 1.645
+                print(
+                    f"\n{len(value)} proposals with {name} predictions: 90% intervals hold in "
+                    f"{100 * (abs(z) <= 1.645).mean():.0f}%; measured minus predicted is "
+                    f"{z.mean():+.2f} standard errors in the mean, {np.sqrt((z**2).mean()):.2f} "
+                    "root mean square."
+                )
 
 
 if __name__ == "__main__":

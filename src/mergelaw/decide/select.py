@@ -118,6 +118,10 @@ class Selection:
                 f"({100 * held / len(errors):.0f}%); measured minus predicted {errors.mean():+.4f} "
                 f"in the mean, {np.sqrt((errors**2).mean()):.4f} root mean square."
             )
+        trials = sorted({one.method for one in self.proposals if not one.usable})
+        if trials:
+            names = " and ".join(trials)
+            lines.append(f"Predictions by {names} failed their check, so these are trials.")
         return [*lines, *self.as_good]
 
     def to_dict(self) -> dict[str, Any]:
@@ -208,7 +212,8 @@ def select(
         chosen = []
     proposals = [_proposal(measured, predictor, objective, new, i, value) for i in chosen]
     proposals.sort(key=lambda p: (not p.usable, p.value))
-    proposals += _learned(measured, objective, learned, every, experts)
+    more = _learned(measured, objective, learned, every, experts)
+    proposals = proposals[: max(batch - len(more), 0)] + more
     as_good = _as_good(measured, within, values, every, experts, margin)
     return Selection(
         measured, objective, proposals[:batch], best, value, values[base.identity],
@@ -347,7 +352,7 @@ def _proposal(
     if candidates.within[place] < 1 - CHANCE:
         reason += f"; keeps the limits with a chance of {100 * candidates.within[place]:.0f}%"
     if not usable:
-        reason += f"; a trial, for predictions by {method} failed their check"
+        reason += "; a trial"
     experts = candidates.names(place, predictor.experts)
     return Proposal(method, experts, mean, mean - half, mean + half, usable, reason)
 
