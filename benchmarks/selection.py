@@ -1,7 +1,7 @@
 """Regret of `mergelaw select` against greedy addition, random search and CMA-ES.
 
     python benchmarks/selection.py measure STUDY BASE TRUTH.npz    measure all subsets by every rule
-    python benchmarks/selection.py score TRUTH.npz...              search them, for 20 objectives
+    python benchmarks/selection.py score TRUTH.npz [GRADIENTS]  search them, for 20 objectives
 
 The study must be made up to its task vectors. Regret is the best loss that a search has measured,
 above the best of all, as a share of that one's gain over the base. CMA-ES: `pip install cma`.
@@ -30,7 +30,8 @@ BUDGETS = (40, 80, 120)
 OBJECTIVES = 20
 BATCH = 8
 JOBS = 3  # processes
-START = (2, 4, 7, 9)  # experts in the merges of each rule that `select` begins with
+# Experts in the merges of each rule that `select` begins with, without and with gradients.
+START = {False: (2, 3, 5, 7, 9), True: (2, 5, 8)}
 Place = tuple[int, tuple[int, ...]]  # rule, experts
 
 
@@ -172,20 +173,25 @@ def by_cma(truth: Truth, values: dict[Place, float], seed: int) -> Iterator[Plac
 
 
 def by_select(
-    truth: Truth, objective: Objective, values: dict[Place, float], seed: int, held: list[Any]
+    truth: Truth,
+    objective: Objective,
+    values: dict[Place, float],
+    seed: int,
+    held: list[Any],
+    gradients: Path | None,
 ) -> Iterator[Place]:
     """The product's batches, after the single experts and a few random merges of every rule."""
     random, M = np.random.default_rng(seed), len(truth.experts)
     done: list[Place] = [(0, (i,)) for i in range(M)]
     for rule in range(len(truth.methods)):
-        for k in START:
+        for k in START[gradients is not None]:
             members = tuple(sorted(random.choice(M, k, replace=False).tolist()))
             done.append((rule, members))
     yield from done
     earlier: list[Any] = []
     while True:
         one = truth.measured(done)
-        answer = select(one, predictor(one), objective, BATCH, earlier=earlier)
+        answer = select(one, predictor(one, gradients), objective, BATCH, earlier=earlier)
         if not answer.proposals:
             return
         for p in answer.proposals:
@@ -218,55 +224,54 @@ def regrets(
     return (result + [(best - least) / (level - least)] * len(BUDGETS))[: len(BUDGETS)]
 
 
-def search(task: tuple[str, int]) -> tuple[dict[str, list[float]], list[Any]]:
+def search(task: tuple[str, Path | None, int]) -> tuple[dict[str, list[float]], list[Any]]:
     """Regrets of all searches for one objective, and what `select` predicted."""
     truth, held = Truth.read(task[0]), []
-    objective, seed = objectives(truth.domains)[task[1]], task[1]
+    gradients, seed = task[1:]
+    objective = objectives(truth.domains)[seed]
     shares = objective.shares(truth.measured(truth.places[:1]))
     every = objective.values(truth.losses[1:], truth.losses[0], shares)
     values = dict(zip(truth.places, every.tolist(), strict=True))
     searches = {
-        "select": by_select(truth, objective, values, seed, held),
+        "select": by_select(truth, objective, values, seed, held, gradients),
         "greedy": by_greedy(truth, values, seed),
         "random": by_random(truth, values, seed),
         "CMA-ES": by_cma(truth, values, seed),
     }
     result = {name: regrets(truth, objective, values, one) for name, one in searches.items()}
-    print(task[1], result, file=sys.stderr, flush=True)
+    print(seed, result, file=sys.stderr, flush=True)
     return result, held
 
 
-def score(paths: list[str]) -> None:
+def score(path: str, gradients: str | None = None) -> None:
     """Print tables of regrets and of intervals' hold rates."""
-    for path in paths:
-        with Pool(JOBS) as jobs:
-            results = jobs.map(search, [(path, n) for n in range(OBJECTIVES)], chunksize=1)
-        table = {name: np.array([one[name] for one, _ in results]) for name in results[0][0]}
-        print(
-            f"\n### {Truth.read(path).base}\n\n| search | " + " | ".join(map(str, BUDGETS)) + " |"
-        )
-        print("|---|" + "---|" * len(BUDGETS))
-        for name, rows in table.items():
-            gap = rows - table["select"]
-            error = gap.std(axis=0, ddof=1) / np.sqrt(len(gap))
-            cells = [f"{100 * m:.2f}%" for m in rows.mean(axis=0)]
-            if name != "select":
-                cells = [
-                    f"{c} ({100 * g:+.2f} ± {100 * e:.2f})"
-                    for c, g, e in zip(cells, gap.mean(axis=0), error, strict=True)
-                ]
-            print(f"| {name} | " + " | ".join(cells) + " |")
-        numbers = np.array([row for _, held in results for row in held], dtype=float)
-        for name, rows in (("usable", numbers[:, 5] > 0), ("trial", numbers[:, 5] == 0)):
-            value, predicted, low, high = numbers[rows, 1:5].T
-            if len(value):
-                z = (value - predicted) / (high - low) * 2 * 1.645
-                print(
-                    f"\n{len(value)} proposals with {name} predictions: 90% intervals hold in "
-                    f"{100 * (abs(z) <= 1.645).mean():.0f}%; measured minus predicted is "
-                    f"{z.mean():+.2f} standard errors in the mean, {np.sqrt((z**2).mean()):.2f} "
-                    "root mean square."
-                )
+    folder = Path(gradients) if gradients else None
+    with Pool(JOBS) as jobs:
+        results = jobs.map(search, [(path, folder, n) for n in range(OBJECTIVES)], chunksize=1)
+    table = {name: np.array([one[name] for one, _ in results]) for name in results[0][0]}
+    print(f"\n### {Truth.read(path).base}\n\n| search | " + " | ".join(map(str, BUDGETS)) + " |")
+    print("|---|" + "---|" * len(BUDGETS))
+    for name, rows in table.items():
+        gap = rows - table["select"]
+        error = gap.std(axis=0, ddof=1) / np.sqrt(len(gap))
+        cells = [f"{100 * m:.2f}%" for m in rows.mean(axis=0)]
+        if name != "select":
+            cells = [
+                f"{c} ({100 * g:+.2f} ± {100 * e:.2f})"
+                for c, g, e in zip(cells, gap.mean(axis=0), error, strict=True)
+            ]
+        print(f"| {name} | " + " | ".join(cells) + " |")
+    numbers = np.array([row for _, held in results for row in held], dtype=float)
+    for name, rows in (("usable", numbers[:, 5] > 0), ("trial", numbers[:, 5] == 0)):
+        value, predicted, low, high = numbers[rows, 1:5].T
+        if len(value):
+            z = (value - predicted) / (high - low) * 2 * 1.645
+            print(
+                f"\n{len(value)} proposals with {name} predictions: 90% intervals hold in "
+                f"{100 * (abs(z) <= 1.645).mean():.0f}%; measured minus predicted is "
+                f"{z.mean():+.2f} standard errors in the mean, {np.sqrt((z**2).mean()):.2f} "
+                "root mean square."
+            )
 
 
 if __name__ == "__main__":
@@ -274,7 +279,7 @@ if __name__ == "__main__":
     command, *words = sys.argv[1:] or ["-h"]
     if command == "measure" and len(words) == 3 and Path(words[0]).is_file():
         measure(*words)
-    elif command == "score" and words:
-        score(words)
+    elif command == "score" and len(words) in (1, 2):
+        score(*words)
     else:
         sys.exit(__doc__)

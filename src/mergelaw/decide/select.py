@@ -121,7 +121,10 @@ class Selection:
         trials = sorted({one.method for one in self.proposals if not one.usable})
         if trials:
             names = " and ".join(trials)
-            lines.append(f"Predictions by {names} failed their check, so these are trials.")
+            lines.append(
+                f"Predictions by {names} failed their check, so these are trials. With gradients, "
+                "predictions are better: `snakemake ... gradients`."
+            )
         return [*lines, *self.as_good]
 
     def to_dict(self) -> dict[str, Any]:
@@ -203,7 +206,14 @@ def select(
         for one in earlier
         if (merge := by_name.get((one.method, frozenset(one.experts)))) and one.value is not None
     ]
-    every = _candidates(measured, predictor, objective, ceilings, _inflation(realised))
+    errors = {
+        method: (
+            _inflation([pair for pair in realised if pair[0].method == method]),
+            0.0 if _usable(predictor, objective, method) else _spread(measured, method, values),
+        )
+        for method in predictor.methods
+    }
+    every = _candidates(measured, predictor, objective, ceilings, errors)
     keys = [(m, frozenset(every.names(i, experts))) for i, m in enumerate(every.methods)]
     new = every.take(np.array([key not in by_name for key in keys], dtype=bool))
     margin = SHARE * max(values[base.identity] - value, 1e-2)
@@ -215,6 +225,8 @@ def select(
     more = _learned(measured, objective, learned, every, experts)
     proposals = proposals[: max(batch - len(more), 0)] + more
     as_good = _as_good(measured, within, values, every, experts, margin)
+    silent = set(objective.methods or predictor.methods) - {*every.methods, *learned}
+    as_good += [f"No merge by {m} is predicted: too few are measured." for m in sorted(silent)]
     return Selection(
         measured, objective, proposals[:batch], best, value, values[base.identity],
         margin, chance, len(new.mean), as_good, realised,
@@ -222,15 +234,45 @@ def select(
 
 
 def _inflation(realised: Sequence[tuple[Proposal, float]]) -> float:
-    """Factor of predictions' errors: root mean square of earlier ones, with ``PRIOR`` of 1."""
+    """Factor of a rule's errors: root mean square of earlier ones, with ``PRIOR`` of 1; at most 2.
+
+    Predictions have learned from those merges since, so larger factors would count them twice.
+    """
     squares = [one.score(value) ** 2 for one, value in realised]
-    return math.sqrt((sum(squares) + PRIOR) / (len(squares) + PRIOR))
+    return min(math.sqrt((sum(squares) + PRIOR) / (len(squares) + PRIOR)), 2.0)
+
+
+def _usable(predictor: Predictor, objective: Objective, method: str) -> bool:
+    """True if the predictions of a rule passed their check in every domain that counts."""
+    checks, names = predictor.checks[method], [*objective.weights] or ["macro"]
+    return all(checks[n].verdict == "usable" for n in names if objective.weights.get(n, 1.0) > 0)
+
+
+def _spread(measured: Measured, method: str, values: Mapping[str, float]) -> float:
+    """Standard deviation of a rule's measured values within numbers of experts.
+
+    It is the error of a prediction that knows only the number.
+    """
+    groups: dict[int, list[float]] = {}
+    for merge in measured.merges:
+        if merge.method == method:
+            groups.setdefault(len(merge.experts), []).append(values[merge.identity])
+    squares = [(v - np.mean(group)) ** 2 for group in groups.values() for v in group]
+    freedom = len(squares) - len(groups)
+    return math.sqrt(sum(squares) / freedom) if freedom > 0 else float(np.std([*values.values()]))
 
 
 def _candidates(
-    measured: Measured, predictor: Predictor, objective: Objective, ceilings: Array, factor: float
+    measured: Measured,
+    predictor: Predictor,
+    objective: Objective,
+    ceilings: Array,
+    errors: Mapping[str, tuple[float, float]],
 ) -> _Candidates:
-    """Merges of equal weights within the limits on experts: all, or the best of a large pool's."""
+    """Merges of equal weights within the limits on experts: all, or the best of a large pool's.
+
+    ``errors`` are a factor of each rule's errors, and an error that adds to them.
+    """
     shares, base = objective.shares(measured), measured.reference.losses
     M, none = len(predictor.experts), np.zeros(0)
     parts = [_Candidates(np.array([], dtype=str), np.zeros((0, M), bool), none, none, none)]
@@ -246,11 +288,12 @@ def _candidates(
             else:
                 worst = np.where(shares > 0, losses - base, -np.inf).argmax(axis=1)
                 sd = np.take_along_axis(sds, worst[:, None], axis=1)[:, 0]
-            limited = np.isfinite(ceilings)
-            gap = (ceilings - losses)[:, limited] / np.maximum(sds[:, limited] * factor, 1e-12)
+            limited, (factor, more) = np.isfinite(ceilings), errors[method]
+            wide = np.maximum(np.hypot(sds[:, limited] * factor, more), 1e-12)
+            gap = (ceilings - losses)[:, limited] / wide
             within = stats.norm.cdf(gap).prod(axis=1)
             names = np.full(len(subsets), method)
-            every = _Candidates(names, subsets, mean, np.asarray(sd) * factor, within)
+            every = _Candidates(names, subsets, mean, np.hypot(sd * factor, more), within)
             return every.take(np.isfinite(mean) & np.isfinite(sd))
 
         subsets = predictor.candidates(method)
@@ -342,8 +385,7 @@ def _proposal(
 ) -> Proposal:
     """A candidate as a proposal; ``value`` is the lowest measured one."""
     method, mean = str(candidates.methods[place]), float(candidates.mean[place])
-    half, checks = Z * float(candidates.sd[place]), predictor.checks[method]
-    usable = all(checks[name].verdict == "usable" for name in objective.weights or ("macro",))
+    half, usable = Z * float(candidates.sd[place]), _usable(predictor, objective, method)
     odds = float(stats.norm.cdf((value - mean) / max(half / Z, 1e-12)) * candidates.within[place])
     reason = "the lowest prediction" if mean == candidates.mean.min() else f"{100 * odds:.0f}%"
     reason = (
