@@ -31,7 +31,7 @@ OBJECTIVES = 20
 BATCH = 8
 JOBS = 3  # processes
 # Experts in the merges of each rule that `select` begins with, without and with gradients.
-START = {False: (2, 3, 5, 7, 9), True: (2, 5, 8)}
+START = {False: (2, 3, 5, 7, 9), True: (4, 4, 4, 7)}
 Place = tuple[int, tuple[int, ...]]  # rule, experts
 
 

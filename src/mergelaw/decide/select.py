@@ -209,7 +209,7 @@ def select(
     errors = {
         method: (
             _inflation([pair for pair in realised if pair[0].method == method]),
-            0.0 if _usable(predictor, objective, method) else _spread(measured, method, values),
+            _doubt(predictor, objective, method) * _spread(measured, method, values),
         )
         for method in predictor.methods
     }
@@ -246,6 +246,14 @@ def _usable(predictor: Predictor, objective: Objective, method: str) -> bool:
     """True if the predictions of a rule passed their check in every domain that counts."""
     checks, names = predictor.checks[method], [*objective.weights] or ["macro"]
     return all(checks[n].verdict == "usable" for n in names if objective.weights.get(n, 1.0) > 0)
+
+
+def _doubt(predictor: Predictor, objective: Objective, method: str) -> float:
+    """Share of the spread within k that is added to the errors of a rule without a usable check."""
+    if _usable(predictor, objective, method):
+        return 0.0
+    checks = [predictor.checks[method][n] for n in [*objective.weights] or ["macro"]]
+    return min(1.0, max(max(one.error[1], one.tail_error) for one in checks))
 
 
 def _spread(measured: Measured, method: str, values: Mapping[str, float]) -> float:
