@@ -349,7 +349,7 @@ def test_more_circles_are_bought_where_points_have_standard_errors():
 def test_circles_narrow_what_all_points_of_a_base_share():
     """One shift of all points: twice the circles halve its variance, whatever the law."""
     points = study(noise=0, sizes=[3.0], M=6).assign(se=1e-3, sampling=[[1e-3]] * 6, freedom=np.inf)
-    (row,) = measure(Curve(points, 3.0), 12).table
+    (row,) = measure(Curve(points, 3.0), 7).table
     assert "circles again" in row["buy"] and row["share"] == pytest.approx(0.5**0.5, rel=0.05)
 
 
