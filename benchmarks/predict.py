@@ -1,6 +1,6 @@
 """Predicted losses of merges against measured ones, with none and a dozen measured merges a rule.
 
-    snakemake --profile profiles/local && snakemake --profile profiles/local gradients
+    snakemake --profile profiles/local && snakemake gradients --profile profiles/local
     python benchmarks/predict.py config/config.yaml > benchmarks/predict.md
 
 Unseen are the study's measured merges that the prediction was not fitted to. ``--unseen 50``
@@ -59,7 +59,7 @@ def show(rows: Sequence[dict[str, Any]], costs: Sequence[dict[str, Any]]) -> Non
         "their standard deviation at that k. RMSE in nats; spread: standard deviation within k. "
         f"Held: share of 90% intervals of macro losses. Fitted to {3 * EACH} merges of a rule, "
         f"mean over {DRAWS} draws; passed: share of draws that the check calls usable. By weights: "
-        "correlation and RMSE / spread without gradients, from all the study's merges.\n"
+        "correlation and RMSE / spread without gradients, from all measured merges.\n"
     )
     print(markdown(rows))
     if not costs:

