@@ -59,8 +59,10 @@ def test_bits_per_byte_are_base_two(tmp_path):
     }
     labels = {"method": "average", "N_nominal": None}
     recipe = {"labels": labels, "method": {}, "domains": {"d": False}, "evaluation": {"dtype": "x"}}
-    write_table(recipe, [entry], {"c": cell}, tmp_path)
-    (row,) = read_rows([tmp_path]).to_dict("records")
+    entries = [entry, entry | {"written": True}, entry | {"k": 0, "experts": [], "weights": []}]
+    write_table(recipe, entries, {"c": cell}, tmp_path)
+    row, *others = read_rows([tmp_path]).to_dict("records")
+    assert [one["role"] for one in (row, *others)] == ["merge", "written", "base"]
     assert row["nll"] == 8 and row["ce"] == 2
     assert row["bits_per_byte"] == pytest.approx(8 / math.log(2) / 16)
     assert row["N"] == pytest.approx(0.003) and row["N_total"] == pytest.approx(0.005)

@@ -315,3 +315,12 @@ def test_a_wrong_index_hides_no_cell(tmp_path, number):
     index.write_bytes(damaged_indexes(index.read_bytes())[number])
     wanted = {f"c{n}": {} for n in (1, 2, 3)}
     assert Store(tmp_path, wanted=wanted).known == {f"c{n}": cell(n) for n in (1, 2, 3)}
+
+
+def test_other_weights_are_another_merge():
+    """Without weights all are 1."""
+
+    def merge(weights):
+        return cells.identities("b", ["v", "w"], {"method": "average"}, {}, {"d": "s"}, weights)
+
+    assert merge(None) == merge([1.0, 1.0]) != merge([1.0, 2.0]) != merge([2.0, 1.0])

@@ -33,13 +33,10 @@ def make(
 ) -> bool:
     """Make the artifact ``output`` unless it exists; return whether this call made it.
 
-    ``work(folder, state)`` writes the files and returns the lineage's ``facts``; it may save in
-    ``state`` what it needs to resume after a kill. ``stage``, ``recipe`` and ``inputs`` (by name)
-    are recorded. ``key`` is the full key, where the path has its first digits; ``wanted`` has those
-    of the inputs. ``digests`` are the SHA-256 of files where ``work`` makes sure of them: these are
-    not read. A second process for the same artifact waits for the first. Raises MergelawError for a
-    damaged input or one of another key, for inputs that do not fit together, or if ``output`` holds
-    something else.
+    ``work(folder, state)`` writes the files and returns the lineage's ``facts``; ``state`` is kept
+    after a kill. ``stage``, ``recipe``, ``inputs`` (by name) and the full ``key`` are recorded;
+    ``wanted`` has the keys of the inputs, ``digests`` the SHA-256 of files that ``work`` makes sure
+    of. A second process waits. Raises MergelawError for unfit inputs or another ``output``.
     """
     from filelock import FileLock
 
