@@ -35,8 +35,8 @@ TAIL = 5.0
 RARE = 0.002
 # Proposals are evaluated in pieces of so many numbers, which a processor's cache holds.
 NUMBERS = 300_000
-# The misfit is at least this share of the sampling errors, beside which less cannot be seen, and
-# below this many standard deviations of the losses.
+# The misfit is at least this share of the median sampling error, beside which less cannot be seen,
+# and below this many standard deviations of the losses.
 LEAST_MISFIT, MOST_MISFIT = 0.1, 10.0
 # The logarithm of the scatter is within this distance from that of its typical value.
 SCATTERS = 9.0
@@ -80,7 +80,7 @@ class _Space:
         self.loss = errors.rotate(loss[:, None])[:, 0]
         self.misfit = misfit
         self.scatter = scatter if len(errors.starts) else 0.0
-        least = max(LEAST_MISFIT * math.sqrt(np.mean(errors.variances)), errors.least)
+        least = max(LEAST_MISFIT * math.sqrt(np.median(errors.variances)), errors.least)
         most = max(MOST_MISFIT * float(np.std(loss)), 100 * least)
         typical = math.log(errors.typical)
         self.boxes = [np.array(box) for box in law.nonlinear.values()]
