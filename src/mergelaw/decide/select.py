@@ -28,7 +28,7 @@ CHANCE = 0.1  # of an improvement by that much, below which nothing is left to g
 WORTH = 0.02  # of that, the least expected improvement of a proposal
 SWAPS = 8  # rounds of adding, removing and exchanging experts
 STARTS = 4  # merges of a rule that each round starts from
-PRIOR = 10.0  # earlier proposals with errors as predicted that a new error bar begins with
+PRIOR = 4.0  # earlier proposals with errors as predicted that a new error bar begins with
 Z = float(stats.norm.ppf((1 + LEVEL) / 2))
 
 LEARNED = '"method":"learned"'  # in the recipe of a merge whose weights are learned
@@ -252,8 +252,10 @@ def _doubt(predictor: Predictor, objective: Objective, method: str) -> float:
     """Share of the spread within k that is added to the errors of a rule without a usable check."""
     if _usable(predictor, objective, method):
         return 0.0
-    checks = [predictor.checks[method][n] for n in [*objective.weights] or ["macro"]]
-    return min(1.0, max(max(one.error[1], one.tail_error) for one in checks))
+    shares = objective.weights or {"macro": 1.0}
+    checks = predictor.checks[method]
+    errors = [w * max(checks[n].error[0], checks[n].tail_error) for n, w in shares.items() if w]
+    return min(1.0, sum(errors) / sum(shares.values()))
 
 
 def _spread(measured: Measured, method: str, values: Mapping[str, float]) -> float:
@@ -279,7 +281,7 @@ def _candidates(
 ) -> _Candidates:
     """Merges of equal weights within the limits on experts: all, or the best of a large pool's.
 
-    ``errors`` are a factor of each rule's errors, and an error that adds to them.
+    ``errors`` are a factor of each rule's errors, and an error that is added before.
     """
     shares, base = objective.shares(measured), measured.reference.losses
     M, none = len(predictor.experts), np.zeros(0)
@@ -297,11 +299,11 @@ def _candidates(
                 worst = np.where(shares > 0, losses - base, -np.inf).argmax(axis=1)
                 sd = np.take_along_axis(sds, worst[:, None], axis=1)[:, 0]
             limited, (factor, more) = np.isfinite(ceilings), errors[method]
-            wide = np.maximum(np.hypot(sds[:, limited] * factor, more), 1e-12)
+            wide = np.maximum(factor * np.hypot(sds[:, limited], more), 1e-12)
             gap = (ceilings - losses)[:, limited] / wide
             within = stats.norm.cdf(gap).prod(axis=1)
             names = np.full(len(subsets), method)
-            every = _Candidates(names, subsets, mean, np.hypot(sd * factor, more), within)
+            every = _Candidates(names, subsets, mean, factor * np.hypot(sd, more), within)
             return every.take(np.isfinite(mean) & np.isfinite(sd))
 
         subsets = predictor.candidates(method)
