@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import pandas as pd
 from markupsafe import Markup
 
@@ -41,7 +42,8 @@ def held_in(rows: pd.DataFrame) -> pd.DataFrame:
     """Rows of the domains that the macro loss counts."""
     domains = macro_domains(rows)
     keys = zip(rows["family"], rows["domain"], strict=True)
-    return rows[[domain in domains[family, MACRO] for family, domain in keys]]
+    counted = [domain in domains[family, MACRO] for family, domain in keys]
+    return rows[np.array(counted, dtype=bool)]
 
 
 def measured(rows: pd.DataFrame, points: pd.DataFrame) -> dict[str, str]:
