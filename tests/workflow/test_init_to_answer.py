@@ -26,8 +26,8 @@ def cells(folder) -> list[str]:
 
 def test_adapters_and_files_become_a_ranked_answer(tmp_path):
     base = models.write_checkpoint(tmp_path / "base", dtype="float32", **TINY)
-    for domain in DOMAINS:
-        models.write_adapter(base, tmp_path / "adapters" / f"our-{domain}-lora", r=2)
+    for rank, domain in enumerate(DOMAINS, 2):  # ranks differ, so the adapters do
+        models.write_adapter(base, tmp_path / "adapters" / f"our-{domain}-lora", r=rank)
         write_jsonl(tmp_path / "data" / f"{domain}.jsonl", records(domain))
     python = (sys.executable, "-c", "from mergelaw.cli.app import main; main()")
     words = ("init", "--base", "base", "--experts", "adapters", "--data", "data", "-o", "our.yaml")
