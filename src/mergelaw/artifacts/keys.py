@@ -20,12 +20,12 @@ STAGES: dict[str, int] = {
     "expert": 3,
     "task_vector": 4,
     "design": 1,
-    "learn": 1,
+    "learn": 2,
     "gradients": 1,
     "evaluate": 3,
-    "fit": 6,
-    "report": 5,
-    "merge": 3,
+    "fit": 7,
+    "report": 6,
+    "merge": 4,
 }
 
 KEY_DIGITS = 8  # of a key's 64, in paths; lineages hold all
