@@ -353,16 +353,17 @@ def learned(size: str) -> Callable[[Card], Iterator[Row]]:
     """One gradient of the coefficients of 8 vectors, beside a forward pass of the documents."""
 
     def section(card: Card) -> Iterator[Row]:
-        from mergelaw.decide.calibration import Calibration
+        from mergelaw.decide.calibration import Calibration, divide
 
         model = card.model(size)
         base = card.saved(size, model)
         domains = {"all": [[window] for window in card.windows(model)]}
+        documents = divide(domains, 4096, card.device)
         place = "device" if size == "0.5B" else "pinned"
         card.peak_gb()
         with (
             merger(card, model, base, "average", place) as merges,
-            Calibration(model, merges, POOL, domains, 4096) as objective,
+            Calibration(model, merges, POOL, documents) as objective,
         ):
             coefficients = np.full((len(POOL), len(objective.tensors)), 1 / len(POOL))
             loss = card.seconds(lambda: objective.loss(coefficients, "all"))

@@ -402,13 +402,13 @@ def test_too_few_documents_are_counted(tmp_path):
     source = {"files": [written(tmp_path / "a.json", records(5) + records(2))]}
     message = refusal(tmp_path, source, train=3, evaluation=2, calibration=1)
     assert (
-        "a.json: 5 distinct documents, but 2 were asked for evaluation, 3 for training and 1"
-        in message
+        "a.json: 5 distinct documents, but 2 were asked for evaluation, 3 for training, 1 for "
+        "calibration and 0 to confirm" in message
     )
     message = refusal(tmp_path, source, evaluation=5)
-    assert "5 were asked for evaluation, the rest for training and 0 for calibration" in message
+    assert "5 were asked for evaluation, the rest for training, 0 for calibration" in message
     message = refusal(tmp_path, source, "eval", evaluation=6, eval_source=source)
-    assert "6 were asked for evaluation, 0 for training and 0 for calibration" in message
+    assert "6 were asked for evaluation, 0 for training, 0 for calibration" in message
 
 
 def test_a_synthetic_source_gives_as_many_documents_as_are_asked_for(tmp_path):

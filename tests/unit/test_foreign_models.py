@@ -366,7 +366,8 @@ def test_a_base_without_a_tokenizer(base):
 
 def test_tokens_beyond_the_embedding(tmp_path, base):
     rows = Tensors(base).shape("model.embed_tokens.weight")[0]
-    more = {"id": rows, "content": "[PAD]", "special": True}
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    more = {"id": rows, "content": "[PAD]", "special": True, **flags}
     change_tokenizer(base, lambda content: content["added_tokens"].append(more))
     (note,) = inspect_base(base)
     assert f"beyond the {rows} rows" in note and "'[PAD]'" in note
