@@ -10,6 +10,8 @@ import pytest
 import jobs
 import mergelaw
 from mergelaw import config
+from mergelaw.artifacts import keys, store
+from mergelaw.cli.planning import outdated
 from mergelaw.errors import MergelawError
 from mergelaw.workflow.job import job_file, read_job, write_job
 from mergelaw.workflow.study import Study
@@ -32,6 +34,14 @@ def test_a_job_is_read_as_it_was_written(tmp_path):
     assert job.all("task_vectors") == {}
     with pytest.raises(MergelawError, match=r"job of stage expert, not base"):
         read_job(file, "base")
+
+
+def test_laws_of_another_version_are_named(tmp_path, monkeypatch):
+    store.make(tmp_path / "laws", "fit", {}, {}, lambda folder, state: {})
+    assert outdated(tmp_path / "laws") == outdated(tmp_path / "points.csv") == []
+    monkeypatch.setitem(keys.STAGES, "fit", 99)
+    (warning,) = outdated(tmp_path / "laws" / "laws.json")
+    assert "of the stage fit, now 99" in warning
 
 
 def test_a_job_keeps_the_order_of_its_corpora(tmp_path):

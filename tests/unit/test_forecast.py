@@ -30,6 +30,16 @@ def rows(answer):
 # ---- along k
 
 
+def test_exact_other_bases_do_not_hide_the_points_own_errors():
+    """The scheme is right at both other bases; three points with errors still leave a width."""
+    exact = study(sizes=[1.0, 2.0, 3.0])
+    noisy = exact.assign(se=0.004, sampling=[[0.004]] * len(exact), freedom=np.inf)
+    sure, unsure = (rows(forecast(table, "three-point", base="1B")) for table in (exact, noisy))
+    assert (sure["high"] - sure["low"]).max() < 1e-6
+    # all points move together: the forecast moves as far, 1.645 standard errors to each side
+    assert (unsure["high"] - unsure["low"]).to_numpy() == pytest.approx(2 * 1.645 * 0.004, rel=0.01)
+
+
 @settings(max_examples=25)
 @given(
     M=st.integers(5, 20),

@@ -325,7 +325,7 @@ def test_the_main_assumption_names_the_heaviest_other_form():
     assert f"the form {first['form']} (weight" in curve.assumption(9)
     alone = Curve(study(noise=1e-6), 3.0)
     assert [row["form"] for row in alone.forms(9)] == ["merging"]
-    assert alone.assumption(9).endswith("no other form fits nearly as well")
+    assert alone.assumption(9).endswith("no other form fits nearly as well and differs")
 
 
 def test_a_size_is_bought_for_a_forecast_beyond_the_ladder():

@@ -80,6 +80,7 @@ class Question:
     def laws(self) -> Path:
         """The study's folder of fitted laws, or the table of points."""
         if self.study.suffix not in (".yaml", ".yml"):
+            self.warnings.extend(outdated(self.study))
             return self.study
         from mergelaw.workflow.results import find_laws
 
@@ -119,6 +120,22 @@ class Question:
             return Costs(measured_costs(self.laws), "seconds")
         except MergelawError as error:
             raise MergelawError(f"{error}; give --costs") from None
+
+
+def outdated(laws: Path) -> list[str]:
+    """A warning if another version of the stage has fitted these laws."""
+    from mergelaw.artifacts import keys, lineage
+
+    folder = laws.parent if laws.name == "laws.json" else laws
+    if not (folder / lineage.LINEAGE).is_file():
+        return []
+    version = lineage.read(folder)["version"]
+    if version == keys.STAGES["fit"]:
+        return []
+    return [
+        f"{folder}: written by version {version} of the stage fit, now {keys.STAGES['fit']}; its "
+        "points may lack what is used today: run the study again"
+    ]
 
 
 def command(ask: "Callable[..., Answer]", without: str = "") -> Callable[..., None]:

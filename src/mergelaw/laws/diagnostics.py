@@ -222,10 +222,11 @@ class Diagnostics(Result):
         """Runs of residuals of one sign along the last variable: found, expected and p.
 
         p is the probability of so few runs under the law with its errors, by simulation; None if
-        the residuals are rounding errors.
+        the residuals are rounding errors, or smaller than the known errors of the points.
         """
-        variables, residuals = self.variables, self.solution.residuals
-        if self.freedom == 0 or np.abs(residuals).max() < self.solution.errors.least:
+        variables, residuals, errors = self.variables, self.solution.residuals, self.solution.errors
+        known = math.sqrt(float(np.median(errors.variances)))
+        if self.freedom == 0 or np.abs(residuals).max() < errors.least or self.rmse < known:
             return None
         along = list(variables)[-1]
         order = [

@@ -19,6 +19,7 @@ from mergelaw.planning.points import SAME_SIZE, at_size, base_points, without_er
 FARTHEST = 10
 # Forms of the law with at least this weight are shown, and tables have at most so many rows.
 SHOWN, LISTED = 0.01, 50
+SLIGHT = 0.01  # of an interval's width: a form as near as this gives the same loss
 
 
 class Curve:
@@ -200,11 +201,13 @@ class Curve:
         """The assumption that changes the loss at k most if it is wrong."""
         loss = self.by_law(k)[0]
         form = f"the loss falls as {self.formula}"
-        effects = [(0.0, f"{form}; no other form fits nearly as well")]
+        effects = [(0.0, f"{form}; no other form fits nearly as well and differs")]
         mine = self.law.law.name.removesuffix("_fixed_N")
         other = next((row for row in self.forms(k) if row["form"] != mine), None)
-        if other is not None:
-            away = abs(other["loss"] - loss)
+        ends = self.by_law(k)[1]
+        slight = 0.0 if ends is None else SLIGHT * (ends[1] - ends[0])
+        away = 0.0 if other is None else abs(other["loss"] - loss)
+        if other is not None and away > slight:
             text = f"{form}; the points do not exclude the form {other['form']} (weight "
             text += f"{other['weight']:.2f}), which gives {other['loss']:.5g} at k = {k:g}"
             effects.append((away, f"{text}, {away:.1g} nats away"))

@@ -5,7 +5,8 @@ arXiv:2509.24244); ``end-point``, the law L_inf + A / k through k = 1 and k = M,
 subsets if the loss is quadratic along equal-weight means. Along N, ``size``: the joint law.
 
 Two or three points cannot show a scheme's error, so its interval comes from its record: its errors
-at the study's other bases, as shares of the gain (t with as many degrees of freedom as bases). With
+at the study's other bases, as shares of the gain (t with as many degrees of freedom as bases), and
+from the points' sampling errors. With
 fewer than two such bases the interval comes from standard errors and a given misfit.
 """
 
@@ -15,9 +16,10 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from scipy.special import stdtrit
+from scipy.special import ndtri, stdtrit
 
 from mergelaw.errors import MergelawError
+from mergelaw.laws.covariance import sampling_covariance
 from mergelaw.laws.fit import fit_points
 from mergelaw.laws.law import INVERSE_FIXED_N, MERGING, MERGING_FIXED_N
 from mergelaw.laws.result import LEVEL, POOL
@@ -76,9 +78,9 @@ def forecast(
     assumption = f"the loss falls as {curve.formula}"
     others = [] if misfit is not None or scheme == SIZE else _record(points, name, scheme, rows)
     if len(others) >= BASES:
-        warnings = without_errors(used) + _set_intervals(rows, others, used, level)
+        warnings = without_errors(used) + _set_intervals(rows, others, used, level, scheme)
         bases = ", ".join(other for other, _ in others)
-        basis = f"the scheme's errors at {bases}, as shares of the gain"
+        basis = f"the scheme's errors at {bases}, as shares of the gain, and the points' own errors"
         assumption = "the scheme is off at this base by as much as at the other bases"
     details = _details(points, used, scheme, name, N)
     details |= _score(rows, points[points["base"] == name], used, scheme)
@@ -177,14 +179,33 @@ def _record(points: pd.DataFrame, base: str | None, scheme: str, rows: Rows) -> 
     return record
 
 
-def _set_intervals(rows: Rows, record: Record, used: pd.DataFrame, level: float) -> list[str]:
+def _set_intervals(
+    rows: Rows, record: Record, used: pd.DataFrame, level: float, scheme: str
+) -> list[str]:
     """Set the intervals of a forecast from a scheme's record; return warnings."""
     shares = np.sqrt(np.mean([share**2 for _, share in record], axis=0))
     reach = stdtrit(len(record), (1 + level) / 2) * shares * abs(_gain(used))
+    sampling = _sampling_errors(scheme, used, [row["k"] for row in rows])
+    reach = np.hypot(reach, ndtri((1 + level) / 2) * sampling)
     for row, width in zip(rows, reach, strict=True):
         row["low"], row["high"] = row["forecast"] - width, row["forecast"] + width
     unknown = [row["k"] for row in rows if math.isnan(row["low"])]
     return [f"no interval from k = {k:g} on: no other base was measured there" for k in unknown[:1]]
+
+
+def _sampling_errors(scheme: str, used: pd.DataFrame, k: Sequence[float]) -> np.ndarray:
+    """Standard errors of a scheme's forecasts at k by those of its points, linearised: (k,)."""
+    known = sampling_covariance(used)
+    if known is None:
+        return np.zeros(len(k))
+    covariance = np.diag(known) if known.ndim == 1 else known.toarray()
+    forecasts = fit_points(LAWS[scheme], used).predict(k=k)
+    changes = np.zeros((len(used), len(k)))
+    for row, step in enumerate(0.01 * np.sqrt(covariance.diagonal())):
+        if step > 0:
+            moved = used.assign(ce=used["ce"] + step * (np.arange(len(used)) == row))
+            changes[row] = (fit_points(LAWS[scheme], moved).predict(k=k) - forecasts) / step
+    return np.asarray(np.sqrt(np.einsum("ik,ij,jk->k", changes, covariance, changes)))
 
 
 def _score(rows: Rows, curve: pd.DataFrame, used: pd.DataFrame, scheme: str) -> dict[str, Any]:

@@ -65,7 +65,8 @@ def measure(curve: Curve, k: float, costs: Costs | None = None, *, share: float 
         value, ends = curve.losses[int(k)]
         answer = f"nothing to buy, it is measured: {with_interval(value, ends, curve.level)}"
         if ends is not None and ends[0] < ends[1]:
-            answer += f"; {1 / share**2:.3g} times as many circles there narrow it to that share"
+            more = f"{1 / share**2:.3g} times as many circles there"
+            answer += f"; {more} narrow it to {share:g} of its width"
     elif curve.fails:
         return curve.measured_only("measure")
     else:

@@ -216,6 +216,8 @@ def measured_costs(laws: Path) -> pd.DataFrame:
     evaluation (a merge), serving (evaluating a million tokens). Raises MergelawError if the laws
     were not fitted to evaluations, or if inputs are gone.
     """
+    if laws.is_file() and laws.name != "laws.json":
+        raise MergelawError(f"{laws}: a table of points says nothing of costs")
     laws = laws if laws.is_dir() else laws.parent
     if not (laws / LINEAGE).is_file():
         raise MergelawError(f"{laws}: has no lineage, which says what jobs cost")
