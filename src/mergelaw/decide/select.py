@@ -70,7 +70,7 @@ class Selection:
         margin: the smallest improvement worth a measurement (nats per token).
         chance: probability that an unmeasured merge improves by more than the margin.
         candidates: unmeasured merges that were predicted.
-        as_good: sentences on simpler choices that are as good.
+        as_good: sentences on simpler choices that are as good, and on what is predicted badly.
         realised: earlier predictions of merges that are measured now, with the measured values.
     """
 
@@ -122,8 +122,8 @@ class Selection:
         if trials:
             names = " and ".join(trials)
             lines.append(
-                f"Predictions by {names} failed their check, so these are trials. With gradients, "
-                "predictions are better: `snakemake ... gradients`."
+                f"Predictions by {names} failed their check, so these are trials. Where it has not "
+                "run yet, `snakemake gradients ...` makes better predictions possible."
             )
         return [*lines, *self.as_good]
 
@@ -227,6 +227,7 @@ def select(
     as_good = _as_good(measured, within, values, every, experts, margin)
     silent = set(objective.methods or predictor.methods) - {*every.methods, *learned}
     as_good += [f"No merge by {m} is predicted: too few are measured." for m in sorted(silent)]
+    as_good += [f"{warning[0].upper()}{warning[1:]}." for warning in predictor.warnings]
     return Selection(
         measured, objective, proposals[:batch], best, value, values[base.identity],
         margin, chance, len(new.mean), as_good, realised,
