@@ -155,7 +155,7 @@ def experts(measured: Measured, method: str | None = None) -> list[Verdict]:
 
 
 def verdicts(measured: Measured) -> list[Verdict]:
-    """As ``experts``; empty where there is one expert only, or no merge with equal weights."""
+    """Verdicts of ``experts``; none for a single expert or without merges of equal weights."""
     try:
         return experts(measured)
     except MergelawError:

@@ -206,13 +206,7 @@ def select(
         for one in earlier
         if (merge := by_name.get((one.method, frozenset(one.experts)))) and one.value is not None
     ]
-    errors = {
-        method: (
-            _inflation([pair for pair in realised if pair[0].method == method]),
-            _doubt(predictor, objective, method) * _spread(measured, method, values),
-        )
-        for method in predictor.methods
-    }
+    errors = _errors(measured, predictor, objective, realised, values)
     every = _candidates(measured, predictor, objective, ceilings, errors)
     keys = [(m, frozenset(every.names(i, experts))) for i, m in enumerate(every.methods)]
     new = every.take(np.array([key not in by_name for key in keys], dtype=bool))
@@ -225,13 +219,30 @@ def select(
     more = _learned(measured, objective, learned, every, experts)
     proposals = proposals[: max(batch - len(more), 0)] + more
     as_good = _as_good(measured, within, values, every, experts, margin)
-    silent = set(objective.methods or predictor.methods) - {*every.methods, *learned}
-    as_good += [f"No merge by {m} is predicted: too few are measured." for m in sorted(silent)]
+    silent = sorted(set(objective.methods or predictor.methods) - {*every.methods, *learned})
+    as_good += [f"No merge by {method} is predicted: too few are measured." for method in silent]
     as_good += [f"{warning[0].upper()}{warning[1:]}." for warning in predictor.warnings]
     return Selection(
         measured, objective, proposals[:batch], best, value, values[base.identity],
         margin, chance, len(new.mean), as_good, realised,
     )  # fmt: skip
+
+
+def _errors(
+    measured: Measured,
+    predictor: Predictor,
+    objective: Objective,
+    realised: Sequence[tuple[Proposal, float]],
+    values: Mapping[str, float],
+) -> dict[str, tuple[float, float]]:
+    """By rule, the factor of its predictions' errors and what is added to them (nats per token)."""
+    return {
+        method: (
+            _inflation([pair for pair in realised if pair[0].method == method]),
+            _doubt(predictor, objective, method) * _spread(measured, method, values),
+        )
+        for method in predictor.methods
+    }
 
 
 def _inflation(realised: Sequence[tuple[Proposal, float]]) -> float:

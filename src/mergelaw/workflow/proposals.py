@@ -86,7 +86,7 @@ def write(study: Study, file: Path, output: Path, selections: Sequence[Selection
 
 
 def cost(study: Study, selections: Sequence[Selection]) -> str:
-    """What measuring the proposals takes on the device that measured the other merges."""
+    """Time to measure the proposals on the device that measured the other merges, in words."""
     rows = read_rows(use(study, filter(study.made, study.measurements))).drop_duplicates("cell")
     parts = []
     for selection in selections:
