@@ -1,4 +1,4 @@
-"""Commands that decide on measured merges: ``mergelaw best``, ``experts`` and ``compare``."""
+"""Commands that decide on measured merges: best, select, experts and compare."""
 
 import json
 import math
@@ -50,6 +50,27 @@ Methods = Annotated[
 ]
 
 
+def objective_of(
+    kind: Literal["macro", "worst"],
+    weights: str | None,
+    not_above: str | None,
+    not_above_expert: str | None,
+    at_most: int | None,
+    *names: list[str] | None,
+) -> "Objective":
+    """The objective that the options of a choice describe; ``names``: of experts and methods."""
+    from mergelaw.decide import Objective
+
+    return Objective(
+        kind,
+        numbers("--weights", weights),
+        numbers("--not-above", not_above),
+        numbers("--not-above-expert", not_above_expert),
+        at_most,
+        *(one or () for one in names),
+    )
+
+
 def best(
     file: StudyFile = DEFAULT,
     base: Base = None,
@@ -77,14 +98,8 @@ def best(
     """
     from mergelaw import decide
 
-    wanted = decide.Objective(
-        objective,
-        numbers("--weights", weights),
-        numbers("--not-above", not_above),
-        numbers("--not-above-expert", not_above_expert),
-        at_most,
-        *(names or () for names in (require, exclude, method)),
-    )
+    limits = weights, not_above, not_above_expert
+    wanted = objective_of(objective, *limits, at_most, require, exclude, method)
     study = load_study(file)
     if pareto is not None:
         print_fronts(study, base, wanted, pareto.split(","), as_json)
@@ -147,17 +162,10 @@ def select(
 
     Example: mergelaw select ours.yaml --batch 8 --not-above held_out=0
     """
-    from mergelaw import decide
     from mergelaw.workflow import proposals
 
-    wanted = decide.Objective(
-        objective,
-        numbers("--weights", weights),
-        numbers("--not-above", not_above),
-        numbers("--not-above-expert", not_above_expert),
-        at_most,
-        *(names or () for names in (require, exclude, method)),
-    )
+    limits = weights, not_above, not_above_expert
+    wanted = objective_of(objective, *limits, at_most, require, exclude, method)
     output = proposals.output_of(file, output)
     study = load_study(output if output.exists() else file)
     results = for_each_base(

@@ -23,7 +23,6 @@ from mergelaw.decide.measured import Array, Measured, Model
 from mergelaw.errors import MergelawError
 from mergelaw.merging.methods import Method, method_of
 
-LEARNED = "learned"  # its coefficients are not a function of the experts' weights
 FITTED = 600  # measured merges of a method that a fit uses
 FEWEST = 5  # measured merges of a method that a fit needs
 FLAT = 1e6  # variance of the flat terms, relative to the misfit's
@@ -151,7 +150,8 @@ class Predictor:
         """Methods that it predicts."""
         return tuple(self._predictions)
 
-    def candidates(self, method: str) -> Subsets:
+    @property
+    def candidates(self) -> Subsets:
         """Subsets that can be predicted, (C, M): all of ten experts, or a sample of more."""
         return candidates(len(self.experts))
 
@@ -340,7 +340,7 @@ def predictor(
     seed = min((model.seed for model in measured.merges), default=0) if seed is None else seed
     by_method: dict[str, list[Model]] = {}
     for merge in measured.merges:
-        if merge.seed == seed and json.loads(merge.recipe)["method"] != LEARNED:
+        if merge.seed == seed and not merge.learned:
             by_method.setdefault(merge.method, []).append(merge)
     expansion = None if gradients is None else Expansion(gradients, measured)
     recipes = {name: json.loads(merges[0].recipe) for name, merges in by_method.items()}

@@ -31,8 +31,6 @@ STARTS = 4  # merges of a rule that each round starts from
 PRIOR = 4.0  # earlier proposals with errors as predicted that a new error bar begins with
 Z = float(stats.norm.ppf((1 + LEVEL) / 2))
 
-LEARNED = '"method":"learned"'  # in the recipe of a merge whose weights are learned
-
 
 @dataclass(frozen=True)
 class Proposal:
@@ -318,7 +316,7 @@ def _candidates(
             every = _Candidates(names, subsets, mean, factor * np.hypot(sd, more), within)
             return every.take(np.isfinite(mean) & np.isfinite(sd))
 
-        subsets = predictor.candidates(method)
+        subsets = predictor.candidates
         whole = len(subsets) == 2 ** min(M, 60) - 1
         subsets = _limited(subsets, predictor.experts, objective)
         part = predict(subsets)
@@ -409,10 +407,9 @@ def _proposal(
     method, mean = str(candidates.methods[place]), float(candidates.mean[place])
     half, usable = Z * float(candidates.sd[place]), _usable(predictor, objective, method)
     odds = float(stats.norm.cdf((value - mean) / max(half / Z, 1e-12)) * candidates.within[place])
-    reason = "the lowest prediction" if mean == candidates.mean.min() else f"{100 * odds:.0f}%"
-    reason = (
-        reason if reason.startswith("the") else f"lower than the best with a chance of {reason}"
-    )
+    reason = f"lower than the best with a chance of {100 * odds:.0f}%"
+    if mean == candidates.mean.min():
+        reason = "the lowest prediction"
     if candidates.within[place] < 1 - CHANCE:
         reason += f"; keeps the limits with a chance of {100 * candidates.within[place]:.0f}%"
     if not usable:
@@ -460,7 +457,7 @@ def _as_good(
     if not len(every.mean):
         return lines
     lowest = int(every.mean.argmin())
-    learned = [m for m in within if LEARNED in m.recipe]
+    learned = [m for m in within if m.learned]
     for merge in sorted(learned, key=lambda m: values[m.identity])[:1]:
         others = [values[m.identity] for m in within if m.equal and m not in learned]
         equal = min(others, default=math.inf)

@@ -12,6 +12,7 @@ from mergelaw.laws.diagnostics import FAILS, HOLDS
 from mergelaw.laws.fit import Fit, fit_points, measured_mean
 from mergelaw.laws.law import MERGING, MERGING_FIXED_N, Law
 from mergelaw.laws.result import LEVEL, POOL
+from mergelaw.laws.summary import STATES
 from mergelaw.planning.answer import Answer, Estimate, minus, with_interval
 from mergelaw.planning.points import SAME_SIZE, at_size, base_points, without_errors
 
@@ -81,7 +82,7 @@ class Curve:
         except MergelawError as error:
             verdict = {"state": FAILS, "reasons": [str(error)]}
         self.state, self.reasons = str(verdict["state"]), tuple(map(str, verdict["reasons"]))
-        verdict_text = "there is no law" if self.fitted is None else f"the law {self._verdict}"
+        verdict_text = "there is no law" if self.fitted is None else f"the law {STATES[self.state]}"
         doubts = [f"{verdict_text}: {reason}" for reason in self.reasons]
         self.warnings = tuple(dict.fromkeys([*doubts, *warnings]))
 
@@ -199,12 +200,11 @@ class Curve:
 
     def assumption(self, k: float) -> str:
         """The assumption that changes the loss at k most if it is wrong."""
-        loss = self.by_law(k)[0]
+        loss, ends = self.by_law(k)
         form = f"the loss falls as {self.formula}"
         effects = [(0.0, f"{form}; no other form fits nearly as well and differs")]
         mine = self.law.law.name.removesuffix("_fixed_N")
         other = next((row for row in self.forms(k) if row["form"] != mine), None)
-        ends = self.by_law(k)[1]
         slight = 0.0 if ends is None else SLIGHT * (ends[1] - ends[0])
         away = 0.0 if other is None else abs(other["loss"] - loss)
         if other is not None and away > slight:
@@ -222,10 +222,6 @@ class Curve:
         return max(effects)[1]
 
     @property
-    def _verdict(self) -> str:
-        return self.state if self.state in (HOLDS, FAILS) else f"is {self.state}"
-
-    @property
     def text(self) -> str:
         """The law with its parameters and its quality."""
         values = self.law.parameters.items()
@@ -236,7 +232,7 @@ class Curve:
     @property
     def beside(self) -> str:
         """Suffix of the law's answers: empty, or the verdict of a law that does not hold."""
-        return "" if self.state == HOLDS else f"; the law {self._verdict}"
+        return "" if self.state == HOLDS else f"; the law {STATES[self.state]}"
 
     def answer(
         self,

@@ -6,8 +6,8 @@ subsets if the loss is quadratic along equal-weight means. Along N, ``size``: th
 
 Two or three points cannot show a scheme's error, so its interval comes from its record: its errors
 at the study's other bases, as shares of the gain (t with as many degrees of freedom as bases), and
-from the points' sampling errors. With
-fewer than two such bases the interval comes from standard errors and a given misfit.
+from the points' sampling errors. With fewer than two such bases the interval comes from standard
+errors and a given misfit.
 """
 
 import math

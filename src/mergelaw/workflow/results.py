@@ -16,7 +16,7 @@ from mergelaw.errors import MergelawError
 from mergelaw.evaluation import read_rows
 from mergelaw.evaluation.cells import identities
 from mergelaw.laws.points import MACRO
-from mergelaw.laws.summary import refusals
+from mergelaw.laws.summary import STATES, refusals
 from mergelaw.merging.methods.learned import read_coefficients, weights_of
 from mergelaw.merging.task_vector import digest_of
 from mergelaw.workflow.deploy import run_command
@@ -178,7 +178,7 @@ def summary_text(values: Mapping[str, Any]) -> str:
             for name, (value, form) in numbers.items()
         )
         state = fit["verdict"]["state"]
-        verdict = "" if state == "holds" else f"  the law {'is ' * (state == 'doubtful')}{state}"
+        verdict = "" if state == "holds" else f"  the law {STATES[state]}"
         lines.append(f"  {where:<24}{'  '.join(texts)}{verdict}")
     lines += [f"  not fitted: {text}" for text in refusals(values["refused"])]
     lines.append(f"all fits, with their warnings: {values['summary']}")
