@@ -457,6 +457,8 @@ def test_residuals_that_keep_their_sign_are_doubted():
     assert fitted.runs["found"] < fitted.runs["expected"]
     assert any(doubt.code == "runs" for doubt in fitted.doubts)
     assert fit(MERGING_FIXED_N, {"k": k, "ce": 1 + 0.1 / k}).runs is None
+    within = fit(MERGING_FIXED_N, {"k": k, "ce": 1 + 0.1 / k + wave, "se": np.full(20, 0.02)})
+    assert within.rmse < 0.02 and within.runs is None
     random = np.random.default_rng(1).choice([-1e-3, 1e-3], 20)
     clean = fit(MERGING_FIXED_N, {"k": k, "ce": 1 + 0.1 / k + random})
     assert not any(doubt.code == "runs" for doubt in clean.doubts)
